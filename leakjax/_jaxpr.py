@@ -1,0 +1,313 @@
+"""Tracing: a function as a flat list of equations, and the evaluation of any part of it.
+
+This is the only module that touches `jax.extend.core`. A traced function is flattened (every call-like primitive is
+inlined, custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Two questions
+about an equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`),
+and does it act entry by entry (`is_elementwise`).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core as jex
+
+# Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
+# (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+_CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+_RANDOM = ("random_", "threefry", "rng_")
+_ELEMENTWISE = frozenset(
+    """abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh
+    digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le lgamma log log1p logistic lt
+    max min mul ne neg nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor""".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A literal or a captured array among an equation's operands."""
+
+    value: Any
+    literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One primitive application; `inputs` are value ids or `Constant`s, `outputs` value ids."""
+
+    primitive: Any
+    params: Mapping[str, Any]
+    inputs: tuple[int | Constant, ...]
+    outputs: tuple[int, ...]
+    location: str
+    custom: Callable[..., Sequence[Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The primitive's name, as JAX prints it."""
+        return self.primitive.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """y = f(variables, x) as equations in execution order."""
+
+    equations: tuple[Equation, ...]
+    variables: tuple[int, ...]
+    input: int
+    output: int
+    structs: Mapping[int, jax.ShapeDtypeStruct]
+
+    def dependents(self, sources: Iterable[int]) -> set[int]:
+        """Ids of all values that depend on `sources` (themselves included)."""
+        found = set(sources)
+        for equation in self.equations:
+            if any(isinstance(v, int) and v in found for v in equation.inputs):
+                found.update(equation.outputs)
+        return found
+
+    def random_values(self) -> set[int]:
+        """Ids of all values drawn from, or computed with, a random number generator."""
+        return self.dependents(o for e in self.equations if e.name.startswith(_RANDOM) for o in e.outputs)
+
+    def needed(self, target: int, given: Iterable[int]) -> tuple[Equation, ...]:
+        """The equations, in order, that compute `target` when the values `given` are at hand."""
+        wanted, stop, chosen = {target}, set(given), []
+        for equation in reversed(self.equations):
+            if any(o in wanted and o not in stop for o in equation.outputs):
+                chosen.append(equation)
+                wanted.update(v for v in equation.inputs if isinstance(v, int))
+        return tuple(reversed(chosen))
+
+
+def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Graph:
+    """Trace `function(variables, x)`, one array out, into a flat `Graph`.
+
+    Arguments: `variables` is a list of arrays (or structs), `x` an array or struct. Nothing is computed.
+    """
+    closed = jax.make_jaxpr(lambda v, x: function(v, x))(list(variables), x)
+    structs: dict[int, jax.ShapeDtypeStruct] = {}
+    counter = itertools.count()
+    equations: list[Equation] = []
+
+    def new_id(var: Any) -> int:
+        i = next(counter)
+        structs[i] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        return i
+
+    def walk(jaxpr: Any, consts: Sequence[Any], operands: Sequence[int | Constant]) -> list[int | Constant]:
+        env: dict[Any, int | Constant] = dict(zip(jaxpr.invars, operands, strict=True))
+        env.update((v, Constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+
+        def read(atom: Any) -> int | Constant:
+            return Constant(atom.val, literal=True) if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(map(read, eqn.invars))
+            if eqn.primitive.name in _CALLS:
+                inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+                body, body_consts = _open(inner)
+                env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
+                continue
+            outputs = tuple(new_id(v) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            custom = _alone(jaxpr, eqn) if eqn.primitive.name in _CUSTOM_DERIVATIVES else None
+            equations.append(Equation(eqn.primitive, eqn.params, inputs, outputs, _location(eqn), custom))
+        return [read(v) for v in jaxpr.outvars]
+
+    ids = [new_id(v) for v in closed.jaxpr.invars]
+    outputs = walk(closed.jaxpr, closed.consts, ids)
+    if len(outputs) != 1:
+        raise ValueError(f"model must return one array of logits, got {len(outputs)} outputs; return the logits only")
+    if not isinstance(outputs[0], int):
+        raise ValueError("model's output is a constant: it does not depend on its input")
+    return Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
+
+
+def evaluate(equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
+    """Evaluate `equations` from the values in `env` and return the value `target`.
+
+    Convolutions are evaluated as patches times a matrix (`_convolution`), so that their transposes, their weight
+    gradients and their batches are matrix products too. Every other primitive is bound as it stands.
+    """
+    values = dict(env)
+    for equation in equations:
+        operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
+        if equation.name == "conv_general_dilated" and equation.params["batch_group_count"] == 1:
+            results: Sequence[Any] = [_convolution(*operands, **equation.params)]
+        else:
+            results = _bind(equation, operands)
+        values.update(zip(equation.outputs, results, strict=True))
+    return values[target]
+
+
+def is_linear(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether one equation is affine in its operands in `live`, jointly.
+
+    Decided by its derivative: the primitive's tangent is traced, and the equation is affine exactly where the tangent
+    does not depend on the point of linearization. A vanishing tangent (`floor`, comparisons) does not count, and
+    custom derivatives are never trusted.
+    """
+    where = [k for k, v in enumerate(equation.inputs) if isinstance(v, int) and v in live]
+    operands = [v.value if isinstance(v, Constant) else structs[v] for v in equation.inputs]
+    points = [operands[k] for k in where]
+    fixed = [v for k, v in enumerate(operands) if k not in where]
+    floating = all(jnp.issubdtype(s.dtype, jnp.floating) for s in (*points, *(structs[o] for o in equation.outputs)))
+    if equation.name in _CUSTOM_DERIVATIVES or not floating:
+        return False
+
+    def tangent(points: Any, directions: Any, fixed: Any) -> Any:
+        def apply(*points: Any) -> Any:
+            moving, rest = dict(zip(where, points, strict=True)), iter(fixed)
+            return _bind(equation, [moving[k] if k in moving else next(rest) for k in range(len(operands))])
+
+        return jax.jvp(apply, points, directions)[1]
+
+    try:
+        jaxpr = jax.make_jaxpr(tangent)(points, points, fixed).jaxpr
+    except NotImplementedError:  # no derivative rule: not affine as far as we can tell
+        return False
+    n = len(points)
+    return not any(_depends(jaxpr, jaxpr.invars[:n])) and all(_depends(jaxpr, jaxpr.invars[n : 2 * n]))
+
+
+def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether one equation maps its live operands, all of one shape, entry by entry to outputs of that shape."""
+    shapes = {structs[v].shape for v in equation.inputs if isinstance(v, int) and v in live}
+    shapes |= {structs[o].shape for o in equation.outputs}
+    if len(shapes) != 1:
+        return False
+    if equation.name in _ELEMENTWISE:
+        return True
+    if equation.name not in _CUSTOM_DERIVATIVES:
+        return False
+    body, consts = _open(equation.params["call_jaxpr"])
+    (shape,) = shapes
+    return not consts and _jaxpr_is_elementwise(body, shape)
+
+
+def dtype_of_least_precision(graph: Graph) -> Any:
+    """The least precise floating dtype among all values of a graph."""
+    floating = [s.dtype for s in graph.structs.values() if jnp.issubdtype(s.dtype, jnp.floating)]
+    return max(floating, key=lambda d: float(jnp.finfo(d).eps))
+
+
+def _jaxpr_is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
+    for eqn in jaxpr.eqns:
+        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
+        if inner is not None:
+            if eqn.primitive.name not in _CALLS | _CUSTOM_DERIVATIVES:
+                return False
+            if not _jaxpr_is_elementwise(_open(inner)[0], shape):
+                return False
+        elif eqn.primitive.name not in _ELEMENTWISE | {"broadcast_in_dim"}:
+            return False
+        if any(v.aval.shape not in ((), shape) for v in (*eqn.invars, *eqn.outvars)):
+            return False
+    return True
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+
+
+def _depends(jaxpr: Any, sources: Iterable[Any]) -> list[bool]:
+    found = set(sources)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, jex.Literal) and v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return [not isinstance(v, jex.Literal) and v in found for v in jaxpr.outvars]
+
+
+def _bind(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+    if equation.custom is not None:
+        return equation.custom(*(v for v, given in zip(operands, equation.inputs, strict=True) if not _literal(given)))
+    result = equation.primitive.bind(*operands, **equation.params)
+    return result if equation.primitive.multiple_results else [result]
+
+
+def _literal(operand: int | Constant) -> bool:
+    return isinstance(operand, Constant) and operand.literal
+
+
+def _alone(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
+    """One equation of a jaxpr as a function of its non-literal operands, custom derivative and all."""
+    invars = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+    names = jaxpr.debug_info._replace(
+        arg_names=tuple(f"a{k}" for k in range(len(invars))), result_paths=tuple("" for _ in eqn.outvars)
+    )
+    alone = jaxpr.replace(constvars=[], invars=invars, outvars=list(eqn.outvars), eqns=[eqn], debug_info=names)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+
+
+def _location(eqn: Any) -> str:
+    """'file:line' of the innermost frame outside installed packages, or of the innermost one outside JAX."""
+    traceback = eqn.source_info.traceback
+    frames = list(traceback.frames) if traceback is not None else []
+    packages = ("site-packages", "dist-packages")
+    jax_home = str(jax.__path__[0])
+
+    def line(frame: Any) -> str:
+        return f"{frame.file_name}:{frame.line_num if hasattr(frame, 'line_num') else frame.start_line}"
+
+    outside = [f for f in frames if f.file_name != __file__ and not f.file_name.startswith(jax_home)]
+    users = [f for f in outside if not any(p in f.file_name for p in packages)]
+    return line((users or outside)[0]) if outside else "an unknown line"
+
+
+def _convolution(
+    lhs: Any,
+    rhs: Any,
+    *,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    dimension_numbers: Any,
+    feature_group_count: int,
+    preferred_element_type: Any,
+    **_: Any,
+) -> Any:
+    """conv_general_dilated as strided slices of the padded input, concatenated, times one matrix per group."""
+    lhs_spec, rhs_spec, out_spec = dimension_numbers
+    x = jnp.transpose(lhs, (lhs_spec[0], *lhs_spec[2:], lhs_spec[1]))  # (N, *spatial, C)
+    w = jnp.transpose(rhs, (*rhs_spec[2:], rhs_spec[1], rhs_spec[0]))  # (*window, C/G, O)
+    window, (depth, filters) = w.shape[:-2], w.shape[-2:]
+    groups = feature_group_count
+    n = len(window)
+    y = x.reshape(*x.shape[:-1], groups, depth)  # (N, *spatial, G, C/G)
+    for axis in range(n):
+        (low, high), base, step = padding[axis], lhs_dilation[axis], rhs_dilation[axis]
+        pick = _reads(x.shape[1 + axis], window[axis], window_strides[axis], (low, high), base, step).astype(x.dtype)
+        y = jnp.tensordot(y, pick, ((1,), (2,)), precision=lax.Precision.HIGHEST)  # spatial axis out, (k, side) in last
+    # (N, G, C/G, k1, s1, k2, s2, ...) -> (N, s1, s2, ..., G, k1, k2, ..., C/G)
+    offsets, sides = tuple(range(3, 3 + 2 * n, 2)), tuple(range(4, 4 + 2 * n, 2))
+    y = jnp.transpose(y, (0, *sides, 1, *offsets, 2))
+    sides = y.shape[1 : 1 + n]
+    rows, columns = x.shape[0] * math.prod(sides), math.prod(window) * depth
+    stacked = y.reshape(rows, groups, columns)
+    matrix = w.reshape(columns, groups, filters // groups)
+    if groups == 1:
+        y = jnp.matmul(stacked[:, 0], matrix[:, 0], precision=lax.Precision.HIGHEST)
+    else:
+        y = jnp.einsum("rgk,kgo->rgo", stacked, matrix, precision=lax.Precision.HIGHEST)
+    y = y.reshape(x.shape[0], *sides, filters)
+    inverse = np.argsort((out_spec[0], *out_spec[2:], out_spec[1]))
+    y = jnp.transpose(y, tuple(int(i) for i in inverse))
+    return y if preferred_element_type is None else y.astype(preferred_element_type)
+
+
+def _reads(length: int, window: int, stride: int, padding: tuple[int, int], base: int, step: int) -> np.ndarray:
+    """(window, side, length): 1 where window offset o at output position s reads input position i, else 0."""
+    dilated = (length - 1) * base + 1 + padding[0] + padding[1]
+    side = max(0, (dilated - (window - 1) * step - 1) // stride + 1)
+    reads = np.arange(window)[:, None] * step + np.arange(side) * stride - padding[0]
+    return reads[..., None] == np.arange(length) * base

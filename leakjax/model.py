@@ -1,0 +1,107 @@
+"""A model as a pure function of named arrays: the only reader of Flax modules."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+
+from leakjax.errors import InputError
+
+Arrays = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """logits = apply(variables, x), with `variables` = `params` (they have gradients) and `buffers` (they have none).
+
+    Both are flat mappings from a path ("conv1/kernel") to an array. `x` has a leading batch axis.
+    """
+
+    apply: Callable[[Arrays, Any], Any]
+    params: Arrays
+    buffers: Arrays
+
+    @property
+    def variables(self) -> Arrays:
+        """All arrays of the model by path."""
+        return {**self.params, **self.buffers}
+
+    def astype(self, dtype: Any) -> "Model":
+        """The same model with every floating array cast to `dtype`."""
+        return dataclasses.replace(self, params=_cast(self.params, dtype), buffers=_cast(self.buffers, dtype))
+
+    def with_arrays(self, params: Arrays, buffers: Arrays) -> "Model":
+        """The same architecture with other weights."""
+        return dataclasses.replace(self, params=params, buffers=buffers)
+
+
+def read_model(model: Any, params: Any = None) -> Model:
+    """Read a Flax model or a plain function.
+
+    Arguments:
+    - `model`: an `nnx.Module`; a pair (linen module, variables); a pair (apply_fn, params); or, with `params` given, a
+      linen module or `apply_fn(params, x)` itself. `x` has a leading batch axis.
+
+    Raises `InputError` where it is none of these.
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, tuple) and len(model) == 2 and params is None:
+        model, params = model
+    if isinstance(model, nnx.Module):
+        if params is not None:
+            raise InputError("params is for plain functions and linen modules; an nnx module carries its own")
+        graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+        return _from_trees(lambda p, b, x: nnx.merge(graphdef, p, b)(x), weights, rest)
+    if isinstance(model, linen.Module):
+        if not isinstance(params, Mapping) or "params" not in params:
+            raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
+        rest = {k: v for k, v in params.items() if k != "params"}
+        module = model
+        return _from_trees(lambda p, b, x: module.apply({"params": p, **b}, x), params["params"], rest)
+    if callable(model):
+        if params is None:
+            raise InputError("apply_fn needs its parameters: pass (apply_fn, params)")
+        function = model
+        return _from_trees(lambda p, b, x: function(p, x), params, {})
+    raise InputError(
+        f"model must be an nnx module, (linen module, variables) or (apply_fn, params), got {type(model).__name__}"
+    )
+
+
+def _from_trees(apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any) -> Model:
+    flat_params, params_tree = _flatten(params)
+    flat_buffers, buffers_tree = _flatten(buffers)
+    if not flat_params:
+        raise InputError("model has no parameters, hence no gradient to invert")
+    clash = flat_params.keys() & flat_buffers.keys()
+    if clash:
+        raise InputError(f"model has a parameter and a buffer both named {min(clash)!r}; rename one")
+
+    def by_path(variables: Arrays, x: Any) -> Any:
+        weights = jax.tree.unflatten(params_tree, [variables[path] for path in flat_params])
+        rest = jax.tree.unflatten(buffers_tree, [variables[path] for path in flat_buffers])
+        return apply(weights, rest, x)
+
+    return Model(by_path, flat_params, flat_buffers)
+
+
+def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {_path(keys): leaf for keys, leaf in leaves}, treedef
+
+
+def _path(keys: Any) -> str:
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys]
+    return "/".join(names[:-1] if len(names) > 1 and names[-1] == "value" else names)
+
+
+def _cast(arrays: Arrays, dtype: Any) -> Arrays:
+    def cast(a: Any) -> Any:
+        return jnp.asarray(np.asarray(a), dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    return {path: cast(a) for path, a in arrays.items()}

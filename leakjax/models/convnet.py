@@ -1,0 +1,70 @@
+"""The one shape that the papers' networks share: convolutions, each with an activation, and a dense head."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from leakjax.models.initialization import INITIALIZATIONS
+
+
+class Conv(NamedTuple):
+    """A convolution: filters, square kernel, stride, symmetric padding."""
+
+    filters: int
+    kernel: int
+    stride: int
+    padding: int
+
+
+class ConvNet(nnx.Module):
+    """Convolutions `conv1`, `conv2`, ... with an activation after each, then a dense `head` on the flattened map."""
+
+    def __init__(
+        self,
+        convolutions: Sequence[Conv],
+        *,
+        rngs: nnx.Rngs,
+        activations: Sequence[Callable[[Any], Any]],
+        input_shape: tuple[int, int, int] = (32, 32, 3),
+        outputs: int = 10,
+        conv_bias: bool = False,
+        head_bias: bool = True,
+        logits: Callable[[Any], Any] | None = None,
+        init: str = "torch",
+    ):
+        initializer = INITIALIZATIONS[init]
+        side, channels = list(input_shape[:2]), input_shape[2]
+        self.depth = len(convolutions)
+        self.activations = tuple(activations)
+        self.logits = logits
+        for k, conv in enumerate(convolutions, 1):
+            draw = initializer(channels * conv.kernel**2)
+            layer = nnx.Conv(
+                channels,
+                conv.filters,
+                (conv.kernel, conv.kernel),
+                strides=conv.stride,
+                padding=conv.padding,
+                use_bias=conv_bias,
+                kernel_init=draw,
+                bias_init=draw,
+                rngs=rngs,
+            )
+            setattr(self, f"conv{k}", layer)
+            side = [(s + 2 * conv.padding - conv.kernel) // conv.stride + 1 for s in side]
+            channels = conv.filters
+        features = math.prod(side) * channels
+        draw = initializer(features)
+        self.head = nnx.Linear(
+            features, outputs, use_bias=head_bias, kernel_init=draw, bias_init=draw, rngs=rngs
+        )
+
+    def __call__(self, x: Any) -> Any:
+        """Logits (N, outputs) of images (N, H, W, C)."""
+        for k in range(1, self.depth + 1):
+            x = self.activations[k - 1](getattr(self, f"conv{k}")(x))
+        x = self.head(jnp.reshape(x, (x.shape[0], -1)))
+        return x if self.logits is None else self.logits(x)

@@ -1,0 +1,164 @@
+"""What a server sees: the model, its weights, and the gradients that clients send. Never an image."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from leakjax.errors import InputError, UnreadableModelError, unknown_name
+from leakjax.losses import LOSSES, labels_of
+from leakjax.model import Model, read_model
+from leakjax.precision import compute_in
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observation:
+    """The gradients of V victims who share one model.
+
+    - `model`: the architecture and its weights;
+    - `gradients`: for each parameter path an array (V, *parameter shape): one gradient of the mean loss a victim;
+    - `loss`: a name of `losses.LOSSES`;
+    - `input_shape`: (H, W, C) of one example; `input_range`: (lowest, highest) value that a pixel can have;
+    - `examples`: how many examples each gradient averages over;
+    - `precision`: the floating dtype in which the client computed.
+    """
+
+    model: Model
+    gradients: Mapping[str, Shaped[np.ndarray, "V ..."]]
+    loss: str
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float]
+    examples: int = 1
+    precision: str = "float64"
+
+    def __post_init__(self) -> None:
+        check_observation(self)
+
+    @property
+    def victims(self) -> int:
+        """How many gradients there are."""
+        return len(next(iter(self.gradients.values())))
+
+
+def observe(
+    model: Any,
+    batch: tuple[Shaped[Any, "N H W C"], Int[Any, " N"]],
+    *,
+    loss: str = "softmax_cross_entropy",
+    params: Any = None,
+    input_range: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 1,
+    dtype: str = "float64",
+) -> Observation:
+    """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
+
+    Arguments:
+    - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
+    - `batch`: images (N, H, W, C) in `input_range` and integer labels (N,); a one-logit model's labels are 0 or 1;
+    - `loss`: `softmax_cross_entropy`, `sigmoid_binary_cross_entropy` or `squared_error`;
+    - `batch_size`: B, examples in one gradient; the default 1 makes every image a victim of its own;
+    - `dtype`: precision of the client's computation, "float64" or "float32".
+
+    Returns the `Observation`; the images are not in it.
+    Raises `InputError` for images of a wrong shape or range, labels out of range, or a model that cannot run.
+    """
+    if loss not in LOSSES:
+        raise unknown_name("loss", loss, LOSSES)
+    read = read_model(model, params)
+    images, labels = _check_batch(batch, input_range, batch_size)
+    with compute_in(dtype) as floating:
+        read = read.astype(floating)
+        outputs = run_model(read, jax.ShapeDtypeStruct((1, *images.shape[1:]), floating))
+        if outputs.ndim != 2:
+            raise InputError(f"model must return logits of shape (examples, outputs), got {outputs.shape}")
+        if labels.min() < 0 or labels.max() >= labels_of(outputs.shape[1]):
+            raise InputError(
+                f"labels must be in 0..{labels_of(outputs.shape[1]) - 1} for a model with {outputs.shape[1]} "
+                f"outputs, got {labels.min()}..{labels.max()}"
+            )
+        groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
+        gradient = _client_gradient(read, loss)
+        sent = [gradient(read.params, read.buffers, jnp.asarray(x, floating), y) for x, y in zip(*groups, strict=True)]
+    stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
+    return Observation(read, stacked, loss, tuple(images.shape[1:]), _range(input_range), batch_size, dtype)
+
+
+def mean_loss(model: Model, loss: str) -> Any:
+    """(params, buffers, x, y) -> (1/B) sum_b loss(model(x_b), y_b)."""
+
+    def mean(params: Any, buffers: Any, x: Any, y: Any) -> Any:
+        return jnp.mean(jax.vmap(LOSSES[loss])(model.apply({**params, **buffers}, x), y))
+
+    return mean
+
+
+def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape of the model's logits at `x`, without computing; a model that cannot run raises `InputError`."""
+    try:
+        return jax.eval_shape(model.apply, model.variables, x)
+    except UnreadableModelError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model cannot run on an input of shape {tuple(x.shape)}: {first}") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _client_gradient(model: Model, loss: str) -> Any:
+    return jax.jit(jax.grad(mean_loss(model, loss)))
+
+
+def check_observation(observation: Observation) -> None:
+    """Refuse gradients that do not fit the model: missing, extra, misshapen, of the wrong dtype, or not finite."""
+    params, gradients = observation.model.params, observation.gradients
+    for path in params:
+        if path not in gradients:
+            raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")
+    for path, g in gradients.items():
+        if path not in params:
+            raise InputError(f"gradient {path!r} belongs to no parameter of the model")
+        if g.shape[1:] != tuple(params[path].shape):
+            raise InputError(f"gradient of {path!r} has shape {g.shape[1:]}, its parameter {tuple(params[path].shape)}")
+        if not np.issubdtype(g.dtype, np.floating):
+            raise InputError(f"gradient of {path!r} has dtype {g.dtype}; floating point expected")
+        if not np.all(np.isfinite(g)):
+            raise InputError(f"gradient of {path!r} holds NaN or infinite entries; nothing can be inverted from it")
+    norms = np.sqrt(sum(np.sum(g.astype(float).reshape(len(g), -1) ** 2, axis=1) for g in gradients.values()))
+    if np.any(norms == 0):
+        raise InputError(
+            f"gradient of victim {int(np.argmin(norms))} is zero everywhere: it carries no information (the loss is at "
+            "a minimum, or a saturated softmax underflowed)"
+        )
+    if observation.loss not in LOSSES:
+        raise unknown_name("loss", observation.loss, LOSSES)
+
+
+def _range(input_range: Sequence[float]) -> tuple[float, float]:
+    low, high = float(input_range[0]), float(input_range[1])
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise InputError(f"input_range must be (low, high) with low < high, got {tuple(input_range)}")
+    return low, high
+
+
+def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = np.asarray(batch[0], float), np.asarray(batch[1])
+    low, high = _range(input_range)
+    if images.ndim < 2 or len(images) == 0:
+        raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}")
+    if not np.all(np.isfinite(images)):
+        raise InputError("images hold NaN or infinite values")
+    if images.min() < low - 1e-9 or images.max() > high + 1e-9:
+        raise InputError(
+            f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
+            "them or pass input_range"
+        )
+    if batch_size < 1 or len(images) % batch_size:
+        raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
+    return images, labels

@@ -1,0 +1,1 @@
+"""Solvers: each takes a system and knows nothing of layers."""

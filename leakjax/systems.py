@@ -1,0 +1,87 @@
+"""The linear system that one segment puts on its input, as a matrix-free operator.
+
+With z = f(theta, x) and dz = dL/dz known, the input x of a segment obeys (R-GAP, arXiv 2010.07733, eqs. 6-9)
+
+    forward constraints     f(theta, x) - f(theta, 0)                     = z - f(theta, 0)
+    gradient constraints    d/dtheta <dz, f(theta, x)> - (same at x = 0)  = g - (same at x = 0)
+
+Both are affine in x, whatever f is made of, and come out of automatic differentiation: no matrix is ever built.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jaxtyping import Array, Float
+
+from leakjax.activations import Preimage
+from leakjax.model import Arrays
+from leakjax.segments import Segment
+
+Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
+
+
+class LayerSystem(NamedTuple):
+    """operator(x) = vector, in rows (forward, {path: gradient}), each multiplied by its weight; 0 drops a row."""
+
+    operator: lx.AbstractLinearOperator
+    vector: Rows
+
+
+def segment_rows(segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."]) -> Rows:
+    """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
+    weights = {path: variables[path] for path in segment.paths}
+    z, pull = jax.vjp(lambda w: segment.affine({**variables, **w}, x), weights)
+    return z, pull(dz)[0]
+
+
+def layer_system(
+    segment: Segment,
+    variables: Arrays,
+    preimage: Preimage,
+    dz: Float[Array, "..."],
+    gradient: Mapping[str, Float[Array, "..."]],
+) -> LayerSystem:
+    """The weighted system on the input of `segment`.
+
+    Arguments: `preimage`, of the activation at the segment's output; `dz`, dL/dz, 0 where its slope is not known;
+    `gradient`, dL/dtheta by path.
+
+    The weights match the noise: an error e in x_next is an error e / act'(z) in z, so forward rows are multiplied by
+    act'(z); the client's rounding of d/dtheta <dz, f> is proportional to ||dz||, so gradient rows are divided by it.
+    Both blocks are then divided by the rms of their right-hand sides. Rows that depend on an entry of z or dz that is
+    not known get weight 0.
+    """
+    zero = jnp.zeros(segment.input.shape, dz.dtype)
+    origin, bias = segment_rows(segment, variables, dz, zero)
+    forward_weight = jnp.where(preimage.known, preimage.slope, 0.0)
+    hidden = jnp.where(preimage.slope_known, 0.0, 1.0)
+    touched = segment_rows(segment, variables, hidden, jnp.abs(jax.random.normal(jax.random.key(1), zero.shape, dz.dtype)))[1]
+    scale = _safe_inverse(jnp.linalg.norm(jnp.ravel(dz)))
+    gradient_weight = {path: jnp.where(touched[path] == 0, scale, 0.0) for path in segment.paths}
+    forward = forward_weight * (preimage.value - origin)
+    grads = {path: gradient_weight[path] * (gradient[path] - bias[path]) for path in segment.paths}
+    over_forward = _safe_inverse(_rms([forward]))
+    over_grads = _safe_inverse(_rms(list(grads.values())))
+
+    def rows(x: Float[Array, "..."]) -> Rows:
+        z, g = segment_rows(segment, variables, dz, x)
+        return (
+            over_forward * forward_weight * (z - origin),
+            {path: over_grads * gradient_weight[path] * (g[path] - bias[path]) for path in segment.paths},
+        )
+
+    _, linear = jax.linearize(rows, zero)
+    operator = lx.FunctionLinearOperator(linear, jax.ShapeDtypeStruct(zero.shape, zero.dtype))
+    return LayerSystem(operator, (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths}))
+
+
+def _rms(arrays: list[Array]) -> Array:
+    size = sum(a.size for a in arrays)
+    return jnp.sqrt(sum((jnp.sum(a**2) for a in arrays), jnp.zeros(())) / max(size, 1))
+
+
+def _safe_inverse(a: Array) -> Array:
+    return jnp.where(a > 0, 1.0 / jnp.where(a > 0, a, 1.0), 0.0)
