@@ -134,6 +134,11 @@ class Activation:
     parameter: float | None = None
     pieces: tuple[Piece, ...] = ()
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether some outputs leave the input unknown (ReLU's zeros, saturation)."""
+        return self.kind is None or any(np.isfinite(self.kind.domain(self.parameter)))
+
     def slope(self, variables: Any, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """act'(z), by a Jacobian-vector product."""
         return jax.jvp(lambda z: self.function(variables, z), (z,), (jnp.ones_like(z),))[1]

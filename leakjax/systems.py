@@ -43,22 +43,26 @@ def layer_system(
     preimage: Preimage,
     dz: Float[Array, "..."],
     gradient: Mapping[str, Float[Array, "..."]],
+    slope_floor: float = 0.0,
 ) -> LayerSystem:
     """The weighted system on the input of `segment`.
 
     Arguments: `preimage`, of the activation at the segment's output; `dz`, dL/dz, 0 where its slope is not known;
-    `gradient`, dL/dtheta by path.
+    `gradient`, dL/dtheta by path; `slope_floor`, the slope far above which rounding does not matter.
 
     The weights match the noise: an error e in x_next is an error e / act'(z) in z, so forward rows are multiplied by
-    act'(z); the client's rounding of d/dtheta <dz, f> is proportional to ||dz||, so gradient rows are divided by it.
+    act'(z) / sqrt(act'(z)^2 + slope_floor^2) where a floor is given (equal weights condition the system better, and
+    are as good where noise is far below what matters), else by act'(z); the client's rounding of d/dtheta <dz, f> is proportional to ||dz||, so gradient rows are divided by it.
     Both blocks are then divided by the rms of their right-hand sides. Rows that depend on an entry of z or dz that is
     not known get weight 0.
     """
     zero = jnp.zeros(segment.input.shape, dz.dtype)
     origin, bias = segment_rows(segment, variables, dz, zero)
-    forward_weight = jnp.where(preimage.known, preimage.slope, 0.0)
+    damped = jnp.sqrt(preimage.slope**2 + slope_floor**2) if slope_floor else 1.0
+    forward_weight = jnp.where(preimage.known, preimage.slope / damped, 0.0)
     hidden = jnp.where(preimage.slope_known, 0.0, 1.0)
-    touched = segment_rows(segment, variables, hidden, jnp.abs(jax.random.normal(jax.random.key(1), zero.shape, dz.dtype)))[1]
+    anywhere = jax.random.uniform(jax.random.key(1), zero.shape, dz.dtype, 0.5, 1.5)
+    touched = segment_rows(segment, variables, hidden.astype(dz.dtype), anywhere)[1]
     scale = _safe_inverse(jnp.linalg.norm(jnp.ravel(dz)))
     gradient_weight = {path: jnp.where(touched[path] == 0, scale, 0.0) for path in segment.paths}
     forward = forward_weight * (preimage.value - origin)
@@ -80,7 +84,7 @@ def layer_system(
 
 def _rms(arrays: list[Array]) -> Array:
     size = sum(a.size for a in arrays)
-    return jnp.sqrt(sum((jnp.sum(a**2) for a in arrays), jnp.zeros(())) / max(size, 1))
+    return jnp.sqrt(sum(jnp.sum(a**2) for a in arrays) / max(size, 1))
 
 
 def _safe_inverse(a: Array) -> Array:

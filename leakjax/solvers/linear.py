@@ -1,56 +1,139 @@
-"""Minimum-norm least-squares solutions of linear operators: matrix-free LSMR, and a dense SVD."""
+"""Minimum-norm least-squares solutions of linear operators: matrix-free LSMR, and a dense singular value decomposition.
+
+Both also answer how much of x the operator sees: its rank and condition where they are cheap to know.
+"""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import optax
 import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from leakjax.solvers.lsmr import extreme_singular_values, lsmr
 
-class LinearSolution(NamedTuple):
-    """x and what the solver learned about the operator.
+
+_SMALL = 800
+
+
+class LsmrSolution(NamedTuple):
+    """x = A^+ b, and what a second, random right-hand side A r tells about A.
 
     - `residual`: ||A x - b|| / ||b||;
-    - `condition`: largest over smallest non-zero singular value (an estimate, for LSMR);
-    - `lost`: ||r - A^+ A r|| / ||r|| for a random r: 0 exactly where A has no null space, else near sqrt(k / n) for a
-      null space of dimension k among n unknowns;
-    - `steps`: LSMR steps taken.
+    - `lost`: ||A^+ A r - r|| / ||r||: 0 but for rounding where A has no null space, else near sqrt(k / n) for a null
+      space of dimension k among n unknowns;
+    - `steps`: of the first right-hand side; `probe_steps`, `alphas`, `betas`: of the second.
     """
 
     x: Float[Array, "..."]
     residual: Float[Array, ""]
-    condition: Float[Array, ""]
     lost: Float[Array, ""]
     steps: Int[Array, ""]
+    probe_steps: Int[Array, ""]
+    alphas: Float[Array, " max_steps"]
+    betas: Float[Array, " max_steps"]
 
 
 def solve_lsmr(
-    operator: lx.AbstractLinearOperator, vector: Any, key: Array, *, tolerance: float | None = None, max_steps: int
-) -> LinearSolution:
-    """Minimum-norm least squares by LSMR (Fong & Saunders, SIAM J. Sci. Comput. 33, 2011), lineax's.
-
-    A second right-hand side A r, r random, is solved beside the first one and answers whether A has a null space.
-    """
-    x = operator.in_structure()
-    eps = float(jnp.finfo(x.dtype).eps)
-    tolerance = eps if tolerance is None else tolerance
-    solver = lx.LSMR(rtol=tolerance, atol=0.0, max_steps=max_steps, conlim=1.0 / eps)
-    probe = jax.random.normal(key, x.shape, x.dtype)
+    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float, max_steps: int, rounds: int = 1
+) -> LsmrSolution:
+    """Minimum-norm least squares without building the matrix; `rounds` > 1 refines: x += A^+ (b - A x)."""
+    struct = operator.in_structure()
+    probe = jax.random.normal(jax.random.key(0), struct.shape, struct.dtype)
     sides = jax.tree.map(lambda a, b: jnp.stack([a, b]), vector, operator.mv(probe))
+    first, *more = [jax.vmap(lambda side: lsmr(operator, side, tolerance=tolerance, max_steps=max_steps))] * rounds
+    both = first(sides)
+    x, steps = both.x, both.steps
+    for refine in more:
+        correction = refine(optax.tree.sub(sides, jax.vmap(operator.mv)(x)))
+        x, steps = x + correction.x, steps + correction.steps
+    solution, recovered = x
+    lost = jnp.linalg.norm(recovered - probe) / jnp.linalg.norm(probe)
+    residual = relative_residual(operator, vector, solution)
+    return LsmrSolution(solution, residual, lost, steps[0], both.steps[1], both.alphas[1], both.betas[1])
 
-    def solve(side: Any) -> Any:
-        solution = lx.linear_solve(operator, side, solver, throw=False)
-        return solution.value, solution.stats["num_steps"], solution.stats["cond_A"]
 
-    (answer, recovered), steps, conditions = jax.vmap(solve)(sides)
-    lost = jnp.linalg.norm(jnp.ravel(recovered - probe)) / jnp.linalg.norm(jnp.ravel(probe))
-    return LinearSolution(answer, _relative_residual(operator, vector, answer), jnp.max(conditions), lost, steps[0])
+def lsmr_condition(solution: Any, index: Any) -> float:
+    """Largest over smallest non-zero singular value, as the bidiagonalization of the random side found them."""
+    low, high = extreme_singular_values(
+        np.asarray(solution.alphas[index]), np.asarray(solution.betas[index]), int(solution.probe_steps[index])
+    )
+    return high / low if low > 0 else float("inf")
 
 
-def _relative_residual(operator: lx.AbstractLinearOperator, vector: Any, x: Any) -> Float[Array, ""]:
-    error = jax.tree.map(lambda a, b: a - b, operator.mv(x), vector)
+class DenseSolution(NamedTuple):
+    """x = A^+ b by singular values, with A's rank, its condition (on that rank) and the seen share of each unknown.
+
+    `seen` is the diagonal of the projector onto A's row space: 1 where an unknown is determined, 0 where A never
+    sees it.
+    """
+
+    x: np.ndarray
+    residual: float
+    rank: int
+    condition: float
+    seen: np.ndarray
+
+
+def dense_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """Memory that `solve_dense` takes at its peak: the matrix, its copy, and its singular vectors."""
+    small = min(rows, columns)
+    return itemsize * (2 * rows * columns + small * (rows + columns) + 4 * small**2)
+
+
+def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> DenseSolution:
+    """Minimum-norm least squares of a matrix; singular values below `tolerance` times the largest count as 0.
+
+    Above `_SMALL` rows and columns the singular values come from the smaller Gram matrix (several times as fast) where
+    it shows a clear gap between 1e-5 and 1e-7 of the largest.
+    """
+    if not np.any(matrix):
+        return DenseSolution(np.zeros(matrix.shape[1]), 0.0, 0, 1.0, np.zeros(matrix.shape[1]))
+    if min(matrix.shape) > _SMALL:
+        u, s, vt = _gram_svd(matrix)
+        kept = s > 1e-6 * s[0]
+        gap = not np.any((s > 1e-7 * s[0]) & (s < 1e-5 * s[0]))
+    else:
+        gap = False
+    if not gap:
+        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        kept = s > tolerance * s[0]
+    u, s, vt = u[:, kept], s[kept], vt[kept]
+    x = vt.T @ ((u.T @ vector) / s)
+    x = x + vt.T @ ((u.T @ (vector - matrix @ x)) / s)  # one step of refinement
+    size = float(np.linalg.norm(vector))
+    residual = float(np.linalg.norm(matrix @ x - vector)) / (size if size > 0 else 1.0)
+    seen = np.clip(np.sum(vt**2, axis=0), 0.0, 1.0)
+    return DenseSolution(x, residual, len(s), float(s[0] / s[-1]), seen)
+
+
+def _gram_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Singular triplets by the eigenvectors of the smaller Gram matrix; those below 1e-7 relative are rounding."""
+    rows, columns = matrix.shape
+    wide = rows <= columns
+    values, vectors = np.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    s, vectors = np.sqrt(np.maximum(values[::-1], 0.0)), vectors[:, ::-1]
+    other = (vectors.T @ matrix if wide else (matrix @ vectors).T) / np.where(s > 0, s, 1.0)[:, None]
+    return (vectors, s, other) if wide else (other.T, s, vectors.T)
+
+
+def materialize(operator: lx.AbstractLinearOperator, vector: Any) -> tuple[Array, Array]:
+    """The operator as a matrix (rows, columns) and its right-hand side as a vector."""
+    x = operator.in_structure()
+    size = int(np.prod(x.shape))
+
+    def column(e: Array) -> Array:
+        return ravel_pytree(operator.mv(e.reshape(x.shape)))[0]
+
+    columns = jax.lax.map(column, jnp.eye(size, dtype=x.dtype), batch_size=128)
+    return columns.T, ravel_pytree(vector)[0]
+
+
+def relative_residual(operator: lx.AbstractLinearOperator, vector: Any, x: Any) -> Float[Array, ""]:
+    """||A x - b|| / ||b|| (or ||A x|| where b = 0)."""
     size = optax.tree.norm(vector)
-    return optax.tree.norm(error) / jnp.where(size > 0, size, 1.0)
+    error = optax.tree.norm(optax.tree.sub(operator.mv(x), vector))
+    return error / jnp.where(size > 0, size, 1.0)

@@ -1,0 +1,22 @@
+"""Attacks by name: each turns a `Problem` into an `Outcome` a victim. Adding one adds a line to `ATTACKS`."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.attacks.rgap import rgap
+
+
+class Attack(NamedTuple):
+    """An attack and what `leakjax list attacks` says of it."""
+
+    run: Callable[[Problem, Seconds], list[Outcome]]
+    summary: str
+
+
+ATTACKS: Mapping[str, Attack] = {
+    "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)"),
+}
+"""Attacks by name."""
+
+DEFAULT_ATTACK = "rgap"

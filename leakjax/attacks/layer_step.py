@@ -1,0 +1,123 @@
+"""One step of the recursion, compiled once for a segment and a chunk size: from (x_next, dx_next) to (x, dx)."""
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.attacks.problem import Problem, Seconds
+from leakjax.segments import Segment
+from leakjax.solvers.linear import LsmrSolution, materialize, solve_lsmr
+from leakjax.systems import layer_system
+
+SLOPE_FLOOR = 1e-2
+
+
+class LayerState(NamedTuple):
+    """x_{i+1} and dL/dx_{i+1} of several paths, with the absolute noise level of x_{i+1} (leading axis: paths)."""
+
+    x: Float[np.ndarray, "P ..."]
+    dx: Float[np.ndarray, "P ..."]
+    noise: Float[np.ndarray, " P"]
+
+
+Step = Callable[..., tuple[LsmrSolution, Array]]
+
+
+def build_system(segment: Segment, variables: Any, x: Any, dx: Any, noise: Any, gradient: Any, floor: float) -> Any:
+    """(dz, the layer's system) from what the next layer gave."""
+    preimage = segment.activation.preimage(variables, x.reshape(segment.output.shape), noise)
+    dz = preimage.slope * dx.reshape(segment.output.shape)
+    return dz, layer_system(segment, variables, preimage, dz, gradient, floor)
+
+
+def max_steps(segment: Segment) -> int:
+    """Bound on LSMR steps: a few times the unknowns, capped where a step is dear."""
+    return int(min(4 * max(int(np.prod(segment.input.shape)), 100), 6000))
+
+
+@functools.lru_cache(maxsize=256)
+def _lowered(segment: Segment, size: int, dtype: str, tolerance: float, floor: float) -> Any:
+    def step(variables: Any, x: Any, dx: Any, noise: Any, gradient: Any) -> Any:
+        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
+        rounds = 1 if dtype == "float64" else 3
+        solution = solve_lsmr(
+            system.operator, system.vector, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
+        )
+        pulled = jax.vjp(lambda x: segment.affine(variables, x), solution.x)[1](dz)[0]
+        return solution, pulled
+
+    return jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0, 0)))
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, seconds: Seconds) -> list[Step]:
+    """The compiled step of every segment for chunks of `size`, compiled side by side."""
+    keys = [(s, size, str(problem.dtype), problem.tolerance, _floor(problem)) for s in segments]
+    lowered, start = {}, time.perf_counter()
+    for key in keys:
+        if key not in _COMPILED:
+            segment = key[0]
+            shape = (size, *segment.output.shape)
+            struct = jax.ShapeDtypeStruct(shape, problem.dtype)
+            gradient = {
+                p: jax.ShapeDtypeStruct((size, *problem.gradients[p].shape[1:]), problem.dtype) for p in segment.paths
+            }
+            noise = jax.ShapeDtypeStruct((size,), problem.dtype)
+            lowered[key] = _lowered(*key).lower(dict(problem.variables), struct, struct, noise, gradient)
+    seconds.trace += time.perf_counter() - start
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        _COMPILED.update(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
+    seconds.compile += time.perf_counter() - start
+    return [_COMPILED[key] for key in keys]
+
+
+def _floor(problem: Problem) -> float:
+    return SLOPE_FLOOR if problem.rounding < 1e-12 else 0.0
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(segment: Segment, floor: float) -> Any:
+    def build(variables: Any, x: Any, dx: Any, noise: Any, gradient: Any) -> Any:
+        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
+        return dz, *materialize(system.operator, system.vector)
+
+    return jax.jit(build)
+
+
+def dense_system(problem: Problem, segment: Segment, state: LayerState, path: int, victim: int) -> Any:
+    """(dz, matrix, vector) of one path's system, as numpy arrays."""
+    gradient = {p: jnp.asarray(problem.gradients[p][victim], problem.dtype) for p in segment.paths}
+    arrays = (jnp.asarray(state.x[path]), jnp.asarray(state.dx[path]), jnp.asarray(state.noise[path]))
+    return tuple(map(np.asarray, _matrix(segment, _floor(problem))(dict(problem.variables), *arrays, gradient)))
+
+
+def run_steps(
+    problem: Problem, segment: Segment, step: Step, size: int, state: LayerState, victims: Sequence[int]
+) -> tuple[LsmrSolution, np.ndarray]:
+    """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition)."""
+    results = []
+    for start in range(0, len(victims), size):
+        rows = np.minimum(np.arange(start, start + size), len(victims) - 1)
+        owners = np.asarray(victims)[rows]
+        gradient = {p: jnp.asarray(problem.gradients[p][owners], problem.dtype) for p in segment.paths}
+        arrays = (jnp.asarray(np.asarray(a)[rows], problem.dtype) for a in state)
+        result = jax.block_until_ready(step(dict(problem.variables), *arrays, gradient))
+        keep = min(size, len(victims) - start)
+        results.append(jax.tree.map(lambda a, keep=keep: np.asarray(a)[:keep], result))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+
+
+def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:
+    """dL/dx = (df/dx)^T dz."""
+    return np.asarray(jax.vjp(lambda x: segment.affine(variables, x), jnp.asarray(x))[1](jnp.asarray(dz))[0])
+

@@ -1,0 +1,73 @@
+"""What every attack starts from: a chain of segments, weights, gradients, the loss. Never an image."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from leakjax.model import Arrays
+from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.segments import Chain
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """An observation made ready to solve in `dtype`; gradients have a leading victim axis.
+
+    `labels` are the given ones or None; `noise` is the relative rounding of the client's own precision; `chunk` bounds
+    how many victims are solved at once.
+    """
+
+    chain: Chain
+    variables: Arrays
+    gradients: Mapping[str, Float[np.ndarray, "V ..."]]
+    loss: str
+    input_range: tuple[float, float]
+    labels: Int[np.ndarray, " V"] | None
+    dtype: Any
+    noise: float
+    chunk: int = 64
+
+    @property
+    def victims(self) -> int:
+        """How many gradients there are."""
+        return len(next(iter(self.gradients.values())))
+
+    @property
+    def tolerance(self) -> float:
+        """Relative tolerance of linear solves: a few units of rounding of the solver's own dtype."""
+        return 4 * float(np.finfo(self.dtype).eps)
+
+    @property
+    def rounding(self) -> float:
+        """The larger of the client's and the solver's relative rounding."""
+        return max(self.noise, float(np.finfo(self.dtype).eps))
+
+    @property
+    def matched(self) -> float:
+        """Relative residual under which a system or a gradient counts as matched."""
+        return max(1e-8, 1e3 * self.rounding)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """An attack's answer for one victim: candidates, best first, and the layers of the best one (first to last).
+
+    `seen`: share of each input entry that the first layer determines, None where a later layer was deficient or
+    failed.
+    """
+
+    candidates: tuple[Candidate, ...]
+    layers: tuple[LayerInfo, ...]
+    seen: Float[np.ndarray, "..."] | None
+
+
+@dataclasses.dataclass
+class Seconds:
+    """Where the time went."""
+
+    trace: float = 0.0
+    compile: float = 0.0
+    solve: float = 0.0

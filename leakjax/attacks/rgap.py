@@ -1,0 +1,249 @@
+"""R-GAP (Zhu & Blaschko, arXiv 2010.07733): the layer systems solved one after another, last layer to first.
+
+Each segment's input is the minimum-norm least-squares solution of its forward and gradient constraints. Candidates of
+the head (two roots, two signs) are followed side by side and dropped as soon as a layer contradicts them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leakjax.attacks.layer_step import (
+    LayerState,
+    compile_steps,
+    dense_system,
+    pull_back_cotangent,
+    run_steps,
+)
+from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.heads import loss_pull, read_head
+from leakjax.memory import fits_in_memory
+from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.segments import Segment
+from leakjax.solvers.linear import DenseSolution, LsmrSolution, dense_bytes, lsmr_condition, solve_dense
+from leakjax.systems import segment_rows
+
+NULL_SPACE = 1e-6  # a probe that comes back with less than this lost met no null space
+ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
+DENSE_SIDE = 2500
+NOISE_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Path:
+    """One candidate on its way to the image."""
+
+    victim: int
+    label: int
+    x: np.ndarray
+    dx: np.ndarray
+    noise: float
+    layers: tuple[LayerInfo, ...]
+    seen: np.ndarray | None
+
+
+def rgap(problem: Problem, seconds: Seconds) -> list[Outcome]:
+    """Invert every victim's gradient layer by layer; one example a gradient.
+
+    Returns an `Outcome` a victim. Layers are solved by LSMR, or by singular values where LSMR found a null space or
+    bad conditioning; the rank of a layer too large for that stays None.
+    """
+    *segments, head = problem.chain.segments
+    size = min(problem.victims, problem.chunk)
+    steps = compile_steps(problem, segments, size, seconds)
+    paths = _start(problem, head)
+    for segment, step in zip(reversed(segments), reversed(steps), strict=True):
+        paths = _prune(problem, _advance(problem, segment, step, size, paths))
+    return _outcomes(problem, paths)
+
+
+def _start(problem: Problem, head: Segment) -> list[_Path]:
+    reading = read_head(
+        head,
+        problem.variables,
+        {p: jnp.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
+        problem.loss,
+        labels=problem.labels,
+        tolerance=problem.tolerance,
+        accept=problem.matched,
+    )
+    paths = []
+    for candidate in reading.candidates:
+        v = candidate.victim
+        lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
+        condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
+        if lost > NULL_SPACE:
+            rank, seen = _head_rank(problem, head, candidate.dz)
+        info = _info(problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v]))
+        dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
+        paths.append(
+            _Path(v, candidate.label, candidate.x, dx, _noise(problem, candidate.x, residual), (info,), seen)
+        )
+    return paths
+
+
+def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int, np.ndarray]:
+    """Rank and seen share of the head's gradient block alone."""
+    x = jnp.zeros(head.input.shape, problem.dtype)
+    weights = [p for p in head.paths]
+
+    def rows(x: Any) -> Any:
+        g = segment_rows(head, problem.variables, jnp.asarray(dz), x)[1]
+        return jnp.concatenate([jnp.ravel(g[p]) for p in weights])
+
+    matrix = np.asarray(jax.jacrev(rows)(x) if x.size > 4000 else jax.jacfwd(rows)(x)).reshape(-1, x.size)
+    solution = solve_dense(matrix, np.zeros(len(matrix)), tolerance=_rank_tolerance(problem, matrix.shape))
+    return solution.rank, solution.seen.reshape(x.shape)
+
+
+def _advance(problem: Problem, segment: Segment, step: Any, size: int, paths: list[_Path]) -> list[_Path]:
+    victims = [p.victim for p in paths]
+    state = LayerState(
+        np.stack([p.x for p in paths]), np.stack([p.dx for p in paths]), np.asarray([p.noise for p in paths])
+    )
+    solution, dx = run_steps(problem, segment, step, size, state, victims)
+    if segment.activation.has_masks:
+        solution, dx, state = _best_noise(problem, segment, step, size, state, victims, solution, dx)
+    return [_solved(problem, segment, state, k, path, solution, dx) for k, path in enumerate(paths)]
+
+
+def _best_noise(
+    problem: Problem, segment: Segment, step: Any, size: int, state: LayerState, victims: list[int], solution: Any, dx: Any
+) -> tuple[LsmrSolution, np.ndarray, LayerState]:
+    """Where a masked activation's system does not fit, an entry near 0 was taken for the wrong side: move the level."""
+    noise = state.noise.copy()
+    for factor in NOISE_FACTORS[1:]:
+        bad = np.flatnonzero(solution.residual > 30 * problem.rounding)
+        if not len(bad):
+            break
+        trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor)
+        other, other_dx = run_steps(problem, segment, step, size, trial, [victims[k] for k in bad])
+        better = other.residual < 0.5 * solution.residual[bad]
+
+        def merge(old: Any, new: Any, better: Any = better, bad: Any = bad) -> Any:
+            old = np.array(old)
+            old[bad[better]] = new[better]
+            return old
+
+        solution, dx = jax.tree.map(merge, solution, other), merge(dx, other_dx)
+        noise = merge(noise, trial.noise)
+    return solution, dx, state._replace(noise=noise)
+
+
+def _solved(
+    problem: Problem, segment: Segment, state: LayerState, k: int, path: _Path, solution: LsmrSolution, dx: np.ndarray
+) -> _Path:
+    n = int(np.prod(segment.input.shape))
+    x, pulled, residual = solution.x[k], dx[k], float(solution.residual[k])
+    seen: np.ndarray | None = np.ones(segment.input.shape)
+    rank: int | None = n
+    condition: float | None = lsmr_condition(solution, k)
+    if not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
+        dense = _dense(problem, segment, state, k, path.victim)
+        if dense is None:
+            rank, seen = (n, seen) if solution.lost[k] <= NULL_SPACE else (None, None)
+        else:
+            dz, answer = dense
+            rank, condition, seen = answer.rank, answer.condition, answer.seen.reshape(segment.input.shape)
+            if answer.residual <= max(2 * residual, 1e-12) or rank == n:
+                x, residual = answer.x.reshape(segment.input.shape).astype(x.dtype), answer.residual
+                pulled = pull_back_cotangent(segment, problem.variables, x, dz)
+    info = _info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
+    return dataclasses.replace(
+        path, x=x, dx=pulled, noise=_noise(problem, x, residual), layers=(info, *path.layers), seen=seen
+    )
+
+
+def _dense(
+    problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
+) -> tuple[np.ndarray, DenseSolution] | None:
+    rows = int(np.prod(segment.output.shape)) + sum(problem.gradients[p][0].size for p in segment.paths)
+    columns = int(np.prod(segment.input.shape))
+    if min(rows, columns) > 2 * DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns, 8)):
+        return None
+    dz, matrix, vector = dense_system(problem, segment, state, k, victim)
+    used = np.any(matrix != 0, axis=1)
+    return dz, solve_dense(matrix[used], vector[used], tolerance=_rank_tolerance(problem, matrix.shape))
+
+
+def _rank_tolerance(problem: Problem, shape: tuple[int, ...]) -> float:
+    return max(max(shape) * float(np.finfo(problem.dtype).eps), 10 * problem.noise)
+
+
+def _noise(problem: Problem, x: np.ndarray, residual: float) -> float:
+    """Absolute level under which an entry of x may be rounding."""
+    return 30 * max(residual if residual < 1e-3 else 0.0, problem.rounding, 3e-12) * float(np.sqrt(np.mean(x**2)))
+
+
+def _info(
+    problem: Problem, name: str, unknowns: int, rank: int | None, condition: float | None, residual: float, steps: int
+) -> LayerInfo:
+    if residual > problem.matched:
+        status = "failed"
+    else:
+        status = "determined" if rank == unknowns else "deficient"
+    deficiency = None if rank is None else rank - unknowns
+    return LayerInfo(name, unknowns, rank, deficiency, condition, residual, 0, steps, status)
+
+
+def _prune(problem: Problem, paths: list[_Path]) -> list[_Path]:
+    """Drop a victim's paths that fit a layer far worse than its best one."""
+    kept = []
+    for path in paths:
+        best = min(p.layers[0].residual for p in paths if p.victim == path.victim)
+        if path.layers[0].residual <= max(1e3 * best, problem.matched):
+            kept.append(path)
+    return kept
+
+
+def _outcomes(problem: Problem, paths: list[_Path]) -> list[Outcome]:
+    residuals = _gradient_residuals(problem, paths)
+    low, high = problem.input_range
+    slack = 5e-3 * (high - low)
+    outcomes = []
+    for victim in range(problem.victims):
+        mine = [(r, p) for r, p in zip(residuals, paths, strict=True) if p.victim == victim]
+        inside = [(r, p) for r, p in mine if p.x.min() >= low - slack and p.x.max() <= high + slack]
+        mine = sorted(inside or mine, key=lambda pair: pair[0])
+        best = mine[0][0] if mine else np.inf
+        mine = [pair for pair in mine if pair[0] <= max(10 * best, problem.matched)]
+        candidates = tuple(Candidate(p.x[0], p.label, float(r)) for r, p in mine)
+        outcomes.append(Outcome(candidates, mine[0][1].layers if mine else (), _seen(mine[0][1]) if mine else None))
+    return outcomes
+
+
+def _seen(path: _Path) -> np.ndarray | None:
+    later = [info.status for info in path.layers[1:]]
+    whole = all(status == "determined" for status in later) and path.layers[0].status != "failed"
+    return path.seen[0] if whole and path.seen is not None else None
+
+
+def _gradient_residuals(problem: Problem, paths: list[_Path]) -> list[float]:
+    """||g(x) - g|| / ||g|| of every path, through the chain of segments."""
+    segments = problem.chain.segments
+
+    @jax.jit
+    def gradient(variables: Any, x: Any, label: Any) -> Any:
+        inputs, zs = [x], []
+        for segment in segments:
+            zs.append(segment.affine(variables, inputs[-1]))
+            inputs.append(segment.activation.function(variables, zs[-1]))
+        dz = loss_pull(segments[-1], variables, problem.loss, zs[-1], label)
+        found = {}
+        for k in reversed(range(len(segments))):
+            found.update(segment_rows(segments[k], variables, dz, inputs[k])[1])
+            if k:
+                dx = jax.vjp(lambda x, s=segments[k]: s.affine(variables, x), inputs[k])[1](dz)[0]
+                dz = segments[k - 1].activation.slope(variables, zs[k - 1]) * dx
+        return found
+
+    residuals = []
+    for path in paths:
+        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.label))
+        given = {p: problem.gradients[p][path.victim] for p in found}
+        error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
+        residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
+    return residuals

@@ -1,0 +1,154 @@
+"""`invert`: from an observation to images, with a certificate."""
+
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.errors import InputError, unknown_name
+from leakjax.model import Model
+from leakjax.observation import Observation, run_model
+from leakjax.precision import compute_in
+from leakjax.reconstruction import Certificate, Reconstruction
+from leakjax.segments import Chain, read_segments
+
+
+def invert(
+    observation: Observation,
+    *,
+    attack: str = DEFAULT_ATTACK,
+    dtype: str = "float64",
+    labels: Any = None,
+    chunk: int = 64,
+) -> Reconstruction:
+    """Reconstruct the images behind the gradients of an observation.
+
+    Arguments:
+    - `observation`: what a server sees, from `observe` or `read_capture`;
+    - `attack`: a name of `attacks.ATTACKS`;
+    - `dtype`: precision of the solves, "float64" or "float32" (float32 refines iteratively and still loses digits:
+      see each layer's residual);
+    - `labels`: (V,) integers if the labels are known; recovered otherwise;
+    - `chunk`: how many victims are solved at once by `vmap`; less takes less memory.
+
+    Returns a `Reconstruction`, one image a victim.
+    Raises `InputError` for an unknown attack, more than one example a gradient, or a model that cannot be read.
+
+    Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
+    """
+    start = time.perf_counter()
+    if attack not in ATTACKS:
+        raise unknown_name("attack", attack, ATTACKS)
+    if observation.examples != 1:
+        raise InputError(
+            f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; use batch_size=1"
+        )
+    if chunk < 1:
+        raise InputError(f"chunk must be at least 1, got {chunk}")
+    seconds = Seconds()
+    with compute_in(dtype) as floating:
+        model = _cast(observation.model, dtype)
+        run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+        chain = _read(model, tuple(observation.input_shape), dtype)
+        seconds.trace += time.perf_counter() - start
+        precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(chain.precision).eps))
+        gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
+        problem = Problem(
+            chain,
+            model.variables,
+            gradients,
+            observation.loss,
+            observation.input_range,
+            _check_labels(labels, observation),
+            floating,
+            precision,
+            chunk,
+        )
+        before, begun = seconds.trace + seconds.compile, time.perf_counter()
+        outcomes = ATTACKS[attack].run(problem, seconds)
+        seconds.solve = time.perf_counter() - begun - (seconds.trace + seconds.compile - before)
+    return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, seconds, start)
+
+
+@functools.lru_cache(maxsize=16)
+def _cast(model: Model, dtype: str) -> Model:
+    return model.astype(dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _read(model: Model, input_shape: tuple[int, ...], dtype: str) -> Chain:
+    return read_segments(model, input_shape, dtype)
+
+
+def _check_labels(labels: Any, observation: Observation) -> np.ndarray | None:
+    if labels is None:
+        return None
+    given = np.asarray(labels)
+    if given.shape != (observation.victims,) or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"labels must be {observation.victims} integers, one a gradient, got shape {given.shape}")
+    return given
+
+
+def _assemble(
+    observation: Observation,
+    problem: Problem,
+    outcomes: list[Outcome],
+    attack: str,
+    dtype: str,
+    given: bool,
+    seconds: Seconds,
+    start: float,
+) -> Reconstruction:
+    shape = tuple(observation.input_shape)
+    unknowns = int(np.prod(shape))
+    low, high = observation.input_range
+    images, labels, determined, residuals, certificates = [], [], [], [], []
+    for outcome in outcomes:
+        best = outcome.candidates[0] if outcome.candidates else None
+        images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)
+        labels.append(-1 if best is None else best.label)
+        residuals.append(np.inf if best is None else best.gradient_residual)
+        certificate = certify(problem, outcome, unknowns)
+        certificates.append(certificate)
+        trusted = certificate.status != "failed" and outcome.seen is not None
+        determined.append(outcome.seen if trusted else np.zeros(shape))
+    return Reconstruction(
+        attack,
+        dtype,
+        np.stack(images).astype(dtype),
+        np.asarray(labels),
+        "given" if given else "recovered",
+        np.stack(determined).astype(float),
+        np.asarray(residuals),
+        tuple(certificates),
+        tuple(outcome.layers for outcome in outcomes),
+        tuple(outcome.candidates for outcome in outcomes),
+        {"trace": seconds.trace, "compile": seconds.compile, "solve": seconds.solve, "total": time.perf_counter() - start},
+    )
+
+
+def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
+    """The certificate of one outcome; see `Certificate`. No truth is used.
+
+    An image error is bounded by the first layer's condition times the relative error that reaches it; where that bound
+    exceeds 1e-3 nothing is certified.
+    """
+    if not outcome.candidates:
+        return Certificate("failed", None, unknowns, None, "head")
+    layers = outcome.layers
+    condition = layers[0].condition
+    failed = next((info.name for info in reversed(layers) if info.status == "failed"), None)
+    if failed is None:
+        failed = next((i.name for i in reversed(layers) if (i.condition or np.inf) * i.residual > 1e-3), None)
+    if failed is None and outcome.candidates[0].gradient_residual > problem.matched:
+        failed = next((info.name for info in reversed(layers) if info.status != "determined"), layers[0].name)
+    if failed is None and any(info.status != "determined" for info in layers[1:]):
+        failed = next(info.name for info in reversed(layers) if info.status != "determined")
+    if failed is not None:
+        return Certificate("failed", None, unknowns, condition, failed)
+    whole = layers[0].status == "determined" and len(outcome.candidates) == 1
+    return Certificate("exact" if whole else "ambiguous", layers[0].rank, unknowns, condition)

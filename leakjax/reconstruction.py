@@ -1,0 +1,82 @@
+"""What an attack returns: images, labels, what each layer gave, and how sure it is."""
+
+import dataclasses
+from typing import Literal
+
+from jaxtyping import Float, Int
+import numpy as np
+
+Status = Literal["exact", "ambiguous", "failed"]
+LayerStatus = Literal["determined", "deficient", "pulled_back", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInfo:
+    """One layer's linear system: `unknowns`, `rank` (None where too large to know), `rank_deficiency` = rank -
+    unknowns, `condition` = largest over smallest non-zero singular value, `residual` = ||A x - b|| / ||b||,
+    `pull_back_depth` and solver `steps`."""
+
+    name: str
+    unknowns: int
+    rank: int | None
+    rank_deficiency: int | None
+    condition: float | None
+    residual: float
+    pull_back_depth: int
+    steps: int
+    status: LayerStatus
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """How far a reconstruction can be trusted, known without the truth.
+
+    - `exact`: the gradient is matched and every layer's system determines its unknowns, no second candidate stands;
+    - `ambiguous`: the gradient is matched, but `unknowns - leaked_dimensions` directions, or the listed candidates,
+      cannot be told apart;
+    - `failed`: the gradient is not matched; `layer` names where it went wrong.
+    """
+
+    status: Status
+    leaked_dimensions: int | None
+    unknowns: int
+    condition: float | None
+    layer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidate:
+    """One image that explains a gradient, with its label and ||g(x) - g|| / ||g||."""
+
+    image: Float[np.ndarray, "H W C"]
+    label: int
+    gradient_residual: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """Images of V victims in the model's input range, best candidate first.
+
+    - `images` (V, H, W, C), `labels` (V,), `label_source` ("recovered" or "given");
+    - `determined` (V, H, W, C): share of each entry that the gradient determines, 1 = all, 0 = unseen;
+    - `gradient_residual` (V,): ||g(x) - g|| / ||g||;
+    - `certificates`, `layers` (first layer to last), `candidates`: one entry a victim;
+    - `seconds`: trace, compile, solve, total.
+    """
+
+    attack: str
+    dtype: str
+    images: Float[np.ndarray, "V H W C"]
+    labels: Int[np.ndarray, " V"]
+    label_source: str
+    determined: Float[np.ndarray, "V H W C"]
+    gradient_residual: Float[np.ndarray, " V"]
+    certificates: tuple[Certificate, ...]
+    layers: tuple[tuple[LayerInfo, ...], ...]
+    candidates: tuple[tuple[Candidate, ...], ...]
+    seconds: dict[str, float]
+
+    @property
+    def unseen_pixels(self) -> Int[np.ndarray, " V"]:
+        """How many positions are determined below 1e-6 in every channel, by victim."""
+        return np.sum(np.all(self.determined < 1e-6, axis=-1), axis=tuple(range(1, self.determined.ndim - 1)))
