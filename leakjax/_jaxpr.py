@@ -194,6 +194,18 @@ def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruc
     return not consts and _jaxpr_is_elementwise(body, shape)
 
 
+def work(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct]) -> int:
+    """How many numbers an equation's outputs hold, a convolution's patches included."""
+    size = max(math.prod(structs[o].shape) for o in equation.outputs)
+    if equation.name != "conv_general_dilated":
+        return size
+    right = equation.inputs[1]
+    shape = structs[right].shape if isinstance(right, int) else np.shape(right.value)
+    features = structs[equation.outputs[0]].shape[equation.params["dimension_numbers"][2][1]]
+    window = math.prod(shape) // features  # (kernel window) x (input channels of a group)
+    return max(size, size // features * window * equation.params["feature_group_count"])
+
+
 def dtype_of_least_precision(graph: Graph) -> Any:
     """The least precise floating dtype among all values of a graph."""
     floating = [s.dtype for s in graph.structs.values() if jnp.issubdtype(s.dtype, jnp.floating)]

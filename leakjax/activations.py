@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from leakjax.errors import InputError, unknown_name
+
 Function = Callable[[Array], Array]
 
 
@@ -197,27 +199,26 @@ def build_activation(
     return Activation("elementwise", function, None, None, _monotone_pieces(apply, dtype))
 
 
+@functools.lru_cache(maxsize=64)
 def parse_activation(text: str) -> Function:
-    """The function named `NAME[:PARAMETER]`, as in `leaky_relu:0.01`.
+    """The function named `NAME[:PARAMETER]`, as in `leaky_relu:0.01`; the same object for the same text.
 
-    Raises `ValueError` for an unknown name or a parameter that the activation does not take.
+    Raises `InputError` for an unknown name or a parameter that the activation does not take.
     """
     name, _, parameter = text.partition(":")
     if name not in ACTIVATIONS:
-        from leakjax.errors import unknown_name
-
         raise unknown_name("activation", name, ACTIVATIONS)
     kind = ACTIVATIONS[name]
     if not parameter:
         return functools.partial(_call, kind, kind.default)
     if kind.default is None:
-        raise ValueError(f"activation {name!r} takes no parameter; write {name!r}")
+        raise InputError(f"activation {name!r} takes no parameter; write {name!r}")
     try:
         value = float(parameter)
     except ValueError:
-        raise ValueError(f"activation parameter {parameter!r} is not a number; write for example {name}:0.01") from None
+        raise InputError(f"activation parameter {parameter!r} is not a number; write for example {name}:0.01") from None
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"activation parameter must be positive and finite, got {parameter}")
+        raise InputError(f"activation parameter must be positive and finite, got {parameter}")
     return functools.partial(_call, kind, value)
 
 

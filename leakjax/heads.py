@@ -141,7 +141,7 @@ def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
     def off(variables: Arrays, x: Array, dz: Array, labels: Array) -> Array:
         z = segment.affine(variables, x)
         pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
-        return jnp.linalg.norm((pulls - dz).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
+        return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
 
     return jax.jit(jax.vmap(off, in_axes=(None, 0, 0, None)))
 

@@ -2,19 +2,22 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.attacks.problem import Outcome, Problem, Monitor
 from leakjax.errors import InputError, unknown_name
 from leakjax.model import Model
 from leakjax.observation import Observation, run_model
 from leakjax.precision import compute_in
 from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
+
+SOLVERS = ("auto", "lsmr", "dense")
 
 
 def invert(
@@ -23,7 +26,9 @@ def invert(
     attack: str = DEFAULT_ATTACK,
     dtype: str = "float64",
     labels: Any = None,
+    solver: str = "auto",
     chunk: int = 64,
+    progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
 
@@ -33,6 +38,9 @@ def invert(
     - `dtype`: precision of the solves, "float64" or "float32" (float32 refines iteratively and still loses digits:
       see each layer's residual);
     - `labels`: (V,) integers if the labels are known; recovered otherwise;
+    - `solver`: "lsmr" is matrix-free, "dense" factorizes every layer's matrix, "auto" does the latter only where LSMR
+      met a null space or bad conditioning and the matrix is small;
+    - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory.
 
     Returns a `Reconstruction`, one image a victim.
@@ -47,14 +55,16 @@ def invert(
         raise InputError(
             f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; use batch_size=1"
         )
+    if solver not in SOLVERS:
+        raise unknown_name("solver", solver, SOLVERS)
     if chunk < 1:
         raise InputError(f"chunk must be at least 1, got {chunk}")
-    seconds = Seconds()
+    monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         model = _cast(observation.model, dtype)
         run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
         chain = _read(model, tuple(observation.input_shape), dtype)
-        seconds.trace += time.perf_counter() - start
+        monitor.trace += time.perf_counter() - start
         precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(chain.precision).eps))
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         problem = Problem(
@@ -67,11 +77,12 @@ def invert(
             floating,
             precision,
             chunk,
+            solver,
         )
-        before, begun = seconds.trace + seconds.compile, time.perf_counter()
-        outcomes = ATTACKS[attack].run(problem, seconds)
-        seconds.solve = time.perf_counter() - begun - (seconds.trace + seconds.compile - before)
-    return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, seconds, start)
+        before, begun = monitor.trace + monitor.compile, time.perf_counter()
+        outcomes = ATTACKS[attack].run(problem, monitor)
+        monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
+    return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +111,7 @@ def _assemble(
     attack: str,
     dtype: str,
     given: bool,
-    seconds: Seconds,
+    monitor: Monitor,
     start: float,
 ) -> Reconstruction:
     shape = tuple(observation.input_shape)
@@ -127,7 +138,7 @@ def _assemble(
         tuple(certificates),
         tuple(outcome.layers for outcome in outcomes),
         tuple(outcome.candidates for outcome in outcomes),
-        {"trace": seconds.trace, "compile": seconds.compile, "solve": seconds.solve, "total": time.perf_counter() - start},
+        {"trace": monitor.trace, "compile": monitor.compile, "solve": monitor.solve, "total": time.perf_counter() - start},
     )
 
 

@@ -73,13 +73,11 @@ def observe(
     images, labels = _check_batch(batch, input_range, batch_size)
     with compute_in(dtype) as floating:
         read = read.astype(floating)
-        outputs = run_model(read, jax.ShapeDtypeStruct((1, *images.shape[1:]), floating))
-        if outputs.ndim != 2:
-            raise InputError(f"model must return logits of shape (examples, outputs), got {outputs.shape}")
-        if labels.min() < 0 or labels.max() >= labels_of(outputs.shape[1]):
+        outputs = output_count(read, images.shape[1:])
+        if labels.min() < 0 or labels.max() >= labels_of(outputs):
             raise InputError(
-                f"labels must be in 0..{labels_of(outputs.shape[1]) - 1} for a model with {outputs.shape[1]} "
-                f"outputs, got {labels.min()}..{labels.max()}"
+                f"labels must be in 0..{labels_of(outputs) - 1} for a model with {outputs} outputs, "
+                f"got {labels.min()}..{labels.max()}"
             )
         groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
         gradient = _client_gradient(read, loss)
@@ -106,6 +104,14 @@ def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model cannot run on an input of shape {tuple(x.shape)}: {first}") from error
+
+
+def output_count(model: Model, input_shape: Sequence[int]) -> int:
+    """How many logits a model returns for one example of `input_shape`."""
+    outputs = run_model(model, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    if outputs.ndim != 2:
+        raise InputError(f"model must return logits of shape (examples, outputs), got {outputs.shape}")
+    return outputs.shape[1]
 
 
 @functools.lru_cache(maxsize=16)

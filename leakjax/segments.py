@@ -29,7 +29,8 @@ class Segment:
 
     - `name`: the parameters' common path, or "segmentK" where it has none;
     - `paths`: the parameters that `affine` reads;
-    - `input`, `output`: shapes and dtypes of x and z, leading batch axis 1 included.
+    - `input`, `output`: shapes and dtypes of x and z, leading batch axis 1 included;
+    - `work`: numbers that evaluating `affine` once holds at its peak (patches of a convolution included).
     """
 
     name: str
@@ -38,6 +39,7 @@ class Segment:
     output: jax.ShapeDtypeStruct
     affine: Callable[[Arrays, Float[Array, "..."]], Float[Array, "..."]]
     activation: Activation
+    work: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,8 +177,8 @@ def _segment(
 
     def reader(start: int, end: int) -> tuple[Callable[[Arrays, Any], Any], list[str]]:
         equations = graph.needed(end, [start])
-        read = {v for e in equations for v in e.inputs if isinstance(v, int)}
-        used = [path for v, path in by_id.items() if v in read]
+        read = dict.fromkeys(v for e in equations for v in e.inputs if isinstance(v, int))
+        used = [by_id[v] for v in read if v in by_id]  # in order of first use
 
         def apply(variables: Arrays, x: Any) -> Any:
             env = {v: variables[path] for v, path in by_id.items() if path in used}
@@ -195,7 +197,8 @@ def _segment(
         graph.structs[affine[0]],
         graph.structs[affine[1]],
         apply,
-        activation if elementwise[0] != elementwise[1] else dataclasses.replace(activation, name="identity"),
+        activation,
+        max((_jaxpr.work(e, graph.structs) for e in graph.needed(affine[1], [affine[0]])), default=1),
     )
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.attacks.problem import Outcome, Problem, Monitor
 from leakjax.attacks.rgap import rgap
 
 
 class Attack(NamedTuple):
     """An attack and what `leakjax list attacks` says of it."""
 
-    run: Callable[[Problem, Seconds], list[Outcome]]
+    run: Callable[[Problem, Monitor], list[Outcome]]
     summary: str
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.attacks.problem import Problem, Seconds
+from leakjax.attacks.problem import Problem, Monitor
 from leakjax.segments import Segment
 from leakjax.solvers.linear import LsmrSolution, materialize, solve_lsmr
 from leakjax.systems import layer_system
@@ -59,7 +59,7 @@ def _lowered(segment: Segment, size: int, dtype: str, tolerance: float, floor: f
 _COMPILED: dict[Any, Any] = {}
 
 
-def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, seconds: Seconds) -> list[Step]:
+def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
     """The compiled step of every segment for chunks of `size`, compiled side by side."""
     keys = [(s, size, str(problem.dtype), problem.tolerance, _floor(problem)) for s in segments]
     lowered, start = {}, time.perf_counter()
@@ -73,11 +73,11 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, seco
             }
             noise = jax.ShapeDtypeStruct((size,), problem.dtype)
             lowered[key] = _lowered(*key).lower(dict(problem.variables), struct, struct, noise, gradient)
-    seconds.trace += time.perf_counter() - start
+    monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         _COMPILED.update(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
-    seconds.compile += time.perf_counter() - start
+    monitor.compile += time.perf_counter() - start
     return [_COMPILED[key] for key in keys]
 
 

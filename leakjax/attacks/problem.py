@@ -1,7 +1,7 @@
 """What every attack starts from: a chain of segments, weights, gradients, the loss. Never an image."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ class Problem:
     """An observation made ready to solve in `dtype`; gradients have a leading victim axis.
 
     `labels` are the given ones or None; `noise` is the relative rounding of the client's own precision; `chunk` bounds
-    how many victims are solved at once.
+    how many victims are solved at once; `solver` is "auto", "lsmr" or "dense".
     """
 
     chain: Chain
@@ -29,6 +29,7 @@ class Problem:
     dtype: Any
     noise: float
     chunk: int = 64
+    solver: str = "auto"
 
     @property
     def victims(self) -> int:
@@ -65,9 +66,10 @@ class Outcome:
 
 
 @dataclasses.dataclass
-class Seconds:
-    """Where the time went."""
+class Monitor:
+    """Where the time goes, and a listener for what is being done."""
 
     trace: float = 0.0
     compile: float = 0.0
     solve: float = 0.0
+    tell: Callable[[str], None] = lambda stage: None

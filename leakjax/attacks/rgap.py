@@ -18,7 +18,8 @@ from leakjax.attacks.layer_step import (
     pull_back_cotangent,
     run_steps,
 )
-from leakjax.attacks.problem import Outcome, Problem, Seconds
+from leakjax.attacks.problem import Outcome, Problem, Monitor
+from leakjax.errors import InputError
 from leakjax.heads import loss_pull, read_head
 from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import Candidate, LayerInfo
@@ -28,7 +29,7 @@ from leakjax.systems import segment_rows
 
 NULL_SPACE = 1e-6  # a probe that comes back with less than this lost met no null space
 ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
-DENSE_SIDE = 2500
+DENSE_SIDE = 4000
 NOISE_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)
 
 
@@ -45,7 +46,7 @@ class _Path:
     seen: np.ndarray | None
 
 
-def rgap(problem: Problem, seconds: Seconds) -> list[Outcome]:
+def rgap(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """Invert every victim's gradient layer by layer; one example a gradient.
 
     Returns an `Outcome` a victim. Layers are solved by LSMR, or by singular values where LSMR found a null space or
@@ -53,9 +54,13 @@ def rgap(problem: Problem, seconds: Seconds) -> list[Outcome]:
     """
     *segments, head = problem.chain.segments
     size = min(problem.victims, problem.chunk)
-    steps = compile_steps(problem, segments, size, seconds)
+    _check_memory(problem, size)
+    monitor.tell(f"compiling {len(segments)} layers")
+    steps = compile_steps(problem, segments, size, monitor)
+    monitor.tell("reading the head")
     paths = _start(problem, head)
     for segment, step in zip(reversed(segments), reversed(steps), strict=True):
+        monitor.tell(f"solving {segment.name}")
         paths = _prune(problem, _advance(problem, segment, step, size, paths))
     return _outcomes(problem, paths)
 
@@ -116,7 +121,7 @@ def _best_noise(
     """Where a masked activation's system does not fit, an entry near 0 was taken for the wrong side: move the level."""
     noise = state.noise.copy()
     for factor in NOISE_FACTORS[1:]:
-        bad = np.flatnonzero(solution.residual > 30 * problem.rounding)
+        bad = np.flatnonzero(solution.residual > max(30 * problem.rounding, 1e-9))
         if not len(bad):
             break
         trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor)
@@ -141,14 +146,14 @@ def _solved(
     seen: np.ndarray | None = np.ones(segment.input.shape)
     rank: int | None = n
     condition: float | None = lsmr_condition(solution, k)
-    if not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
+    if problem.solver == "dense" or not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
         dense = _dense(problem, segment, state, k, path.victim)
         if dense is None:
             rank, seen = (n, seen) if solution.lost[k] <= NULL_SPACE else (None, None)
         else:
             dz, answer = dense
             rank, condition, seen = answer.rank, answer.condition, answer.seen.reshape(segment.input.shape)
-            if answer.residual <= max(2 * residual, 1e-12) or rank == n:
+            if problem.solver == "dense" or answer.residual <= max(2 * residual, 1e-12) or rank == n:
                 x, residual = answer.x.reshape(segment.input.shape).astype(x.dtype), answer.residual
                 pulled = pull_back_cotangent(segment, problem.variables, x, dz)
     info = _info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
@@ -160,13 +165,34 @@ def _solved(
 def _dense(
     problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
 ) -> tuple[np.ndarray, DenseSolution] | None:
-    rows = int(np.prod(segment.output.shape)) + sum(problem.gradients[p][0].size for p in segment.paths)
-    columns = int(np.prod(segment.input.shape))
-    if min(rows, columns) > 2 * DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns, 8)):
+    rows, columns = _matrix_shape(problem, segment)
+    large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns, 8))
+    if problem.solver == "lsmr" or (problem.solver == "auto" and large):
         return None
     dz, matrix, vector = dense_system(problem, segment, state, k, victim)
     used = np.any(matrix != 0, axis=1)
     return dz, solve_dense(matrix[used], vector[used], tolerance=_rank_tolerance(problem, matrix.shape))
+
+
+def _matrix_shape(problem: Problem, segment: Segment) -> tuple[int, int]:
+    rows = int(np.prod(segment.output.shape)) + sum(problem.gradients[p][0].size for p in segment.paths)
+    return rows, int(np.prod(segment.input.shape))
+
+
+def _check_memory(problem: Problem, size: int) -> None:
+    """Refuse, before anything is compiled, what this machine's memory cannot hold."""
+    itemsize = np.dtype(problem.dtype).itemsize
+    for segment in problem.chain.segments[:-1]:
+        rows, columns = _matrix_shape(problem, segment)
+        if problem.solver == "dense":
+            needed, remedy = dense_bytes(rows, columns, itemsize), 'the matrix-free solver="lsmr" (--solver lsmr)'
+        else:
+            needed, remedy = 12 * size * itemsize * segment.work, f"a chunk below {size} victims"
+        if not fits_in_memory(needed):
+            raise InputError(
+                f"layer {segment.name!r} would take {needed:,} bytes of memory, more than this machine has free; "
+                f"use {remedy}"
+            )
 
 
 def _rank_tolerance(problem: Problem, shape: tuple[int, ...]) -> float:

@@ -1,5 +1,6 @@
-"""The one shape that the papers' networks share: convolutions, each with an activation, and a dense head."""
+"""The two shapes that the papers' networks have: convolutions with a dense head, and dense layers alone."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -67,4 +68,34 @@ class ConvNet(nnx.Module):
         for k in range(1, self.depth + 1):
             x = self.activations[k - 1](getattr(self, f"conv{k}")(x))
         x = self.head(jnp.reshape(x, (x.shape[0], -1)))
+        return x if self.logits is None else self.logits(x)
+
+
+class DenseNet(nnx.Module):
+    """Dense layers `dense1`, `dense2`, ... on the flattened image, an activation between them."""
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+        activation: Callable[[Any], Any],
+        logits: Callable[[Any], Any] | None = None,
+        bias: bool = False,
+        init: str = "torch",
+    ):
+        self.depth = len(widths) - 1
+        self.activation = activation
+        self.logits = logits
+        for k, (inputs, outputs) in enumerate(itertools.pairwise(widths), 1):
+            draw = INITIALIZATIONS[init](inputs)
+            layer = nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=draw, bias_init=draw, rngs=rngs)
+            setattr(self, f"dense{k}", layer)
+
+    def __call__(self, x: Any) -> Any:
+        """Logits (N, outputs) of images (N, H, W, C)."""
+        x = jnp.reshape(x, (x.shape[0], -1))
+        for k in range(1, self.depth):
+            x = self.activation(getattr(self, f"dense{k}")(x))
+        x = getattr(self, f"dense{self.depth}")(x)
         return x if self.logits is None else self.logits(x)

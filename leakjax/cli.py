@@ -1,0 +1,251 @@
+"""The command line: thin commands over the library."""
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from leakjax.errors import InputError, unknown_name
+
+app = typer.Typer(
+    name="leakjax",
+    help="What a gradient gives away about the image that produced it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Option("--model", "-m", metavar="NAME|package.module:factory", help="Model to use.")]
+ActivationName = Annotated[str | None, typer.Option("--activation", metavar="NAME[:PARAMETER]")]
+Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Data set; see `leakjax list datasets`.")]
+Index = Annotated[str, typer.Option("--index", metavar="I[,J..]", help="Which images: a victim each.")]
+ImagesFile = Annotated[Path | None, typer.Option("--images", metavar="FILE.npz", help="Your own images and labels.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", help="Consecutive images in one gradient.")]
+LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Loss, by Optax's name.")]
+Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
+Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
+Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="float64|float32")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable summary, and nothing else, on stdout.")]
+
+
+@app.command()
+def invert(
+    model: Name = "cnn6",
+    attack: Annotated[str | None, typer.Option("--attack", metavar="NAME", help="See `leakjax list attacks`.")] = None,
+    activation: ActivationName = None,
+    dataset: Dataset = "samples",
+    index: Index = "0",
+    images: ImagesFile = None,
+    capture: Annotated[Path | None, typer.Option("--capture", metavar="FILE.npz", help="A written gradient.")] = None,
+    torch_capture: Annotated[
+        Path | None, typer.Option("--torch-capture", metavar="FILE.npz", help="A gradient from PyTorch.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option("--truth", metavar="FILE.npz", help="Images beside a capture, for the report only.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
+    batch_size: BatchSize = 1,
+    loss: LossName = None,
+    input_shape: Shape = None,
+    input_range: Range = None,
+    init: Init = None,
+    solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
+    seed: Seed = 0,
+    dtype: Dtype = "float64",
+    out: Out = Path("leakjax-out"),
+    json_output: Json = False,
+) -> None:
+    """Reconstruct the images behind gradients; writes report.json, reconstruction.npz and figure.png."""
+    with _session() as console:
+        from leakjax import inversion
+        from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+        from leakjax.report.figure import draw_figure
+        from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
+        from leakjax.report.table import print_report
+        from leakjax.setup import Setup
+
+        attack = attack or DEFAULT_ATTACK
+        if attack not in ATTACKS:
+            raise unknown_name("attack", attack, ATTACKS)
+        if truth is not None and capture is None and torch_capture is None:
+            raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
+        if sum(source is not None for source in (images, capture, torch_capture)) > 1:
+            raise InputError("give one of --images, --capture and --torch-capture")
+        directory = _writable(out)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        if capture is not None or torch_capture is not None:
+            observation, shown = setup.from_capture(capture, torch_capture, truth)
+        else:
+            observation, shown = setup.observe(dataset, _integers("--index", index), images, batch_size, dtype)
+        given = None if labels is None else _integers("--labels", labels)
+        with _progress(console) as tell:
+            result = inversion.invert(
+                observation, attack=attack, dtype=dtype, labels=given, solver=solver, progress=tell
+            )
+        report = build_report(RunInfo(model, setup.activation, seed), observation, result, shown)
+        write_report(directory, report, result)
+        pictures = unit_scale(result.images, observation.input_range)
+        draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
+        if json_output:
+            print(json.dumps(report, allow_nan=False))
+        else:
+            print_report(console, report)
+            console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+@app.command()
+def capture(
+    model: Name = "cnn6",
+    activation: ActivationName = None,
+    dataset: Dataset = "samples",
+    index: Index = "0",
+    images: ImagesFile = None,
+    batch_size: BatchSize = 1,
+    loss: LossName = None,
+    input_shape: Shape = None,
+    input_range: Range = None,
+    init: Init = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float64",
+    out: Out = Path("leakjax-out"),
+    json_output: Json = False,
+) -> None:
+    """Write the gradient that a client would send, with the weights, to capture.npz; never the image."""
+    with _session() as console:
+        from leakjax.captures import write_capture
+        from leakjax.setup import Setup
+
+        directory = _writable(out)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        observation, _ = setup.observe(dataset, _integers("--index", index), images, batch_size, dtype)
+        path = directory / "capture.npz"
+        write_capture(observation, path)
+        if json_output:
+            summary = {"capture": str(path), "model": model, "activation": setup.activation, "dtype": dtype}
+            print(json.dumps({**summary, "victims": observation.victims, "examples": observation.examples}))
+        else:
+            console.print(f"wrote {path}: {observation.victims} gradient(s) of {model}", highlight=False)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="models|attacks|datasets|defenses|activations")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write WHAT.json there.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Without effect here.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """List what can be named on the command line."""
+    del seed
+    with _session():
+        tables = _tables()
+        if what not in tables:
+            raise unknown_name("list", what, tables)
+        rows = tables[what]()
+        if out is not None:
+            (_writable(out) / f"{what}.json").write_text(json.dumps(rows, indent=2) + "\n")
+        if json_output:
+            print(json.dumps(rows))
+        else:
+            table = Table("name", "summary", title=what, title_justify="left")
+            for name, summary in rows.items():
+                table.add_row(name, summary)
+            Console(soft_wrap=False).print(table if rows else f"no {what} in this version")
+
+
+def main() -> None:
+    """Entry point of `leakjax`."""
+    app()
+
+
+def _tables() -> dict[str, Callable[[], dict[str, str]]]:
+    def models() -> dict[str, str]:
+        from leakjax.models import MODELS
+
+        return {name: f"{spec.summary}; default {spec.activation}" for name, spec in MODELS.items()}
+
+    def attacks() -> dict[str, str]:
+        from leakjax.attacks import ATTACKS
+
+        return {name: attack.summary for name, attack in ATTACKS.items()}
+
+    def datasets() -> dict[str, str]:
+        from leakjax.datasets import DATASETS
+
+        return dict(DATASETS)
+
+    def activations() -> dict[str, str]:
+        from leakjax.activations import ACTIVATIONS
+
+        return {
+            name: "no parameter" if kind.default is None else f"parameter, default {kind.default:g}"
+            for name, kind in ACTIVATIONS.items()
+        }
+
+    return {"models": models, "attacks": attacks, "datasets": datasets, "defenses": dict, "activations": activations}
+
+
+@contextlib.contextmanager
+def _session() -> Iterator[Console]:
+    """Set up the process, and turn `InputError` into one line and exit status 2."""
+    console = Console(stderr=True)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    try:
+        _enable_compilation_cache()
+        yield console
+    except InputError as error:
+        print(f"leakjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs between runs, unless the user's own settings say otherwise."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "leakjax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    with console.status("starting") as status:
+        yield lambda stage: status.update(stage)
+
+
+def _writable(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".leakjax-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--out: cannot write to {directory} ({reason}); name another folder") from None
+    return directory
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option}: expected integers separated by commas, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    main()
+
+

@@ -1,0 +1,110 @@
+"""From a data set's name, or a file, to images and labels in arrays; and from uint8 to a model's range and back."""
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64, Shaped, UInt8
+
+from leakjax.datasets import foolbox, prepared
+from leakjax.errors import InputError
+
+
+class Images(NamedTuple):
+    """Labeled images as their files hold them: `images` (N, H, W, C) in 0..255 and `labels` (N,)."""
+
+    images: UInt8[np.ndarray, "N H W C"]
+    labels: Int64[np.ndarray, " N"]
+
+
+def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int, int]) -> Images:
+    """The images at `indices` of the data set `name`, in that order. Nothing is ever downloaded.
+
+    Arguments:
+    - `name`: a name of `DATASETS`, or a tensorflow-datasets set prepared on this machine as array_record;
+    - `indices`: which images, counted from 0 within the split (`test` if there is one, else the first);
+    - `input_shape`: (H, W, C) that the model takes; it chooses the size of `samples`.
+
+    Raises `InputError` for a set that is unknown or not here, an index out of range, or images of another shape.
+    """
+    shape = tuple(int(n) for n in input_shape)
+    read = _SOURCES.get(name)
+    source = read(shape) if read else prepared.source(name, _SOURCES)
+    for index in indices:
+        if not 0 <= index < len(source):
+            raise InputError(f"--index {index} is out of range: {name!r} has images 0..{len(source) - 1}")
+    records = [source[int(index)] for index in indices]
+    if not records:
+        raise InputError("--index must name at least one image")
+    for index, record in zip(indices, records, strict=True):
+        if record["image"].shape != shape:
+            raise InputError(
+                f"image {index} of {name!r} has shape {record['image'].shape}, the model takes {shape}; choose another "
+                "model or data set"
+            )
+    return Images(np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int64))
+
+
+def load_npz(path: str | os.PathLike) -> Images:
+    """The arrays `images`, uint8 (N, H, W, C), and `labels`, integers (N,), of the npz file that --images names.
+
+    Raises `InputError` for a file that is missing or corrupt, holds pickles, or lacks those arrays in those shapes.
+    """
+    where = f"--images {os.fspath(path)}"
+    if not os.path.isfile(path):
+        raise InputError(f"{where}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{where}: not an npz file; write it with numpy.savez(file, images=images, labels=labels)")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("images", "labels") if name in file}
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{where}: cannot be read: {first}") from error
+    for name in ("images", "labels"):
+        if name not in arrays:
+            raise InputError(f"{where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
+    return _check_arrays(where, arrays["images"], arrays["labels"])
+
+
+def to_range(images: UInt8[np.ndarray, "..."], input_range: tuple[float, float]) -> Float[np.ndarray, "..."]:
+    """Map 0..255 linearly onto `input_range` = (low, high): low + images / 255 (high - low), in float64."""
+    low, high = input_range
+    return low + np.asarray(images, np.float64) / 255 * (high - low)
+
+
+def from_range(x: Shaped[Any, "..."], input_range: tuple[float, float]) -> Float[np.ndarray, "..."]:
+    """Map `input_range` linearly onto [0, 1]: (x - low) / (high - low), in float64; values outside stay outside."""
+    low, high = input_range
+    return (np.asarray(x, np.float64) - low) / (high - low)
+
+
+def _samples(input_shape: tuple[int, ...]) -> Sequence[Any]:
+    from leakjax.datasets import embedded  # imports tensorflow_datasets
+
+    return embedded.source(input_shape)
+
+
+def _foolbox(name: str, input_shape: tuple[int, ...]) -> Sequence[Any]:
+    return foolbox.source(name)
+
+
+# name -> reader(input_shape) -> sequence of {"image": uint8 (H, W, C), "label": integer}
+_SOURCES: Mapping[str, Callable[[tuple[int, ...]], Sequence[Any]]] = {
+    "samples": _samples,
+    **{f"foolbox/{name}": partial(_foolbox, name) for name in foolbox.SETS},
+}
+
+
+def _check_arrays(where: str, images: np.ndarray, labels: np.ndarray) -> Images:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+        raise InputError(f"{where}: 'images' must be uint8 (N, H, W, C), got {images.dtype} of shape {images.shape}")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise InputError(
+            f"{where}: 'labels' must be {len(images)} integers, one for each image, got {labels.dtype} of shape "
+            f"{labels.shape}"
+        )
+    return Images(images, labels.astype(np.int64))

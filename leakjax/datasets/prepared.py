@@ -1,0 +1,81 @@
+"""Data sets of tensorflow-datasets that somebody prepared on this machine; nothing is downloaded or generated here.
+
+A set is found by its files alone, so a set that is absent is refused at once instead of after a network time-out.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from leakjax.errors import InputError, unknown_name
+
+
+def source(name: str, known: Iterable[str]) -> Sequence[Any]:
+    """The split `test`, or else the first, of the TFDS set `name` ("mnist", "set/config", "set:1.0.0").
+
+    Arguments: `known`: names of the other data sets, to suggest when `name` is misspelled.
+    Raises `InputError` for a set that is unknown, not prepared, in a format that needs TensorFlow, or without
+    the features `image` and `label`.
+    """
+    builder = _find(name, known)
+    _check_features(name, builder.info.features)
+    splits = list(builder.info.splits)
+    if not splits:
+        raise InputError(f"data set {name!r} has no split; prepare it again: {_build(name)}")
+    try:
+        return builder.as_data_source(split="test" if "test" in splits else splits[0])
+    except NotImplementedError as error:
+        raise InputError(
+            f"data set {name!r} is prepared as {builder.info.file_format.value}, which needs TensorFlow to read; "
+            'convert it once: pip install "leakjax[tensorflow]" and tfds convert_format '
+            f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
+        ) from error
+    except Exception as error:
+        raise _unreadable(name, error) from error
+
+
+def _find(name: str, known: Iterable[str]) -> Any:
+    import tensorflow_datasets as tfds  # 0.2 s and more
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    try:
+        return read_only_builder.builder_from_files(name)
+    except registered.DatasetNotFoundError:
+        pass
+    except Exception as error:
+        if _is_name(name):
+            raise _unreadable(name, error) from error
+    available = tfds.list_builders(with_community_datasets=False)
+    base = name.split("/")[0].split(":")[0]
+    if base not in available:
+        raise unknown_name("data set", name, [*known, *difflib.get_close_matches(name, available)])
+    raise InputError(
+        f"data set {name!r} is not prepared on this machine, and nothing is downloaded here; prepare it once "
+        f"({_build(name)}), or use samples, foolbox/cifar10 or --images FILE.npz"
+    )
+
+
+def _is_name(name: str) -> bool:
+    return bool(name) and all(c.isalnum() or c in "_-./:" for c in name)
+
+
+def _check_features(name: str, features: Any) -> None:
+    found = dict(features) if hasattr(features, "keys") else {}
+    if "image" not in found or "label" not in found:
+        raise InputError(f"data set {name!r} has features {sorted(found)}; 'image' and 'label' are needed")
+    image, label = found["image"], found["label"]
+    if np.dtype(image.np_dtype) != np.uint8 or len(image.shape) != 3:
+        raise InputError(f"data set {name!r}: feature 'image' is {image}; uint8 images (H, W, C) are needed")
+    if not np.issubdtype(label.np_dtype, np.integer) or label.shape != ():
+        raise InputError(f"data set {name!r}: feature 'label' is {label}; one integer is needed")
+
+
+def _build(name: str) -> str:
+    return f'pip install "leakjax[tensorflow]" and tfds build {name} --file_format=array_record'
+
+
+def _unreadable(name: str, error: Exception) -> InputError:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return InputError(f"data set {name!r} cannot be read: {first}; remove its folder and prepare it again")

@@ -1,0 +1,96 @@
+"""`report.json` and `reconstruction.npz`, exactly as other programs read them."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import leakjax
+from leakjax.metrics import METRICS, psnr
+from leakjax.observation import Observation
+from leakjax.reconstruction import Candidate, Certificate, Reconstruction
+
+DETERMINED = 1 - 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a report says of the run itself."""
+
+    model: str
+    activation: str | None
+    seed: int
+
+
+def build_report(
+    run: RunInfo, observation: Observation, result: Reconstruction, truth: np.ndarray | None = None
+) -> dict[str, Any]:
+    """The object of `report.json`; `truth` (V, H, W, C) on a [0, 1] scale, where it is known."""
+    return _finite(
+        {
+            "leakjax": leakjax.__version__,
+            "model": run.model,
+            "activation": run.activation,
+            "attack": result.attack,
+            "loss": observation.loss,
+            "dtype": result.dtype,
+            "device": str(jax.devices()[0]),
+            "seed": run.seed,
+            "input_range": list(observation.input_range),
+            "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
+            "seconds": result.seconds,
+        }
+    )
+
+
+def unit_scale(images: np.ndarray, input_range: tuple[float, float]) -> np.ndarray:
+    """Images from the model's input range to a [0, 1] scale, unclipped."""
+    low, high = input_range
+    return (np.asarray(images, float) - low) / (high - low)
+
+
+def write_report(directory: Path, report: Mapping[str, Any], result: Reconstruction) -> None:
+    """Write `report.json` and `reconstruction.npz` into a directory."""
+    (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    np.savez(
+        directory / "reconstruction.npz", images=result.images, labels=result.labels, determined=result.determined
+    )
+
+
+def _example(observation: Observation, result: Reconstruction, truth: np.ndarray | None, k: int) -> dict[str, Any]:
+    image = unit_scale(result.images[k], observation.input_range)
+    scores: dict[str, Any] = {"psnr": None, "psnr_determined": None, "ssim": None, "mse": None}
+    if truth is not None:
+        scores = {name: metric(truth[k], image) for name, metric in METRICS.items()}
+        scores["psnr_determined"] = psnr(truth[k], image, result.determined[k] > DETERMINED)
+    return {
+        "label": int(result.labels[k]) if result.labels[k] >= 0 else None,
+        "label_source": result.label_source,
+        **{name: scores[name] for name in ("psnr", "psnr_determined", "ssim", "mse")},
+        "unseen_pixels": int(result.unseen_pixels[k]),
+        "gradient_residual": float(result.gradient_residual[k]),
+        "certificate": _certificate(result.certificates[k], result.candidates[k]),
+        "layers": [dataclasses.asdict(info) for info in result.layers[k]],
+    }
+
+
+def _certificate(certificate: Certificate, candidates: tuple[Candidate, ...]) -> dict[str, Any]:
+    record = dataclasses.asdict(certificate)
+    record["candidates"] = [{"label": c.label, "gradient_residual": c.gradient_residual} for c in candidates]
+    return record
+
+
+def _finite(value: Any) -> Any:
+    """The same object with every non-finite number replaced by None."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,130 @@
+"""What a command works on: the model, the data and the gradients that its options name."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from leakjax.captures import read_capture
+from leakjax.datasets import load_dataset, load_npz, to_range
+from leakjax.errors import InputError, unknown_name
+from leakjax.interop.torch import read_torch_capture
+from leakjax.losses import LOSSES
+from leakjax.model import Model, read_model
+from leakjax.models import MODELS, build_model, load_factory
+from leakjax.observation import Observation, observe, output_count
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """A model with the input shape, input range and loss that go with it."""
+
+    model: Model
+    activation: str | None
+    input_shape: tuple[int, int, int]
+    input_range: tuple[float, float]
+    loss: str
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        activation: str | None,
+        init: str | None,
+        seed: int,
+        loss: str | None,
+        input_shape: str | None,
+        input_range: str | None,
+    ) -> "Setup":
+        """Build the model of the zoo or the user's `package.module:factory`; options as typed."""
+        if loss is not None and loss not in LOSSES:
+            raise unknown_name("loss", loss, LOSSES)
+        shape = None if input_shape is None else _shape(input_shape)
+        limits = None if input_range is None else _limits(input_range)
+        if ":" in name:
+            if shape is None:
+                raise InputError("--input-shape H,W,C is needed with a model of your own")
+            if init is not None:
+                raise InputError("--init goes with the models of the zoo; your factory initializes its own")
+            module = load_factory(name, seed=seed, activation=activation)
+            return cls(read_model(module), activation, shape, limits or (0.0, 1.0), loss or "softmax_cross_entropy")
+        if name not in MODELS:
+            raise unknown_name("model", name, MODELS)
+        spec = MODELS[name]
+        if shape not in (None, spec.input_shape):
+            raise InputError(f"--input-shape: model {name!r} takes {','.join(map(str, spec.input_shape))}")
+        module = build_model(name, seed=seed, activation=activation, init=init)
+        return cls(
+            read_model(module),
+            activation or spec.activation,
+            spec.input_shape,
+            limits or spec.input_range,
+            loss or spec.loss,
+        )
+
+    def observe(
+        self, dataset: str, index: Sequence[int], images: Path | None, batch_size: int, dtype: str
+    ) -> tuple[Observation, np.ndarray]:
+        """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
+        if images is not None:
+            data = load_npz(images)
+            if max(index) >= len(data.images) or min(index) < 0:
+                raise InputError(f"--index: {images} holds {len(data.images)} images, got {max(index)}")
+            data = type(data)(data.images[list(index)], data.labels[list(index)])
+        else:
+            data = load_dataset(dataset, index, self.input_shape)
+        if tuple(data.images.shape[1:]) != self.input_shape:
+            raise InputError(
+                f"images have shape {tuple(data.images.shape[1:])}, the model takes {self.input_shape}; resize them"
+            )
+        labels = data.labels
+        if output_count(self.model, self.input_shape) == 1:
+            labels = labels % 2
+        observation = observe(
+            self.model,
+            (to_range(data.images, self.input_range), labels),
+            loss=self.loss,
+            input_range=self.input_range,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
+        return observation, data.images / 255.0
+
+    def from_capture(
+        self, capture: Path | None, torch_capture: Path | None, truth: Path | None
+    ) -> tuple[Observation, np.ndarray | None]:
+        """The observation in a capture, and the truth beside it where a file is given."""
+        if capture is not None:
+            observation = read_capture(capture, self.model)
+        else:
+            assert torch_capture is not None
+            observation = read_torch_capture(torch_capture, self.model)
+        if truth is None:
+            return observation, None
+        data = load_npz(truth)
+        expected = (observation.victims, *observation.input_shape)
+        if data.images.shape != expected:
+            raise InputError(f"--truth: images have shape {data.images.shape}, the capture's would be {expected}")
+        return observation, data.images / 255.0
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        height, width, channels = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--input-shape: expected H,W,C, got {text!r}") from None
+    if min(height, width, channels) < 1:
+        raise InputError(f"--input-shape: sizes must be positive, got {text!r}")
+    return height, width, channels
+
+
+def _limits(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--input-range: expected LOW,HIGH, got {text!r}") from None
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise InputError(f"--input-range: LOW must be below HIGH, got {text!r}")
+    return low, high
+

@@ -1,0 +1,53 @@
+"""Strictness for every test: float64, no silent rank promotion, warnings are errors, derandomized property tests."""
+
+import gc
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "leakjax",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    print_blob=False,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("leakjax")
+
+# Third parties that warn on import or on exit; everything else is an error.
+_TOLERATED = (
+    "ignore::DeprecationWarning:tensorflow_datasets.*",
+    "ignore::DeprecationWarning:pkg_resources.*",
+    "ignore:pkg_resources is deprecated:UserWarning",
+    "ignore::DeprecationWarning:google.*",
+    "ignore::ResourceWarning",
+)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    for line in _TOLERATED:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture
+def rng():
+    """A generator of its own for each test, always the same."""
+    return np.random.default_rng(20240607)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_compiled_programs():
+    """Give compiled programs back after each module: the machine is small."""
+    yield
+    from leakjax.attacks import layer_step
+
+    getattr(layer_step, "_COMPILED", {}).clear()
+    jax.clear_caches()
+    gc.collect()
