@@ -1,5 +1,7 @@
 """The matrix-free layer systems against R-GAP's matrices, built by loops in `oracle`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,33 +77,37 @@ def check_against(rng, segment, variables, forward, gradient, dz):
     shape, outputs = segment.input.shape, segment.output.shape
     dz = jnp.asarray(dz).reshape(outputs)
 
-    # what the layer shows of itself, minus the same at 0, column by column
-    origin = segment_rows(segment, variables, dz, jnp.zeros(shape))
+    slope = jnp.asarray(rng.uniform(0.1, 1.0, outputs))
+    x = rng.normal(size=shape)
     basis = jnp.eye(forward.shape[1]).reshape(-1, *shape)
-    columns = jax.jit(jax.vmap(lambda e: segment_rows(segment, variables, dz, e)))(basis)
+
+    @jax.jit
+    def everything(variables, dz, x):
+        rows = functools.partial(segment_rows, segment, variables, dz)
+        z, g = rows(x)
+        known = jnp.ones(outputs, bool)
+        system = layer_system(segment, variables, Preimage(z, known, slope, known), dz, g)
+        return rows(jnp.zeros(shape)), jax.vmap(rows)(basis), materialize(system.operator, system.vector)
+
+    origin, columns, (matrix, vector) = everything(variables, dz, jnp.asarray(x))
+    matrix, vector = np.asarray(matrix), np.asarray(vector)
+
+    # what the layer shows of itself, minus the same at 0, column by column
     seen_forward = np.asarray(columns[0] - origin[0][None]).reshape(len(basis), -1).T
     seen_gradient = np.asarray(columns[1]["kernel"] - origin[1]["kernel"][None]).reshape(len(basis), -1).T
     assert relative(seen_forward, forward) < 1e-12
     assert relative(seen_gradient, gradient) < 1e-12
 
     # the system: rows (W diag-scaled by the slopes, nothing of the bias, K), each block over its right-hand side's rms
-    x = rng.normal(size=shape)
-    z, g = segment_rows(segment, variables, dz, jnp.asarray(x))
-    slope = jnp.asarray(rng.uniform(0.1, 1.0, outputs))
-    known = jnp.ones(outputs, bool)
-    system = layer_system(segment, variables, Preimage(z, known, slope, known), dz, g)
-    matrix, vector = map(np.asarray, materialize(system.operator, system.vector))
     assert relative(matrix @ x.ravel(), vector) < 1e-12
-
     weighted = np.asarray(slope).reshape(-1, 1) * forward
     rhs_forward, rhs_gradient = weighted @ x.ravel(), gradient @ x.ravel()
     rows = forward.shape[0]
     rms_forward = np.sqrt(np.mean(rhs_forward**2))
     assert relative(matrix[:rows], weighted / rms_forward) < 1e-12
-    bias_first = np.linalg.norm(matrix[rows : rows + variables["bias"].size]) == 0  # paths are in alphabetical order
-    assert bias_first
-    block = matrix[rows + variables["bias"].size :]
     bias_rows = variables["bias"].size
+    assert not np.any(matrix[rows : rows + bias_rows])  # flattened in alphabetical order: the bias comes first
+    block = matrix[rows + bias_rows :]
     rms_gradient = np.sqrt(np.sum(rhs_gradient**2) / (rhs_gradient.size + bias_rows))
     assert relative(block, gradient / rms_gradient) < 1e-12
 

@@ -3,11 +3,13 @@
 Import this module when needed, not at start-up: it imports tensorflow_datasets.
 """
 
+import atexit
 import contextlib
 import functools
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +84,7 @@ def prepared(size: int) -> Path:
     try:
         return _prepared_below(_user_cache(), size)
     except OSError:
-        return _prepared_below(Path(_process_cache().name), size)
+        return _prepared_below(_process_cache(), size)
 
 
 def _prepared_below(cache: Path, size: int) -> Path:
@@ -117,5 +119,7 @@ def _user_cache() -> Path:
 
 
 @functools.cache
-def _process_cache() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="leakjax-")
+def _process_cache() -> Path:
+    folder = tempfile.mkdtemp(prefix="leakjax-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

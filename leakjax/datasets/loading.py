@@ -36,7 +36,7 @@ def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int,
     for index in indices:
         if not 0 <= index < len(source):
             raise InputError(f"--index {index} is out of range: {name!r} has images 0..{len(source) - 1}")
-    records = [source[int(index)] for index in indices]
+    records = [_read(name, source, int(index)) for index in indices]
     if not records:
         raise InputError("--index must name at least one image")
     for index, record in zip(indices, records, strict=True):
@@ -62,8 +62,7 @@ def load_npz(path: str | os.PathLike) -> Images:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("images", "labels") if name in file}
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{where}: cannot be read: {first}") from error
+        raise InputError(f"{where}: cannot be read: {prepared.first_line(error)}") from error
     for name in ("images", "labels"):
         if name not in arrays:
             raise InputError(f"{where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
@@ -80,6 +79,13 @@ def from_range(x: Shaped[Any, "..."], input_range: tuple[float, float]) -> Float
     """Map `input_range` linearly onto [0, 1]: (x - low) / (high - low), in float64; values outside stay outside."""
     low, high = input_range
     return (np.asarray(x, np.float64) - low) / (high - low)
+
+
+def _read(name: str, source: Sequence[Any], index: int) -> Mapping[str, Any]:
+    try:
+        return source[index]
+    except Exception as error:
+        raise prepared.unreadable(name, error) from error
 
 
 def _samples(input_shape: tuple[int, ...]) -> Sequence[Any]:

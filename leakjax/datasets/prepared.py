@@ -4,12 +4,15 @@ A set is found by its files alone, so a set that is absent is refused at once in
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from leakjax.errors import InputError, unknown_name
+
+_NAME = re.compile(r"[A-Za-z]\w*(/[\w.-]+)?(:[\d.*]+)?")  # set, set/config, set:version
 
 
 def source(name: str, known: Iterable[str]) -> Sequence[Any]:
@@ -33,32 +36,28 @@ def source(name: str, known: Iterable[str]) -> Sequence[Any]:
             f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record"
         ) from error
     except Exception as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def _find(name: str, known: Iterable[str]) -> Any:
     import tensorflow_datasets as tfds  # 0.2 s and more
     from tensorflow_datasets.core import read_only_builder, registered
 
-    try:
-        return read_only_builder.builder_from_files(name)
-    except registered.DatasetNotFoundError:
-        pass
-    except Exception as error:
-        if _is_name(name):
-            raise _unreadable(name, error) from error
+    if _NAME.fullmatch(name):
+        try:
+            return read_only_builder.builder_from_files(name)
+        except registered.DatasetNotFoundError:
+            pass
+        except Exception as error:
+            raise unreadable(name, error) from error
     available = tfds.list_builders(with_community_datasets=False)
     base = name.split("/")[0].split(":")[0]
     if base not in available:
-        raise unknown_name("data set", name, [*known, *difflib.get_close_matches(name, available)])
+        raise unknown_name("data set", name, {*known, *difflib.get_close_matches(name, available)})
     raise InputError(
         f"data set {name!r} is not prepared on this machine, and nothing is downloaded here; prepare it once "
         f"({_build(name)}), or use samples, foolbox/cifar10 or --images FILE.npz"
     )
-
-
-def _is_name(name: str) -> bool:
-    return bool(name) and all(c.isalnum() or c in "_-./:" for c in name)
 
 
 def _check_features(name: str, features: Any) -> None:
@@ -76,6 +75,11 @@ def _build(name: str) -> str:
     return f'pip install "leakjax[tensorflow]" and tfds build {name} --file_format=array_record'
 
 
-def _unreadable(name: str, error: Exception) -> InputError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(f"data set {name!r} cannot be read: {first}; remove its folder and prepare it again")
+def unreadable(name: str, error: Exception) -> InputError:
+    """The error for the data set `name` whose files are damaged."""
+    return InputError(f"data set {name!r} cannot be read: {first_line(error)}; remove its folder and prepare it again")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of the text of `error`, or where it has none its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
