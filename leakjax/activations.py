@@ -92,9 +92,7 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
         1.0,
         lambda f: -f(-1e6),
     ),
-    "softplus": ActivationKind(
-        lambda z, _: jax.nn.softplus(z), lambda x, _: x + jnp.log(-jnp.expm1(-x)), _above(0.0)
-    ),
+    "softplus": ActivationKind(lambda z, _: jax.nn.softplus(z), lambda x, _: x + jnp.log(-jnp.expm1(-x)), _above(0.0)),
     "sigmoid": ActivationKind(
         lambda z, _: jax.nn.sigmoid(z), lambda x, _: jnp.log(x) - jnp.log1p(-x), lambda _: (0.0, 1.0)
     ),
@@ -231,12 +229,11 @@ def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
     grid = np.sinh(np.linspace(-8.0, 8.0, 16001)) / np.sinh(8.0) * 1e3
     values = np.asarray(apply(jnp.asarray(grid, dtype)), float)
     rounding = 8 * float(jnp.finfo(dtype).eps) * np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
-    steps = np.diff(values)
-    signs = np.where(np.abs(steps) <= rounding, 0, np.sign(steps)).astype(int)
+    with np.errstate(invalid="ignore"):
+        steps = np.diff(values)
+    signs = np.where(np.isfinite(steps) & (np.abs(steps) > rounding), np.sign(steps), 0).astype(int)
     breaks = [0, *(np.flatnonzero(np.diff(signs)) + 1), len(signs)]
-    return tuple(
-        Piece(float(grid[a]), float(grid[b]), int(signs[a])) for a, b in zip(breaks, breaks[1:], strict=False)
-    )
+    return tuple(Piece(float(grid[a]), float(grid[b]), int(signs[a])) for a, b in zip(breaks, breaks[1:], strict=False))
 
 
 def _bisect(function: Function, piece: Piece, x: Array) -> Array:

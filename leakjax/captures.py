@@ -1,7 +1,7 @@
 """Captures: an observation on disk as npz arrays and a JSON string. No pickles, never an image."""
 
 import json
-import zipfile
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def write_capture(observation: Observation, path: Path) -> None:
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
     arrays |= {f"buffers/{p}": np.asarray(a) for p, a in _plain(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
-    np.savez(path, meta=np.asarray(json.dumps(meta)), **arrays)
+    np.savez(path, allow_pickle=False, meta=np.asarray(json.dumps(meta)), **arrays)
 
 
 def read_capture(path: str | Path, model: Model) -> Observation:
@@ -46,10 +46,10 @@ def read_capture(path: str | Path, model: Model) -> Observation:
     meta = read_meta(arrays, "--capture")
     parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in _PARTS}
     for key, array in arrays.items():
-        part, _, name = key.partition("/")
+        part, slash, name = key.partition("/")
         if key == "meta":
             continue
-        if part not in parts or not name:
+        if part not in parts or not slash:
             raise InputError(f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/ and meta")
         parts[part][name] = array
     _match("parameter", parts["params"], model.params)
@@ -76,15 +76,16 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
 def read_arrays(path: str | Path, argument: str) -> dict[str, np.ndarray]:
     """All arrays of an npz file; pickles, corrupt and missing files raise `InputError`."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.ndarray):
-                raise InputError(f"{argument}: {path} is a single array; an npz file is expected")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise InputError(f"{argument}: {path} is a single array; an npz file is expected")
+        with file:
             return {key: file[key] for key in file.files}
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{argument}: no such file: {path}") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged files
         reason = "it holds pickled objects" if "pickle" in str(error).lower() else "it is corrupt or no npz file"
         raise InputError(f"{argument}: cannot read {path}: {reason}") from None
 
@@ -95,28 +96,36 @@ def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]
         raise InputError(f"{argument}: array 'meta' (a JSON string) is missing")
     try:
         meta = json.loads(str(arrays["meta"]))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{argument}: meta is not JSON ({error})") from None
     if not isinstance(meta, dict):
         raise InputError(f"{argument}: meta must be a JSON object")
     for key in ("loss", "input_shape", "input_range"):
         if key not in meta:
             raise InputError(f"{argument}: meta lacks {key!r}")
-    if meta["loss"] not in LOSSES:
+    if not isinstance(meta["loss"], str) or meta["loss"] not in LOSSES:
         raise InputError(f"{argument}: meta's loss {meta['loss']!r} is none of {', '.join(LOSSES)}")
     shape, limits = meta["input_shape"], meta["input_range"]
-    if not (isinstance(shape, list) and shape and all(isinstance(s, int) and s > 0 for s in shape)):
+    if not (isinstance(shape, list) and shape and all(map(_positive_integer, shape))):
         raise InputError(f"{argument}: meta's input_shape must be [H, W, C], got {shape!r}")
-    if not (isinstance(limits, list) and len(limits) == 2 and all(isinstance(v, (int, float)) for v in limits)):
+    if not (isinstance(limits, list) and len(limits) == 2 and all(map(_finite_number, limits))):
         raise InputError(f"{argument}: meta's input_range must be [low, high], got {limits!r}")
     if not limits[0] < limits[1]:
         raise InputError(f"{argument}: meta's input_range must have low < high, got {limits!r}")
     if meta.get("reduction", "mean") != "mean":
         raise InputError(f"{argument}: meta's reduction must be 'mean', got {meta['reduction']!r}")
     for key in ("examples", "victims"):
-        if key in meta and not (isinstance(meta[key], int) and meta[key] >= 1):
+        if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")
     return meta
+
+
+def _positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _finite_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _match(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:

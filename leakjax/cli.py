@@ -2,21 +2,49 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from leakjax.errors import InputError, unknown_name
 
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # Click's, or the one that newer versions of Typer carry
+
+
+class _OneLineErrors(TyperGroup):
+    """The commands, with a mistyped option answered by one line, as every other bad input is."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
+        """Run a command line."""
+        try:
+            code = super().main(*args, standalone_mode=False, **kwargs)
+        except _USAGE_ERROR as error:
+            if not standalone_mode:
+                raise
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                _say(error.format_message())
+            sys.exit(2)
+        except typer.Abort:
+            sys.exit(130)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
     name="leakjax",
+    cls=_OneLineErrors,
     help="What a gradient gives away about the image that produced it.",
     no_args_is_help=True,
     add_completion=False,
@@ -76,7 +104,7 @@ def invert(
         from leakjax.report.table import print_report
         from leakjax.setup import Setup
 
-        attack = attack or DEFAULT_ATTACK
+        attack = DEFAULT_ATTACK if attack is None else attack
         if attack not in ATTACKS:
             raise unknown_name("attack", attack, ATTACKS)
         if truth is not None and capture is None and torch_capture is None:
@@ -87,6 +115,9 @@ def invert(
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
         if capture is not None or torch_capture is not None:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
+            _agree("--loss", loss, setup.loss, observation.loss)
+            _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
+            _agree("--input-range", input_range, setup.input_range, observation.input_range)
         else:
             observation, shown = setup.observe(dataset, _integers("--index", index), images, batch_size, dtype)
         given = None if labels is None else _integers("--labels", labels)
@@ -201,19 +232,32 @@ def _session() -> Iterator[Console]:
     """Set up the process, and turn `InputError` into one line and exit status 2."""
     console = Console(stderr=True)
     warnings.filterwarnings("ignore", category=UserWarning)
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         _enable_compilation_cache()
         yield console
     except InputError as error:
-        print(f"leakjax: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(str(error))
         raise typer.Exit(2) from None
+    except MemoryError as error:
+        _say(f"out of memory ({error}); use a smaller model, fewer images or --solver lsmr")
+        raise typer.Exit(2) from None
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _say(f"out of memory ({str(error).splitlines()[0]}); use a smaller model, fewer images or --solver lsmr")
+        raise typer.Exit(2) from None
+
+
+def _say(message: str) -> None:
+    print(f"leakjax: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _enable_compilation_cache() -> None:
     """Keep compiled programs between runs, unless the user's own settings say otherwise."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "leakjax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
@@ -232,10 +276,16 @@ def _writable(directory: Path) -> Path:
         probe = directory / ".leakjax-write-test"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(f"--out: cannot write to {directory} ({reason}); name another folder") from None
     return directory
+
+
+def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
+    """A capture says for itself what it holds; an option that says otherwise is a mistake."""
+    if typed is not None and asked != captured:
+        raise InputError(f"{option}: {typed} contradicts the capture's own {captured}; leave the option out")
 
 
 def _integers(option: str, text: str) -> list[int]:
@@ -247,5 +297,3 @@ def _integers(option: str, text: str) -> list[int]:
 
 if __name__ == "__main__":
     main()
-
-

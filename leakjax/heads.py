@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from leakjax.activations import Preimage
@@ -22,7 +21,7 @@ from leakjax.model import Arrays
 from leakjax.segments import Segment
 from leakjax.solvers.linear import LsmrSolution, solve_lsmr
 from leakjax.solvers.lsmr import lsmr
-from leakjax.systems import layer_system, segment_rows
+from leakjax.systems import layer_system
 
 
 class HeadCandidate(NamedTuple):
@@ -77,7 +76,7 @@ def bias_path(segment: Segment, variables: Arrays) -> str | None:
 def read_head(
     segment: Segment,
     variables: Arrays,
-    gradients: Mapping[str, Float[np.ndarray, "V ..."]],
+    gradients: Mapping[str, Float[Any, "V ..."]],
     loss: str,
     *,
     labels: np.ndarray | None,
@@ -98,7 +97,9 @@ def read_head(
         candidates = []
         for v in range(len(dz)):
             label = int(np.argmin(off[v])) if labels is None else int(labels[v])
-            candidates.append(HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), float(off[v, label])))
+            candidates.append(
+                HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), float(off[v, label]))
+            )
         return HeadReading(candidates, solution)
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
     candidates = []
@@ -115,7 +116,9 @@ def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
     return Preimage(zeros, zeros.astype(bool), zeros, jnp.ones_like(zeros, bool))
 
 
-def _input_from_gradient(segment: Segment, variables: Arrays, dz: Array, gradient: Any, tolerance: float) -> LsmrSolution:
+def _input_from_gradient(
+    segment: Segment, variables: Arrays, dz: Array, gradient: Any, tolerance: float
+) -> LsmrSolution:
     system = layer_system(segment, variables, _unknown_output(segment, dz.dtype), dz, gradient)
     return solve_lsmr(system.operator, system.vector, tolerance=tolerance, max_steps=500)
 
@@ -160,9 +163,10 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
     def factor(variables: Arrays, gradient: Arrays) -> Any:
         gradient = {p: gradient[p] for p in segment.paths}
         dz = jax.random.normal(jax.random.key(2), segment.output.shape, segment.input.dtype)
-        for _ in range(3):
-            dz = dz / jnp.linalg.norm(dz)
-            solution = _input_from_gradient(segment, variables, dz, gradient, tolerance)
+        solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
+        dz = direction_of(variables, solution.x, gradient)
+        for _ in range(2):
+            solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
             dz = direction_of(variables, solution.x, gradient)
         size = jnp.linalg.norm(dz)
         return dz / size, solution._replace(x=solution.x * size)

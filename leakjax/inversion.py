@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.problem import Outcome, Problem, Monitor
+from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError, unknown_name
+from leakjax.losses import labels_of
 from leakjax.model import Model
 from leakjax.observation import Observation, run_model
 from leakjax.precision import compute_in
@@ -62,7 +63,7 @@ def invert(
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         model = _cast(observation.model, dtype)
-        run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+        logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
         chain = _read(model, tuple(observation.input_shape), dtype)
         monitor.trace += time.perf_counter() - start
         precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(chain.precision).eps))
@@ -73,7 +74,7 @@ def invert(
             gradients,
             observation.loss,
             observation.input_range,
-            _check_labels(labels, observation),
+            _check_labels(labels, observation, logits.shape[-1]),
             floating,
             precision,
             chunk,
@@ -95,12 +96,14 @@ def _read(model: Model, input_shape: tuple[int, ...], dtype: str) -> Chain:
     return read_segments(model, input_shape, dtype)
 
 
-def _check_labels(labels: Any, observation: Observation) -> np.ndarray | None:
+def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:
     if labels is None:
         return None
     given = np.asarray(labels)
     if given.shape != (observation.victims,) or not np.issubdtype(given.dtype, np.integer):
         raise InputError(f"labels must be {observation.victims} integers, one a gradient, got shape {given.shape}")
+    if given.min() < 0 or given.max() >= labels_of(outputs):
+        raise InputError(f"labels must be in 0..{labels_of(outputs) - 1}, got {given.min()}..{given.max()}")
     return given
 
 
@@ -138,7 +141,12 @@ def _assemble(
         tuple(certificates),
         tuple(outcome.layers for outcome in outcomes),
         tuple(outcome.candidates for outcome in outcomes),
-        {"trace": monitor.trace, "compile": monitor.compile, "solve": monitor.solve, "total": time.perf_counter() - start},
+        {
+            "trace": monitor.trace,
+            "compile": monitor.compile,
+            "solve": monitor.solve,
+            "total": time.perf_counter() - start,
+        },
     )
 
 

@@ -78,6 +78,9 @@ def _from_trees(apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any
     flat_buffers, buffers_tree = _flatten(buffers)
     if not flat_params:
         raise InputError("model has no parameters, hence no gradient to invert")
+    for path, leaf in flat_params.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise InputError(f"parameter {path!r} has dtype {leaf.dtype}; only floating point has gradients")
     clash = flat_params.keys() & flat_buffers.keys()
     if clash:
         raise InputError(f"model has a parameter and a buffer both named {min(clash)!r}; rename one")
@@ -92,7 +95,7 @@ def _from_trees(apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any
 
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(keys): leaf for keys, leaf in leaves}, treedef
+    return {_path(keys): leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for keys, leaf in leaves}, treedef
 
 
 def _path(keys: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Int, Shaped
 
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import LOSSES, labels_of
@@ -98,17 +98,21 @@ def mean_loss(model: Model, loss: str) -> Any:
 def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of the model's logits at `x`, without computing; a model that cannot run raises `InputError`."""
     try:
-        return jax.eval_shape(model.apply, model.variables, x)
+        logits = jax.eval_shape(model.apply, model.variables, x)
     except UnreadableModelError:
         raise
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model cannot run on an input of shape {tuple(x.shape)}: {first}") from error
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        raise InputError(f"model must return one array, the logits; got a {type(logits).__name__}")
+    return logits
 
 
 def output_count(model: Model, input_shape: Sequence[int]) -> int:
     """How many logits a model returns for one example of `input_shape`."""
-    outputs = run_model(model, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32))
+    dtype = jnp.result_type(*(a.dtype for a in model.params.values()))
+    outputs = run_model(model, jax.ShapeDtypeStruct((1, *input_shape), dtype))
     if outputs.ndim != 2:
         raise InputError(f"model must return logits of shape (examples, outputs), got {outputs.shape}")
     return outputs.shape[1]

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from jaxtyping import Float, Int
 import numpy as np
+from jaxtyping import Float, Int
 
 Status = Literal["exact", "ambiguous", "failed"]
 LayerStatus = Literal["determined", "deficient", "pulled_back", "failed"]

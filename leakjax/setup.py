@@ -18,11 +18,11 @@ from leakjax.observation import Observation, observe, output_count
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """A model with the input shape, input range and loss that go with it."""
+    """A model with the input shape (None where only a capture can say), input range and loss that go with it."""
 
     model: Model
     activation: str | None
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, int, int] | None
     input_range: tuple[float, float]
     loss: str
 
@@ -40,11 +40,11 @@ class Setup:
         """Build the model of the zoo or the user's `package.module:factory`; options as typed."""
         if loss is not None and loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
+        if not 0 <= seed < 2**32:
+            raise InputError(f"--seed: expected 0..{2**32 - 1}, got {seed}")
         shape = None if input_shape is None else _shape(input_shape)
         limits = None if input_range is None else _limits(input_range)
         if ":" in name:
-            if shape is None:
-                raise InputError("--input-shape H,W,C is needed with a model of your own")
             if init is not None:
                 raise InputError("--init goes with the models of the zoo; your factory initializes its own")
             module = load_factory(name, seed=seed, activation=activation)
@@ -67,6 +67,8 @@ class Setup:
         self, dataset: str, index: Sequence[int], images: Path | None, batch_size: int, dtype: str
     ) -> tuple[Observation, np.ndarray]:
         """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
+        if self.input_shape is None:
+            raise InputError("--input-shape H,W,C is needed with a model of your own")
         if images is not None:
             data = load_npz(images)
             if max(index) >= len(data.images) or min(index) < 0:
@@ -100,9 +102,11 @@ class Setup:
         else:
             assert torch_capture is not None
             observation = read_torch_capture(torch_capture, self.model)
+        if len(observation.input_shape) != 3:
+            raise InputError(f"the capture's input_shape must be [H, W, C], got {list(observation.input_shape)}")
         if truth is None:
             return observation, None
-        data = load_npz(truth)
+        data = load_npz(truth, "--truth")
         expected = (observation.victims, *observation.input_shape)
         if data.images.shape != expected:
             raise InputError(f"--truth: images have shape {data.images.shape}, the capture's would be {expected}")
@@ -127,4 +131,3 @@ def _limits(text: str) -> tuple[float, float]:
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise InputError(f"--input-range: LOW must be below HIGH, got {text!r}")
     return low, high
-

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from leakjax.attacks.problem import Outcome, Problem, Monitor
+from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.rgap import rgap
 
 

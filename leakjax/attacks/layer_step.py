@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.attacks.problem import Problem, Monitor
+from leakjax.attacks.problem import Monitor, Problem
 from leakjax.segments import Segment
 from leakjax.solvers.linear import LsmrSolution, materialize, solve_lsmr
 from leakjax.systems import layer_system
@@ -20,11 +20,13 @@ SLOPE_FLOOR = 1e-2
 
 
 class LayerState(NamedTuple):
-    """x_{i+1} and dL/dx_{i+1} of several paths, with the absolute noise level of x_{i+1} (leading axis: paths)."""
+    """x_{i+1} and dL/dx_{i+1} of several paths (leading axis), with the absolute noise level of x_{i+1} and the
+    relative tolerance that this noise makes sense of."""
 
     x: Float[np.ndarray, "P ..."]
     dx: Float[np.ndarray, "P ..."]
     noise: Float[np.ndarray, " P"]
+    tolerance: Float[np.ndarray, " P"]
 
 
 Step = Callable[..., tuple[LsmrSolution, Array]]
@@ -43,8 +45,8 @@ def max_steps(segment: Segment) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _lowered(segment: Segment, size: int, dtype: str, tolerance: float, floor: float) -> Any:
-    def step(variables: Any, x: Any, dx: Any, noise: Any, gradient: Any) -> Any:
+def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
+    def step(variables: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
         rounds = 1 if dtype == "float64" else 3
         solution = solve_lsmr(
@@ -53,7 +55,7 @@ def _lowered(segment: Segment, size: int, dtype: str, tolerance: float, floor: f
         pulled = jax.vjp(lambda x: segment.affine(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
-    return jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0, 0)))
+    return jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0, 0, 0)))
 
 
 _COMPILED: dict[Any, Any] = {}
@@ -61,7 +63,7 @@ _COMPILED: dict[Any, Any] = {}
 
 def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
     """The compiled step of every segment for chunks of `size`, compiled side by side."""
-    keys = [(s, size, str(problem.dtype), problem.tolerance, _floor(problem)) for s in segments]
+    keys = [(s, size, str(problem.dtype), _floor(problem)) for s in segments]
     lowered, start = {}, time.perf_counter()
     for key in keys:
         if key not in _COMPILED:
@@ -72,7 +74,7 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, moni
                 p: jax.ShapeDtypeStruct((size, *problem.gradients[p].shape[1:]), problem.dtype) for p in segment.paths
             }
             noise = jax.ShapeDtypeStruct((size,), problem.dtype)
-            lowered[key] = _lowered(*key).lower(dict(problem.variables), struct, struct, noise, gradient)
+            lowered[key] = _lowered(*key).lower(dict(problem.variables), struct, struct, noise, noise, gradient)
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -120,4 +122,3 @@ def run_steps(
 def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:
     """dL/dx = (df/dx)^T dz."""
     return np.asarray(jax.vjp(lambda x: segment.affine(variables, x), jnp.asarray(x))[1](jnp.asarray(dz))[0])
-

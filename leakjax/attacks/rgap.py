@@ -18,7 +18,7 @@ from leakjax.attacks.layer_step import (
     pull_back_cotangent,
     run_steps,
 )
-from leakjax.attacks.problem import Outcome, Problem, Monitor
+from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError
 from leakjax.heads import loss_pull, read_head
 from leakjax.memory import fits_in_memory
@@ -27,9 +27,10 @@ from leakjax.segments import Segment
 from leakjax.solvers.linear import DenseSolution, LsmrSolution, dense_bytes, lsmr_condition, solve_dense
 from leakjax.systems import segment_rows
 
-NULL_SPACE = 1e-6  # a probe that comes back with less than this lost met no null space
+NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
 ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
 DENSE_SIDE = 4000
+EXACT_SHARE, NOISY_SHARE = 0.03, 0.002  # of the misfit left by the next layer, for the tolerance of this one
 NOISE_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)
 
 
@@ -69,7 +70,7 @@ def _start(problem: Problem, head: Segment) -> list[_Path]:
     reading = read_head(
         head,
         problem.variables,
-        {p: jnp.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
+        {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
         problem.loss,
         labels=problem.labels,
         tolerance=problem.tolerance,
@@ -84,9 +85,7 @@ def _start(problem: Problem, head: Segment) -> list[_Path]:
             rank, seen = _head_rank(problem, head, candidate.dz)
         info = _info(problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v]))
         dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
-        paths.append(
-            _Path(v, candidate.label, candidate.x, dx, _noise(problem, candidate.x, residual), (info,), seen)
-        )
+        paths.append(_Path(v, candidate.label, candidate.x, dx, _noise(problem, candidate.x, residual), (info,), seen))
     return paths
 
 
@@ -107,7 +106,10 @@ def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int, np
 def _advance(problem: Problem, segment: Segment, step: Any, size: int, paths: list[_Path]) -> list[_Path]:
     victims = [p.victim for p in paths]
     state = LayerState(
-        np.stack([p.x for p in paths]), np.stack([p.dx for p in paths]), np.asarray([p.noise for p in paths])
+        np.stack([p.x for p in paths]),
+        np.stack([p.dx for p in paths]),
+        np.asarray([p.noise for p in paths]),
+        np.asarray([_tolerance(problem, p.layers[0].residual) for p in paths]),
     )
     solution, dx = run_steps(problem, segment, step, size, state, victims)
     if segment.activation.has_masks:
@@ -116,7 +118,14 @@ def _advance(problem: Problem, segment: Segment, step: Any, size: int, paths: li
 
 
 def _best_noise(
-    problem: Problem, segment: Segment, step: Any, size: int, state: LayerState, victims: list[int], solution: Any, dx: Any
+    problem: Problem,
+    segment: Segment,
+    step: Any,
+    size: int,
+    state: LayerState,
+    victims: list[int],
+    solution: Any,
+    dx: Any,
 ) -> tuple[LsmrSolution, np.ndarray, LayerState]:
     """Where a masked activation's system does not fit, an entry near 0 was taken for the wrong side: move the level."""
     noise = state.noise.copy()
@@ -124,7 +133,7 @@ def _best_noise(
         bad = np.flatnonzero(solution.residual > max(30 * problem.rounding, 1e-9))
         if not len(bad):
             break
-        trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor)
+        trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor, state.tolerance[bad])
         other, other_dx = run_steps(problem, segment, step, size, trial, [victims[k] for k in bad])
         better = other.residual < 0.5 * solution.residual[bad]
 
@@ -142,7 +151,7 @@ def _solved(
     problem: Problem, segment: Segment, state: LayerState, k: int, path: _Path, solution: LsmrSolution, dx: np.ndarray
 ) -> _Path:
     n = int(np.prod(segment.input.shape))
-    x, pulled, residual = solution.x[k], dx[k], float(solution.residual[k])
+    x, pulled, residual = np.asarray(solution.x[k]), dx[k], float(solution.residual[k])
     seen: np.ndarray | None = np.ones(segment.input.shape)
     rank: int | None = n
     condition: float | None = lsmr_condition(solution, k)
@@ -202,6 +211,12 @@ def _rank_tolerance(problem: Problem, shape: tuple[int, ...]) -> float:
 def _noise(problem: Problem, x: np.ndarray, residual: float) -> float:
     """Absolute level under which an entry of x may be rounding."""
     return 30 * max(residual if residual < 1e-3 else 0.0, problem.rounding, 3e-12) * float(np.sqrt(np.mean(x**2)))
+
+
+def _tolerance(problem: Problem, residual: float) -> float:
+    """Relative tolerance of a layer's solve: well below the misfit that the layer after it left, and no lower."""
+    share = EXACT_SHARE if problem.noise < 1e-12 else NOISY_SHARE
+    return float(np.clip(share * residual, problem.tolerance, 1e-7))
 
 
 def _info(

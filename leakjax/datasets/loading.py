@@ -48,12 +48,12 @@ def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int,
     return Images(np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int64))
 
 
-def load_npz(path: str | os.PathLike) -> Images:
-    """The arrays `images`, uint8 (N, H, W, C), and `labels`, integers (N,), of the npz file that --images names.
+def load_npz(path: str | os.PathLike, option: str = "--images") -> Images:
+    """The arrays `images`, uint8 (N, H, W, C), and `labels`, integers (N,), of the npz file that `option` names.
 
     Raises `InputError` for a file that is missing or corrupt, holds pickles, or lacks those arrays in those shapes.
     """
-    where = f"--images {os.fspath(path)}"
+    where = f"{option} {os.fspath(path)}"
     if not os.path.isfile(path):
         raise InputError(f"{where}: no such file")
     if not zipfile.is_zipfile(path):

@@ -8,59 +8,84 @@ import numpy as np
 
 from leakjax.captures import observation_from, read_arrays, read_meta
 from leakjax.errors import InputError
+from leakjax.interop.layout import Layout
 from leakjax.model import Model
-from leakjax.observation import Observation
-from leakjax.segments import Chain, Segment, read_segments
+from leakjax.observation import Observation, output_count
+from leakjax.segments import Chain, read_segments
 
 _ARGUMENT = "--torch-capture"
+_STATISTICS = {"running_mean": "mean", "running_var": "var"}  # of a batch norm: buffers, without gradients
+_COUNTER = "num_batches_tracked"
 
 
 class _Layer(NamedTuple):
-    """A module with its tensors by role: kernel, bias, scale (a batch norm's weight)."""
+    """A module with its tensors by role: kernel, bias, scale (a batch norm's weight), mean, var."""
 
     name: str
     tensors: dict[str, str]
-    segment: Segment | None
 
 
 def read_torch_capture(path: str | Path, model: Model) -> Observation:
     """Read `param/<name>`, `grad/<name>`, `names` (state-dict order) and `meta`, in PyTorch's layout.
 
-    Convolution kernels OIHW become HWIO; dense weights (out, in) over a channel-first flatten become (in, out) over a
-    channel-last one. Raises `InputError` naming the first layer that differs from the model's.
+    Convolution kernels OIHW become HWIO; dense weights (out, in) over a channel-first flatten become (in, out) in the
+    order in which the model flattens. A batch norm's running statistics are parameters without `grad/`.
+    Raises `InputError` naming the first layer that differs from the model's.
     """
     arrays = read_arrays(path, _ARGUMENT)
     meta = read_meta(arrays, _ARGUMENT)
-    if "names" not in arrays or arrays["names"].dtype.kind not in "US":
-        raise InputError(f"{_ARGUMENT}: array 'names' (the parameters' names in state-dict order) is missing")
-    names = [str(n) for n in np.atleast_1d(arrays["names"])]
-    for name in names:
-        for part in ("param", "grad"):
-            if f"{part}/{name}" not in arrays:
-                raise InputError(f"{_ARGUMENT}: array '{part}/{name}' is missing")
-    chain = read_segments(model.astype(np.float32), meta["input_shape"], np.float32)
-    theirs = _torch_layers(names, arrays)
-    ours = _flax_layers(chain)
-    params, gradients = {}, {}
-    for k in range(max(len(theirs), len(ours))):
-        if k >= len(theirs) or k >= len(ours):
-            side, other = (ours[k].name, "capture") if k >= len(theirs) else (theirs[k].name, "model")
-            raise InputError(f"{_ARGUMENT}: layer {side!r} has no counterpart in the {other}")
-        a, b = theirs[k], ours[k]
+    names = _names(arrays)
+    shape = tuple(meta["input_shape"])
+    model = model.astype(np.float32)
+    output_count(model, shape)  # refuses a model that cannot run at this shape
+    layout = Layout(model, shape, np.float32, _ARGUMENT)
+    theirs, ours = _torch_layers(names, arrays), _flax_layers(read_segments(model, shape, np.float32), model)
+    weights, gradients = {}, {}
+    for a, b in zip(theirs, ours, strict=False):
         if a.tensors.keys() != b.tensors.keys():
             raise InputError(
                 f"{_ARGUMENT}: layer {a.name!r} has {_list(a.tensors)}, the model's {b.name!r} has {_list(b.tensors)}"
             )
         for role, source in a.tensors.items():
             goal = b.tensors[role]
-            shape = tuple(model.params[goal].shape)
-            for part, store in (("param", params), ("grad", gradients)):
-                store[goal] = _convert(arrays[f"{part}/{source}"], shape, b, chain, f"{part}/{source}")
-    missing = sorted(model.params.keys() - params.keys())
+            weights[goal] = _convert(arrays[f"param/{source}"], b, role, model, layout, a.name)
+            if goal in model.params:
+                gradients[goal] = _convert(arrays[f"grad/{source}"], b, role, model, layout, a.name)[None]
+    if len(theirs) != len(ours):
+        extra, other = (theirs[len(ours) :], "model") if len(theirs) > len(ours) else (ours[len(theirs) :], "capture")
+        raise InputError(f"{_ARGUMENT}: layer {extra[0].name!r} has no counterpart in the {other}")
+    missing = sorted(model.params.keys() - weights.keys())
     if missing:
         raise InputError(f"{_ARGUMENT}: parameter {missing[0]!r} of the model has no counterpart")
-    weights = {p: params[p] for p in model.params}
-    return observation_from(meta, model.with_arrays(weights, model.buffers), {p: gradients[p][None] for p in weights})
+    params = {path: weights[path] for path in model.params}
+    buffers = {path: weights.get(path, buffer) for path, buffer in model.buffers.items()}
+    return observation_from(meta, model.with_arrays(params, buffers), {path: gradients[path] for path in params})
+
+
+def _names(arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """The checked names: each has its arrays, of one shape and finite, and no array is left over."""
+    if "names" not in arrays or arrays["names"].dtype.kind not in "US":
+        raise InputError(f"{_ARGUMENT}: array 'names' (the parameters' names in state-dict order) is missing")
+    given = arrays["names"].astype(str)
+    names = [str(n) for n in np.atleast_1d(given) if not n.endswith(_COUNTER)]
+    for name in names:
+        parts = ("param",) if name.rpartition(".")[2] in _STATISTICS else ("param", "grad")
+        for key in (f"{part}/{name}" for part in parts):
+            if key not in arrays:
+                raise InputError(f"{_ARGUMENT}: array {key!r} is missing")
+            if arrays[key].dtype.kind != "f":
+                raise InputError(f"{_ARGUMENT}: array {key!r} has dtype {arrays[key].dtype}; floating point expected")
+            if not np.all(np.isfinite(arrays[key])):
+                raise InputError(f"{_ARGUMENT}: array {key!r} holds NaN or infinite entries")
+        if len({arrays[f"{part}/{name}"].shape for part in parts}) > 1:
+            wrong, right = arrays[f"grad/{name}"].shape, arrays[f"param/{name}"].shape
+            raise InputError(f"{_ARGUMENT}: array 'grad/{name}' has shape {wrong}, its parameter {right}")
+    for key in arrays:
+        part, _, name = key.partition("/")
+        known = part in ("param", "grad") and (name in names or name.endswith(_COUNTER))
+        if not known and key not in ("names", "meta"):
+            raise InputError(f"{_ARGUMENT}: array {key!r} is in the file but not in 'names'")
+    return names
 
 
 def _list(roles: Mapping[str, str]) -> str:
@@ -71,49 +96,45 @@ def _torch_layers(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> lis
     layers: dict[str, dict[str, str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias"):
+        if leaf not in ("weight", "bias", *_STATISTICS):
             raise InputError(f"{_ARGUMENT}: tensor {name!r} is neither a weight nor a bias")
-        role = "bias" if leaf == "bias" else "scale" if arrays[f"param/{name}"].ndim == 1 else "kernel"
-        layers.setdefault(module, {})[role] = name
-    return [_Layer(module, tensors, None) for module, tensors in layers.items()]
+        weight = "scale" if arrays[f"param/{name}"].ndim == 1 else "kernel"
+        role = weight if leaf == "weight" else _STATISTICS.get(leaf, leaf)
+        tensors = layers.setdefault(module, {})
+        if role in tensors:
+            raise InputError(f"{_ARGUMENT}: tensor {name!r} stands twice in 'names'")
+        tensors[role] = name
+    return [_Layer(module, tensors) for module, tensors in layers.items()]
 
 
-def _flax_layers(chain: Chain) -> list[_Layer]:
+def _flax_layers(chain: Chain, model: Model) -> list[_Layer]:
     layers: dict[str, _Layer] = {}
-    for segment in chain.segments:
-        for path in segment.paths:
-            module, _, leaf = path.rpartition("/")
-            layers.setdefault(module, _Layer(module, {}, segment)).tensors[leaf] = path
+    for path in (path for segment in chain.segments for path in segment.paths):
+        module, _, leaf = path.rpartition("/")
+        layers.setdefault(module, _Layer(module, {})).tensors[leaf] = path
+    for path, buffer in model.buffers.items():
+        module, _, leaf = path.removeprefix("batch_stats/").rpartition("/")
+        if module in layers and leaf in _STATISTICS.values():
+            layers[module].tensors[leaf] = path
+        elif np.issubdtype(getattr(buffer, "dtype", None), np.floating):
+            raise InputError(f"{_ARGUMENT}: buffer {path!r} of the model has no counterpart in PyTorch")
     return list(layers.values())
 
 
-def _convert(array: np.ndarray, shape: tuple[int, ...], layer: _Layer, chain: Chain, name: str) -> np.ndarray:
-    if array.ndim == 4:
-        moved = np.transpose(array, (2, 3, 1, 0))
-    elif array.ndim == 2 and len(shape) == 2:
-        size = array.shape[1]
-        image = _image_before(chain, layer.segment, size)
-        if image is not None:
-            height, width, channels = image
-            array = array.reshape(-1, channels, height, width).transpose(0, 2, 3, 1).reshape(-1, size)
-        moved = array.T
-    else:
-        moved = array
+def _convert(array: np.ndarray, layer: _Layer, role: str, model: Model, layout: Layout, theirs: str) -> np.ndarray:
+    """One tensor, or its gradient, in the layout of the model's tensor of that role."""
+    path = layer.tensors[role]
+    shape = tuple(model.variables[path].shape)
+    kernel = array.ndim >= 2
+    moved = np.transpose(array, (*range(2, array.ndim), 1, 0)) if kernel else array
     if moved.shape != shape:
         raise InputError(
-            f"{_ARGUMENT}: layer {layer.name!r} differs: {name!r} has shape {array.shape} ({moved.shape} in Flax's "
-            f"layout), the model's has {shape}"
+            f"{_ARGUMENT}: layer {theirs!r} differs from the model's {layer.name!r}: its {role} has shape {array.shape}"
+            f"{f' ({moved.shape} in Flax layout)' if kernel else ''}, the model's has {shape}"
         )
+    if array.ndim == 2 and not layout.dense_kernel(path):
+        raise InputError(f"{_ARGUMENT}: parameter {path!r} is no (inputs, outputs) kernel of a dense layer")
+    order = layout.order(path)
+    if order is not None and len(order) == len(moved):
+        moved = moved[order]
     return np.ascontiguousarray(moved)
-
-
-def _image_before(chain: Chain, segment: Segment | None, size: int) -> tuple[int, int, int] | None:
-    """(H, W, C) of the feature map that a dense layer of `size` inputs flattens, None where it is flat already."""
-    if segment is None:
-        return None
-    before = chain.segments[: chain.segments.index(segment) + 1]
-    for struct in (earlier.input for earlier in reversed(before)):
-        if len(struct.shape) == 4 and int(np.prod(struct.shape)) == size:
-            _, height, width, channels = struct.shape
-            return height, width, channels
-    return None

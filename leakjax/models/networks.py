@@ -59,9 +59,7 @@ class ConvNet(nnx.Module):
             channels = conv.filters
         features = math.prod(side) * channels
         draw = initializer(features)
-        self.head = nnx.Linear(
-            features, outputs, use_bias=head_bias, kernel_init=draw, bias_init=draw, rngs=rngs
-        )
+        self.head = nnx.Linear(features, outputs, use_bias=head_bias, kernel_init=draw, bias_init=draw, rngs=rngs)
 
     def __call__(self, x: Any) -> Any:
         """Logits (N, outputs) of images (N, H, W, C)."""

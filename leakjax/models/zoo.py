@@ -176,16 +176,20 @@ def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"--model {path}: cannot import {module_name!r} ({error})") from error
+    except (Exception, SystemExit) as error:
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"--model {path}: cannot import {module_name!r} ({reason})") from error
     factory = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
     if not callable(factory):
         raise InputError(f"--model {path}: {module_name!r} has no function {name!r}")
     offered = {"seed": seed, "activation": None if activation is None else parse_activation(activation)}
-    wanted = inspect.signature(factory).parameters
+    try:
+        wanted = inspect.signature(factory).parameters
+    except ValueError as error:
+        raise InputError(f"--model {path}: {name!r} has no signature to read ({error})") from error
     if activation is not None and "activation" not in wanted:
         raise InputError(f"--activation: {path} takes no argument named activation")
     try:
         return factory(**{k: v for k, v in offered.items() if k in wanted})
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"--model {path}: the factory raised {type(error).__name__}: {error}") from error

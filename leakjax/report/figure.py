@@ -56,7 +56,7 @@ def draw_figure(
 
 def _show(axis: Any, image: np.ndarray, title: str, below: str = "") -> None:
     clipped = np.clip(image, 0, 1)
-    axis.imshow(clipped[..., 0] if clipped.shape[-1] == 1 else clipped, cmap="gray", vmin=0, vmax=1)
+    axis.imshow(clipped if clipped.shape[-1] == 3 else clipped.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
     axis.set_title(title)
     axis.set_xlabel(below)
     _bare(axis)

@@ -57,9 +57,7 @@ def unit_scale(images: np.ndarray, input_range: tuple[float, float]) -> np.ndarr
 def write_report(directory: Path, report: Mapping[str, Any], result: Reconstruction) -> None:
     """Write `report.json` and `reconstruction.npz` into a directory."""
     (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    np.savez(
-        directory / "reconstruction.npz", images=result.images, labels=result.labels, determined=result.determined
-    )
+    np.savez(directory / "reconstruction.npz", images=result.images, labels=result.labels, determined=result.determined)
 
 
 def _example(observation: Observation, result: Reconstruction, truth: np.ndarray | None, k: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from rich.table import Table
 
 def print_report(console: Console, report: Mapping[str, Any]) -> None:
     """One row a victim, then the layers of the first one."""
-    table = Table(title=f"{report['model']} ({report['activation'] or 'own'}), {report['attack']}", title_justify="left")
+    title = f"{report['model']} ({report['activation'] or 'own'}), {report['attack']}"
+    table = Table(title=title, title_justify="left")
     for name in ("image", "label", "PSNR dB", "SSIM", "unseen", "residual", "certificate"):
         table.add_column(name, justify="right" if name not in ("certificate",) else "left")
     for k, example in enumerate(report["examples"]):

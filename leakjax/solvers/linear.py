@@ -13,8 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from leakjax.solvers.lsmr import extreme_singular_values, lsmr
-
+from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
 _SMALL = 800
 
@@ -25,42 +24,47 @@ class LsmrSolution(NamedTuple):
     - `residual`: ||A x - b|| / ||b||;
     - `lost`: ||A^+ A r - r|| / ||r||: 0 but for rounding where A has no null space, else near sqrt(k / n) for a null
       space of dimension k among n unknowns;
-    - `steps`: of the first right-hand side; `probe_steps`, `alphas`, `betas`: of the second.
+    - `steps`, `alphas`, `betas`: of the first right-hand side.
     """
 
     x: Float[Array, "..."]
     residual: Float[Array, ""]
     lost: Float[Array, ""]
     steps: Int[Array, ""]
-    probe_steps: Int[Array, ""]
     alphas: Float[Array, " max_steps"]
     betas: Float[Array, " max_steps"]
 
 
 def solve_lsmr(
-    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float, max_steps: int, rounds: int = 1
+    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float | Array, max_steps: int, rounds: int = 1
 ) -> LsmrSolution:
-    """Minimum-norm least squares without building the matrix; `rounds` > 1 refines: x += A^+ (b - A x)."""
+    """Minimum-norm least squares without building the matrix; `rounds` > 1 refines: x += A^+ (b - A x).
+
+    The random side is solved to ten digits only: enough to tell a null space from none.
+    """
     struct = operator.in_structure()
     probe = jax.random.normal(jax.random.key(0), struct.shape, struct.dtype)
     sides = jax.tree.map(lambda a, b: jnp.stack([a, b]), vector, operator.mv(probe))
-    first, *more = [jax.vmap(lambda side: lsmr(operator, side, tolerance=tolerance, max_steps=max_steps))] * rounds
-    both = first(sides)
-    x, steps = both.x, both.steps
-    for refine in more:
-        correction = refine(optax.tree.sub(sides, jax.vmap(operator.mv)(x)))
+    loose = max(1e-10, 50 * float(jnp.finfo(struct.dtype).eps))
+    tolerances = jnp.stack([jnp.asarray(tolerance, struct.dtype), jnp.asarray(loose, struct.dtype)])
+
+    def solve(side_and_tolerance: Any) -> Lsmr:
+        return lsmr(operator, side_and_tolerance[0], tolerance=side_and_tolerance[1], max_steps=max_steps)
+
+    first = jax.lax.map(solve, (sides, tolerances))
+    x, steps = first.x, first.steps
+    for _ in range(rounds - 1):
+        correction = jax.lax.map(solve, (optax.tree.sub(sides, jax.lax.map(operator.mv, x)), tolerances))
         x, steps = x + correction.x, steps + correction.steps
-    solution, recovered = x
-    lost = jnp.linalg.norm(recovered - probe) / jnp.linalg.norm(probe)
-    residual = relative_residual(operator, vector, solution)
-    return LsmrSolution(solution, residual, lost, steps[0], both.steps[1], both.alphas[1], both.betas[1])
+    lost = jnp.linalg.norm(x[1] - probe) / jnp.linalg.norm(probe)
+    residual = relative_residual(operator, vector, x[0])
+    return LsmrSolution(x[0], residual, lost, steps[0], first.alphas[0], first.betas[0])
 
 
 def lsmr_condition(solution: Any, index: Any) -> float:
-    """Largest over smallest non-zero singular value, as the bidiagonalization of the random side found them."""
-    low, high = extreme_singular_values(
-        np.asarray(solution.alphas[index]), np.asarray(solution.betas[index]), int(solution.probe_steps[index])
-    )
+    """Largest over smallest non-zero singular value, as the bidiagonalization of one solve found them."""
+    alphas, betas = np.asarray(solution.alphas[index]), np.asarray(solution.betas[index])
+    low, high = extreme_singular_values(alphas, betas, int(np.count_nonzero(betas)))
     return high / low if low > 0 else float("inf")
 
 
@@ -92,15 +96,13 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     """
     if not np.any(matrix):
         return DenseSolution(np.zeros(matrix.shape[1]), 0.0, 0, 1.0, np.zeros(matrix.shape[1]))
+    u, s, vt = _gram_svd(matrix) if min(matrix.shape) > _SMALL else np.linalg.svd(matrix, full_matrices=False)
     if min(matrix.shape) > _SMALL:
-        u, s, vt = _gram_svd(matrix)
-        kept = s > 1e-6 * s[0]
-        gap = not np.any((s > 1e-7 * s[0]) & (s < 1e-5 * s[0]))
-    else:
-        gap = False
-    if not gap:
-        u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-        kept = s > tolerance * s[0]
+        if np.any((s > 1e-7 * s[0]) & (s < 1e-5 * s[0])):
+            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+        else:
+            tolerance = 1e-6
+    kept = s > tolerance * s[0]
     u, s, vt = u[:, kept], s[kept], vt[kept]
     x = vt.T @ ((u.T @ vector) / s)
     x = x + vt.T @ ((u.T @ (vector - matrix @ x)) / s)  # one step of refinement

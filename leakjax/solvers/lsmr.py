@@ -41,7 +41,7 @@ class _State(NamedTuple):
     betas: Array
 
 
-def lsmr(operator: lx.AbstractLinearOperator, b: Any, *, tolerance: float, max_steps: int) -> Lsmr:
+def lsmr(operator: lx.AbstractLinearOperator, b: Any, *, tolerance: float | Array, max_steps: int) -> Lsmr:
     """Minimum-norm least-squares solution of A x = b, from x = 0.
 
     Stops when ||r|| <= tol (||A|| ||x|| + ||b||) or ||A^T r|| <= tol ||A|| ||r||, or after `max_steps`.

@@ -1,0 +1,1 @@
+"""Measurements of leakjax: records as JSON lines, tables from records."""

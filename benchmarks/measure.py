@@ -1,0 +1,173 @@
+"""One measurement in a process of its own: `python -m benchmarks.measure NAME [ARGUMENT]` prints a JSON record."""
+
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import leakjax
+from benchmarks import baseline
+from leakjax.attacks.layer_step import LayerState, compile_steps, run_steps
+from leakjax.attacks.problem import Monitor, Problem
+from leakjax.datasets import load_dataset, to_range
+from leakjax.heads import loss_pull
+from leakjax.models import MODELS, build_model
+from leakjax.precision import compute_in
+from leakjax.segments import read_segments
+from leakjax.systems import segment_rows
+
+MODEL, ACTIVATION = "cnn6", "leaky_relu:0.2"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device of this process."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "lineax", "numpy")}
+    return {
+        "leakjax": leakjax.__version__,
+        **versions,
+        "python": platform.python_version(),
+        "device": str(jax.devices()[0]),
+    }
+
+
+class PeakMemory:
+    """Peak resident memory above that at the last `reset`, in MiB (Linux)."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from the memory resident now."""
+        Path("/proc/self/clear_refs").write_text("5")
+        self.base = self._read("VmRSS")
+
+    def above(self) -> float:
+        """MiB above the base at the highest point since."""
+        return self._read("VmHWM") - self.base
+
+    @staticmethod
+    def _read(name: str) -> float:
+        line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
+        return int(line.split()[1]) / 1024
+
+
+def _truth(victims: int, dtype: str) -> tuple[Problem, list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """A problem, and the true x and dL/dx at every segment's output (for feeding each layer its own system)."""
+    spec = MODELS[MODEL]
+    data = load_dataset("samples", [k % 10 for k in range(victims)], spec.input_shape)
+    images = to_range(data.images, spec.input_range)
+    labels = data.labels % 2
+    model = leakjax.read_model(build_model(MODEL, activation=ACTIVATION))
+    observation = leakjax.observe(model, (images, labels), loss=spec.loss, dtype=dtype)
+    with compute_in(dtype) as floating:
+        cast = model.astype(floating)
+        chain = read_segments(cast, spec.input_shape, floating)
+        variables = cast.variables
+
+        @jax.jit
+        def states(x: Any, label: Any) -> Any:
+            xs, zs = [x[None]], []
+            for segment in chain.segments:
+                zs.append(segment.affine(variables, xs[-1]))
+                xs.append(segment.activation.function(variables, zs[-1]))
+            dz = loss_pull(chain.segments[-1], variables, spec.loss, zs[-1], label)
+            dxs = []
+            for k in reversed(range(1, len(zs))):
+                dxs.append(jax.vjp(lambda x, s=chain.segments[k]: s.affine(variables, x), xs[k])[1](dz)[0])
+                dz = chain.segments[k - 1].activation.slope(variables, zs[k - 1]) * dxs[-1]
+            return xs, dxs[::-1]
+
+        xs, dxs = jax.vmap(states)(jnp.asarray(images, floating), jnp.asarray(labels))
+        gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
+        eps = float(np.finfo(floating).eps)
+        problem = Problem(chain, variables, gradients, spec.loss, spec.input_range, None, floating, eps, victims)
+    return problem, [np.asarray(x) for x in xs], [np.asarray(d) for d in dxs], images
+
+
+def engine(argument: str) -> dict[str, Any]:
+    """The layer systems of cnn6, each from the true next layer, V victims at once ("V" or "V:float32")."""
+    count, _, dtype = argument.partition(":")
+    victims, dtype = int(count), dtype or "float64"
+    problem, xs, dxs, _ = _truth(victims, dtype)
+    monitor = Monitor()
+    segments = problem.chain.segments[:-1]
+    with compute_in(dtype):
+        steps = compile_steps(problem, segments, victims, monitor)
+        memory = PeakMemory()
+        tight = np.full(victims, problem.tolerance)
+        results, cpu, wall = [], 0.0, 0.0
+        for _ in range(2):  # the first run warms up
+            results, cpu, wall = [], time.process_time(), time.perf_counter()
+            for k, (segment, step) in enumerate(zip(segments, steps, strict=True)):
+                noise = 1e-10 * np.sqrt(np.mean(xs[k + 1] ** 2, axis=tuple(range(1, xs[k + 1].ndim))))
+                state = LayerState(xs[k + 1], dxs[k], noise, tight)
+                results.append(run_steps(problem, segment, step, victims, state, range(victims))[0].x)
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    errors = [float(np.linalg.norm(x - t) / np.linalg.norm(t)) for x, t in zip(results, xs, strict=False)]
+    return {
+        "victims": victims,
+        "dtype": dtype,
+        "cpu_seconds": cpu,
+        "cpu_seconds_per_image": cpu / victims,
+        "wall_seconds": wall,
+        "trace_seconds": monitor.trace,
+        "compile_seconds": monitor.compile,
+        "relative_errors": errors,
+        "mib_above_compilation": memory.above(),
+    }
+
+
+def lstsq(argument: str) -> dict[str, Any]:
+    """The same systems of one victim, dense with padding rows, by `numpy.linalg.lstsq`."""
+    del argument
+    problem, xs, dxs, _ = _truth(1, "float64")
+    shapes = [(4, 2, 2), (3, 2, 1), (3, 1, 1), (3, 1, 1), (3, 2, 1), (3, 1, 1)]
+    cpu, errors = [], []
+    with compute_in("float64"):
+        layers = []
+        for k, (segment, (_, stride, padding)) in enumerate(zip(problem.chain.segments, shapes, strict=False)):
+            x = jnp.asarray(xs[k][0])
+            z = segment.affine(problem.variables, x)
+            dz = segment.activation.slope(problem.variables, z) * dxs[k][0].reshape(z.shape)
+            gradient = segment_rows(segment, problem.variables, dz, x)[1][segment.paths[0]]
+            kernel = np.asarray(problem.variables[segment.paths[0]])
+            layers.append(
+                baseline.Layer(
+                    kernel, stride, padding, x.shape[1:], np.asarray(z[0]), np.asarray(dz[0]), np.asarray(gradient)
+                )
+            )
+    memory = PeakMemory()
+    for k, layer in enumerate(layers):
+        x, seconds = baseline.solve(layer)
+        cpu.append(seconds)
+        errors.append(float(np.linalg.norm(x - xs[k][0, 0]) / np.linalg.norm(xs[k][0, 0])))
+        print(f"lstsq: layer {k + 1} of {len(layers)}, {seconds:.1f} CPU s", file=sys.stderr)
+    return {
+        "victims": 1,
+        "cpu_seconds": sum(cpu),
+        "cpu_seconds_by_layer": cpu,
+        "relative_errors": errors,
+        "mib_above_compilation": memory.above(),
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {"engine": engine, "lstsq": lstsq}
+
+
+def main() -> None:
+    """Run one measurement and print its record."""
+    name, argument = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
+    record = MEASUREMENTS[name](argument)
+    print(json.dumps({"measurement": name, "argument": argument, **record, "environment": environment()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Heads: labels, dL/dz and inputs of the last segment from its gradient alone; the second root; the honest failures."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+from leakjax import InputError, invert, observe, read_model
+from leakjax.heads import bias_path, read_head
+from leakjax.losses import LOSSES, labels_of
+from leakjax.segments import read_segments
+
+LOGITS = {"identity": lambda z: z, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "leaky_relu": jax.nn.leaky_relu}
+SIZE = 7
+
+
+def head_of(rng, outputs, *, bias, logits="identity", scale=0.5):
+    params = {"kernel": rng.normal(0, scale, (SIZE, outputs))}
+    if bias:
+        params["bias"] = rng.normal(0, 0.3, outputs)
+
+    def apply(p, x):
+        z = x @ p["kernel"]
+        return LOGITS[logits](z + p["bias"][None] if "bias" in p else z)
+
+    model = read_model((apply, params)).astype(jnp.float64)
+    (segment,) = read_segments(model, (SIZE,), jnp.float64).segments
+    return segment, model
+
+
+def gradient_of(model, loss, x, label):
+    """Gradients with a leading victim axis of 1, and dL/dz where z is the kernel's product."""
+
+    def value(params):
+        return LOSSES[loss](model.apply(params, x)[0], label)
+
+    return {p: np.asarray(g)[None] for p, g in jax.grad(value)(model.params).items()}
+
+
+def read(segment, model, gradients, loss, labels=None):
+    reading = read_head(segment, model.variables, gradients, loss, labels=labels, tolerance=1e-15, accept=1e-8)
+    return reading.candidates
+
+
+def off(a, b):
+    return np.linalg.norm(np.ravel(a) - np.ravel(b)) / np.linalg.norm(b)
+
+
+def outputs_for(loss):
+    return {"softmax_cross_entropy": [2, 5], "sigmoid_binary_cross_entropy": [1, 4], "squared_error": [1, 3]}[loss]
+
+
+CASES = [(loss, outputs, "identity") for loss in LOSSES for outputs in outputs_for(loss)]
+CASES += [
+    ("softmax_cross_entropy", 4, "tanh"),
+    ("softmax_cross_entropy", 3, "sigmoid"),
+    ("softmax_cross_entropy", 3, "leaky_relu"),
+    ("sigmoid_binary_cross_entropy", 1, "tanh"),
+    ("sigmoid_binary_cross_entropy", 3, "leaky_relu"),
+    ("squared_error", 3, "sigmoid"),
+    ("squared_error", 1, "tanh"),
+]
+
+
+@pytest.mark.parametrize(("loss", "outputs", "logits"), CASES)
+def test_with_a_bias_everything_is_recovered(loss, outputs, logits, rng):
+    segment, model = head_of(rng, outputs, bias=True, logits=logits)
+    assert bias_path(segment, model.variables) == "bias"
+    for label in range(labels_of(outputs)):
+        x = jnp.asarray(rng.uniform(size=(1, SIZE)))
+        (found,) = read(segment, model, gradient_of(model, loss, x, label), loss)
+        assert found.label == label
+        assert found.victim == 0
+        assert off(found.x, x) < 1e-9
+        assert found.residual < 1e-9
+
+
+@pytest.mark.parametrize(("loss", "outputs", "logits"), CASES)
+def test_without_a_bias_the_truth_is_among_the_candidates(loss, outputs, logits, rng):
+    segment, model = head_of(rng, outputs, bias=False, logits=logits)
+    assert bias_path(segment, model.variables) is None
+    for label in {0, labels_of(outputs) - 1}:
+        x = jnp.asarray(rng.uniform(size=(1, SIZE)))
+        gradients = gradient_of(model, loss, x, label)
+        candidates = read(segment, model, gradients, loss)
+        assert [c for c in candidates if c.label == label and off(c.x, x) < 1e-7]
+        for c in candidates:  # every one of them explains the gradient
+            again = gradient_of(model, loss, jnp.asarray(c.x), c.label)
+            assert off(again["kernel"], gradients["kernel"]) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_softmax_labels_need_no_guessing(bias, rng):
+    """Several victims at once; one negative entry of dz is the label."""
+    segment, model = head_of(rng, 6, bias=bias)
+    xs, labels = rng.uniform(size=(6, 1, SIZE)), rng.permutation(6)
+    sent = [gradient_of(model, "softmax_cross_entropy", jnp.asarray(x), y) for x, y in zip(xs, labels, strict=True)]
+    stacked = {p: np.concatenate([g[p] for g in sent]) for p in model.params}
+    candidates = read(segment, model, stacked, "softmax_cross_entropy")
+    assert {c.victim for c in candidates} == set(range(6))
+    for c in candidates:
+        assert c.label == labels[c.victim]
+    for v in range(6):
+        assert min(off(c.x, xs[v]) for c in candidates if c.victim == v) < 1e-7
+
+
+def test_a_given_label_is_obeyed(rng):
+    segment, model = head_of(rng, 3, bias=True)
+    x = jnp.asarray(rng.uniform(size=(1, SIZE)))
+    gradients = gradient_of(model, "softmax_cross_entropy", x, 2)
+    (right,) = read(segment, model, gradients, "softmax_cross_entropy", np.array([2]))
+    (wrong,) = read(segment, model, gradients, "softmax_cross_entropy", np.array([0]))
+    assert right.label == 2
+    assert wrong.label == 0
+    assert right.residual < 1e-9 < 1e-2 < wrong.residual
+
+
+def roots(c):
+    """All u with -u / (1 + e^u) = c: R-GAP's scalar equation, here by scipy."""
+
+    def excess(u):
+        return -u / (1.0 + np.exp(u)) - c
+
+    lowest = 1.2784645427610738  # where -u / (1 + e^u) is least: -0.2785
+    found = [brentq(excess, -60.0, lowest, xtol=1e-15)]
+    if c < 0:
+        found.append(brentq(excess, lowest, 60.0, xtol=1e-15))
+    return found
+
+
+@functools.cache
+def logistic_head():
+    """One segment for all cases: its programs compile once."""
+    return head_of(np.random.default_rng(11), 1, bias=False)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("logit", [-3.0, -0.4, 0.4, 1.0, 2.2, 5.0])
+def test_one_logistic_output_has_the_roots_of_the_paper(logit, label, rng):
+    """u = +-z for label 1 or 0, and u dL/du = <g, w> = -u / (1 + e^u): one root for c >= 0, two below.
+
+    The image is only known up to its sign times a label: both of each root, x with y and -x with 1 - y.
+    """
+    segment, model = logistic_head()
+    kernel = np.asarray(model.params["kernel"])[:, 0]
+    x = rng.uniform(size=SIZE)
+    x *= logit / (x @ kernel)
+    gradients = gradient_of(model, "sigmoid_binary_cross_entropy", jnp.asarray(x[None]), label)
+    c = float(gradients["kernel"].ravel() @ kernel)
+    u = logit if label == 1 else -logit
+    assert c == pytest.approx(-u / (1 + np.exp(u)))
+
+    expected = roots(c)
+    assert len(expected) == (1 if c >= 0 else 2)
+    assert min(abs(r - u) for r in expected) < 1e-9
+    candidates = read(segment, model, gradients, "sigmoid_binary_cross_entropy")
+    found = sorted((k.label, float(k.x.ravel() @ kernel) * (1 if k.label == 1 else -1)) for k in candidates)
+    wanted = sorted((y, r) for y in (0, 1) for r in expected)
+    assert [y for y, _ in found] == [y for y, _ in wanted]
+    np.testing.assert_allclose([r for _, r in found], [r for _, r in wanted], rtol=1e-7)
+    assert min(off(k.x, x) for k in candidates if k.label == label) < 1e-7
+
+
+def test_squared_error_without_a_bias(rng):
+    """dz = 2 (z - onehot) / K has no tell-tale sign: every label is tried and only true roots stand."""
+    segment, model = head_of(rng, 4, bias=False)
+    x = jnp.asarray(rng.uniform(size=(1, SIZE)))
+    gradients = gradient_of(model, "squared_error", x, 1)
+    candidates = read(segment, model, gradients, "squared_error")
+    best = min(candidates, key=lambda c: c.residual)
+    assert best.label == 1
+    assert off(best.x, x) < 1e-8
+
+
+@functools.cache
+def dense_net(bias):
+    """Two dense layers on 4 x 3 images, LeakyReLU between them; one model for all tests, to compile it once."""
+    rng = np.random.default_rng(3)
+    params = {"a": {"kernel": rng.normal(0, 0.4, (12, 20))}, "b": {"kernel": rng.normal(0, 0.4, (20, 4))}}
+    if bias:
+        params["b"]["bias"] = rng.normal(0, 0.2, 4)
+
+    def apply(p, x):
+        h = jax.nn.leaky_relu(x.reshape(x.shape[0], -1) @ p["a"]["kernel"], 0.2)
+        z = h @ p["b"]["kernel"]
+        return z + p["b"]["bias"][None] if "bias" in p["b"] else z
+
+    return read_model((apply, params)).astype(jnp.float64)
+
+
+def observed(bias, images, labels, **options):
+    observation = observe(dense_net(bias), (images, np.array(labels)), **options)
+    return dataclasses.replace(observation, model=dense_net(bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_two_examples_in_one_gradient_are_refused(bias, rng):
+    observation = observed(bias, rng.uniform(size=(2, 4, 3, 1)), [0, 2], batch_size=2)
+    assert observation.examples == 2
+    with pytest.raises(InputError, match="one example"):
+        invert(observation, attack="rgap")
+
+
+@pytest.mark.parametrize("labels", [[0, 2], [1, 1]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_passed_off_as_one_example_is_never_exact(bias, labels, rng):
+    """A gradient averaged over two images that claims to be of one: no image explains it, and the report says so."""
+    honest = observed(bias, rng.uniform(size=(2, 4, 3, 1)), labels, batch_size=2)
+    answer = invert(dataclasses.replace(honest, examples=1), attack="rgap")
+    assert answer.certificates[0].status == "failed"
+    assert np.all(answer.determined == 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_same_network_and_one_example_is_exact(bias, rng):
+    """The control of the test above."""
+    image = rng.uniform(size=(1, 4, 3, 1))
+    answer = invert(observed(bias, image, [2]), attack="rgap")
+    assert answer.certificates[0].status == "exact"
+    assert answer.labels.tolist() == [2]
+    assert off(answer.images, image) < 1e-8
+
+
+def test_inversion_does_not_need_x64_switched_on(rng):
+    image = rng.uniform(size=(1, 4, 3, 1))
+    with jax.enable_x64(False):
+        answer = invert(observed(True, image, [1]), attack="rgap")
+        assert jnp.zeros(1).dtype == jnp.float32  # and the setting is as it was
+    assert answer.images.dtype == np.float64
+    assert off(answer.images, image) < 1e-8
