@@ -125,6 +125,7 @@ class Activation:
     - `name`: `ACTIVATIONS`' name with its parameter where recognized, else "elementwise";
     - `function(variables, z)`: the function, evaluated from the model itself;
     - `kind`, `parameter`: the recognized closed form, or None;
+    - `parametric`: whether the function depends on the model's variables;
     - `pieces`: for the others, the intervals on which the function falls (-1), is constant (0) or rises (1).
     """
 
@@ -133,6 +134,7 @@ class Activation:
     kind: ActivationKind | None = None
     parameter: float | None = None
     pieces: tuple[Piece, ...] = ()
+    parametric: bool = False
 
     @property
     def has_masks(self) -> bool:
@@ -194,7 +196,7 @@ def build_activation(
         reference = np.asarray(kind.function(jnp.asarray(grid, dtype), p), float)
         if np.all(np.abs(reference - values) <= tolerance * np.maximum(1e-3, np.abs(values))):
             return Activation(name if p is None else f"{name}:{p:.6g}", function, kind, p)
-    return Activation("elementwise", function, None, None, _monotone_pieces(apply, dtype))
+    return Activation("elementwise", function, None, None, _monotone_pieces(apply, dtype), parametric)
 
 
 @functools.lru_cache(maxsize=64)

@@ -91,9 +91,22 @@ def _cast(model: Model, dtype: str) -> Model:
     return model.astype(dtype)
 
 
-@functools.lru_cache(maxsize=16)
+_CHAINS: dict[Any, Chain] = {}
+_CHAINS_LIMIT = 64
+
+
 def _read(model: Model, input_shape: tuple[int, ...], dtype: str) -> Chain:
-    return read_segments(model, input_shape, dtype)
+    """The model's chain of segments, read once for all models of one architecture."""
+    shapes = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
+    key = (model.apply, shapes, input_shape, dtype)
+    if key not in _CHAINS:
+        chain = read_segments(model, input_shape, dtype)
+        if chain.parametric:
+            return chain
+        while len(_CHAINS) >= _CHAINS_LIMIT:
+            _CHAINS.pop(next(iter(_CHAINS)))
+        _CHAINS[key] = chain
+    return _CHAINS[key]
 
 
 def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:

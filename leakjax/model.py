@@ -18,7 +18,8 @@ Arrays = Mapping[str, Any]
 class Model:
     """logits = apply(variables, x), with `variables` = `params` (they have gradients) and `buffers` (they have none).
 
-    Both are flat mappings from a path ("conv1/kernel") to an array. `x` has a leading batch axis.
+    Both are flat mappings from a path ("conv1/kernel") to an array. `x` has a leading batch axis. Models of one
+    architecture share one `apply`.
     """
 
     apply: Callable[[Arrays, Any], Any]
@@ -56,24 +57,24 @@ def read_model(model: Any, params: Any = None) -> Model:
         if params is not None:
             raise InputError("params is for plain functions and linen modules; an nnx module carries its own")
         graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
-        return _from_trees(lambda p, b, x: nnx.merge(graphdef, p, b)(x), weights, rest)
+        return _from_trees(graphdef, lambda p, b, x: nnx.merge(graphdef, p, b)(x), weights, rest)
     if isinstance(model, linen.Module):
         if not isinstance(params, Mapping) or "params" not in params:
             raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
         rest = {k: v for k, v in params.items() if k != "params"}
         module = model
-        return _from_trees(lambda p, b, x: module.apply({"params": p, **b}, x), params["params"], rest)
+        return _from_trees(module, lambda p, b, x: module.apply({"params": p, **b}, x), params["params"], rest)
     if callable(model):
         if params is None:
             raise InputError("apply_fn needs its parameters: pass (apply_fn, params)")
         function = model
-        return _from_trees(lambda p, b, x: function(p, x), params, {})
+        return _from_trees(function, lambda p, b, x: function(p, x), params, {})
     raise InputError(
         f"model must be an nnx module, (linen module, variables) or (apply_fn, params), got {type(model).__name__}"
     )
 
 
-def _from_trees(apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any) -> Model:
+def _from_trees(architecture: Any, apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any) -> Model:
     flat_params, params_tree = _flatten(params)
     flat_buffers, buffers_tree = _flatten(buffers)
     if not flat_params:
@@ -90,7 +91,21 @@ def _from_trees(apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any
         rest = jax.tree.unflatten(buffers_tree, [variables[path] for path in flat_buffers])
         return apply(weights, rest, x)
 
-    return Model(by_path, flat_params, flat_buffers)
+    return Model(_same_architecture((architecture, params_tree, buffers_tree), by_path), flat_params, flat_buffers)
+
+
+_KNOWN: dict[Any, Callable[[Arrays, Any], Any]] = {}
+_KNOWN_LIMIT = 64
+
+
+def _same_architecture(key: Any, apply: Callable[[Arrays, Any], Any]) -> Callable[[Arrays, Any], Any]:
+    """The `apply` read first for an equal architecture, so that what was compiled for it serves all its weights."""
+    try:
+        while len(_KNOWN) >= _KNOWN_LIMIT and key not in _KNOWN:
+            _KNOWN.pop(next(iter(_KNOWN)))
+        return _KNOWN.setdefault(key, apply)
+    except TypeError:  # not hashable: an architecture of its own
+        return apply
 
 
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:

@@ -44,10 +44,14 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chain:
-    """A model as segments, first to last, and the floating precision that its own code computes in."""
+    """A model as segments, first to last, and the floating precision that its own code computes in.
+
+    `parametric`: whether an activation depends on the weights it was read with (then the chain serves no others).
+    """
 
     segments: tuple[Segment, ...]
     precision: Any
+    parametric: bool
 
 
 def read_segments(model: Model, input_shape: Sequence[int], dtype: Any) -> Chain:
@@ -79,7 +83,7 @@ def read_segments(model: Model, input_shape: Sequence[int], dtype: Any) -> Chain
             owner[path] = segment.name
     if not owner:
         raise InputError("no parameter of the model acts on the data")
-    return Chain(segments, precision)
+    return Chain(segments, precision, any(s.activation.parametric for s in segments))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def max_steps(segment: Segment) -> int:
     return int(min(4 * max(int(np.prod(segment.input.shape)), 100), 6000))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=128)
 def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
     def step(variables: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
@@ -59,6 +59,7 @@ def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
 
 
 _COMPILED: dict[Any, Any] = {}
+_COMPILED_LIMIT = 128
 
 
 def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
@@ -80,6 +81,8 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, moni
     with concurrent.futures.ThreadPoolExecutor() as pool:
         _COMPILED.update(zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True))
     monitor.compile += time.perf_counter() - start
+    while len(_COMPILED) > max(_COMPILED_LIMIT, len(keys)):  # oldest first: programs of other models
+        _COMPILED.pop(next(key for key in _COMPILED if key not in keys))
     return [_COMPILED[key] for key in keys]
 
 

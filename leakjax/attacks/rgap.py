@@ -5,6 +5,7 @@ the head (two roots, two signs) are followed side by side and dropped as soon as
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from leakjax.errors import InputError
 from leakjax.heads import loss_pull, read_head
 from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import Candidate, LayerInfo
-from leakjax.segments import Segment
+from leakjax.segments import Chain, Segment
 from leakjax.solvers.linear import DenseSolution, LsmrSolution, dense_bytes, lsmr_condition, solve_dense
 from leakjax.systems import segment_rows
 
@@ -89,8 +90,11 @@ def _start(problem: Problem, head: Segment) -> list[_Path]:
     return paths
 
 
-def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int, np.ndarray]:
-    """Rank and seen share of the head's gradient block alone."""
+def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | None, np.ndarray | None]:
+    """Rank and seen share of the head's gradient block alone; None where its matrix is too large."""
+    rows, columns = sum(problem.gradients[p][0].size for p in head.paths), int(np.prod(head.input.shape))
+    if not fits_in_memory(dense_bytes(rows, columns, 8)) or min(rows, columns) > DENSE_SIDE:
+        return None, None
     x = jnp.zeros(head.input.shape, problem.dtype)
     weights = [p for p in head.paths]
 
@@ -264,15 +268,27 @@ def _seen(path: _Path) -> np.ndarray | None:
 
 def _gradient_residuals(problem: Problem, paths: list[_Path]) -> list[float]:
     """||g(x) - g|| / ||g|| of every path, through the chain of segments."""
-    segments = problem.chain.segments
+    gradient = _gradient_of(problem.chain, problem.loss)
+    residuals = []
+    for path in paths:
+        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.label))
+        given = {p: problem.gradients[p][path.victim] for p in found}
+        error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
+        residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
+    return residuals
 
-    @jax.jit
+
+@functools.lru_cache(maxsize=32)
+def _gradient_of(chain: Chain, loss: str) -> Any:
+    """(variables, x, label) -> {path: dL/dtheta}, by the same segments that the layers are solved with."""
+    segments = chain.segments
+
     def gradient(variables: Any, x: Any, label: Any) -> Any:
         inputs, zs = [x], []
         for segment in segments:
             zs.append(segment.affine(variables, inputs[-1]))
             inputs.append(segment.activation.function(variables, zs[-1]))
-        dz = loss_pull(segments[-1], variables, problem.loss, zs[-1], label)
+        dz = loss_pull(segments[-1], variables, loss, zs[-1], label)
         found = {}
         for k in reversed(range(len(segments))):
             found.update(segment_rows(segments[k], variables, dz, inputs[k])[1])
@@ -281,10 +297,4 @@ def _gradient_residuals(problem: Problem, paths: list[_Path]) -> list[float]:
                 dz = segments[k - 1].activation.slope(variables, zs[k - 1]) * dx
         return found
 
-    residuals = []
-    for path in paths:
-        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.label))
-        given = {p: problem.gradients[p][path.victim] for p in found}
-        error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
-        residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
-    return residuals
+    return jax.jit(gradient)
