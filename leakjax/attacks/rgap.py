@@ -95,16 +95,15 @@ def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | N
     rows, columns = sum(problem.gradients[p][0].size for p in head.paths), int(np.prod(head.input.shape))
     if not fits_in_memory(dense_bytes(rows, columns, 8)) or min(rows, columns) > DENSE_SIDE:
         return None, None
-    x = jnp.zeros(head.input.shape, problem.dtype)
-    weights = [p for p in head.paths]
 
-    def rows(x: Any) -> Any:
+    def entries(x: Any) -> Any:
         g = segment_rows(head, problem.variables, jnp.asarray(dz), x)[1]
-        return jnp.concatenate([jnp.ravel(g[p]) for p in weights])
+        return jnp.concatenate([jnp.ravel(g[p]) for p in head.paths])
 
-    matrix = np.asarray(jax.jacrev(rows)(x) if x.size > 4000 else jax.jacfwd(rows)(x)).reshape(-1, x.size)
+    jacobian = jax.jacrev if rows < columns else jax.jacfwd
+    matrix = np.asarray(jacobian(entries)(jnp.zeros(head.input.shape, problem.dtype))).reshape(rows, columns)
     solution = solve_dense(matrix, np.zeros(len(matrix)), tolerance=_rank_tolerance(problem, matrix.shape))
-    return solution.rank, solution.seen.reshape(x.shape)
+    return solution.rank, solution.seen.reshape(head.input.shape)
 
 
 def _advance(problem: Problem, segment: Segment, step: Any, size: int, paths: list[_Path]) -> list[_Path]:
