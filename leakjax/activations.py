@@ -7,6 +7,7 @@ an output says about its input, with masks: nothing is guessed.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -235,7 +236,7 @@ def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
         steps = np.diff(values)
     signs = np.where(np.isfinite(steps) & (np.abs(steps) > rounding), np.sign(steps), 0).astype(int)
     breaks = [0, *(np.flatnonzero(np.diff(signs)) + 1), len(signs)]
-    return tuple(Piece(float(grid[a]), float(grid[b]), int(signs[a])) for a, b in zip(breaks, breaks[1:], strict=False))
+    return tuple(Piece(float(grid[a]), float(grid[b]), int(signs[a])) for a, b in itertools.pairwise(breaks))
 
 
 def _bisect(function: Function, piece: Piece, x: Array) -> Array:

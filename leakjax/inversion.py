@@ -54,7 +54,8 @@ def invert(
         raise unknown_name("attack", attack, ATTACKS)
     if observation.examples != 1:
         raise InputError(
-            f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; use batch_size=1"
+            f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; "
+            "use batch_size=1"
         )
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)

@@ -52,9 +52,9 @@ def layer_system(
 
     The weights match the noise: an error e in x_next is an error e / act'(z) in z, so forward rows are multiplied by
     act'(z) / sqrt(act'(z)^2 + slope_floor^2) where a floor is given (equal weights condition the system better, and
-    are as good where noise is far below what matters), else by act'(z); the client's rounding of d/dtheta <dz, f> is proportional to ||dz||, so gradient rows are divided by it.
-    Both blocks are then divided by the rms of their right-hand sides. Rows that depend on an entry of z or dz that is
-    not known get weight 0.
+    are as good where noise is far below what matters), else by act'(z); the client's rounding of d/dtheta <dz, f> is
+    proportional to ||dz||, so gradient rows are divided by it. Both blocks are then divided by the rms of their
+    right-hand sides. Rows that depend on an entry of z or dz that is not known get weight 0.
     """
     zero = jnp.zeros(segment.input.shape, dz.dtype)
     origin, bias = segment_rows(segment, variables, dz, zero)

@@ -225,10 +225,8 @@ def _tolerance(problem: Problem, residual: float) -> float:
 def _info(
     problem: Problem, name: str, unknowns: int, rank: int | None, condition: float | None, residual: float, steps: int
 ) -> LayerInfo:
-    if residual > problem.matched:
-        status = "failed"
-    else:
-        status = "determined" if rank == unknowns else "deficient"
+    fitting = "determined" if rank == unknowns else "deficient"
+    status = "failed" if residual > problem.matched else fitting
     deficiency = None if rank is None else rank - unknowns
     return LayerInfo(name, unknowns, rank, deficiency, condition, residual, 0, steps, status)
 
