@@ -109,6 +109,7 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
 inverses."""
 
 _PIECEWISE = ("gelu", "silu")
+_MOST_PIECES = 32
 
 
 class Piece(NamedTuple):
@@ -228,7 +229,10 @@ def _call(kind: ActivationKind, parameter: float | None, z: Array) -> Array:
 
 
 def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
-    """Split [-1000, 1000] where the sampled increments of a function change sign (finest near 0)."""
+    """Split [-1000, 1000] where the sampled increments of a function change sign (finest near 0).
+
+    More than `_MOST_PIECES` pieces count as none.
+    """
     grid = np.sinh(np.linspace(-8.0, 8.0, 16001)) / np.sinh(8.0) * 1e3
     values = np.asarray(apply(jnp.asarray(grid, dtype)), float)
     rounding = 8 * float(jnp.finfo(dtype).eps) * np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
@@ -236,6 +240,8 @@ def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
         steps = np.diff(values)
     signs = np.where(np.isfinite(steps) & (np.abs(steps) > rounding), np.sign(steps), 0).astype(int)
     breaks = [0, *(np.flatnonzero(np.diff(signs)) + 1), len(signs)]
+    if len(breaks) > _MOST_PIECES:  # a staircase or an oscillation: an output determines nothing of its input
+        return ()
     return tuple(Piece(float(grid[a]), float(grid[b]), int(signs[a])) for a, b in itertools.pairwise(breaks))
 
 

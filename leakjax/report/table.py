@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -10,7 +11,7 @@ from rich.table import Table
 def print_report(console: Console, report: Mapping[str, Any]) -> None:
     """One row a victim, then the layers of the first one."""
     title = f"{report['model']} ({report['activation'] or 'own'}), {report['attack']}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("image", "label", "PSNR dB", "SSIM", "unseen", "residual", "certificate"):
         table.add_column(name, justify="right" if name not in ("certificate",) else "left")
     for k, example in enumerate(report["examples"]):
@@ -29,7 +30,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
             words,
         )
     console.print(table)
-    layers = Table(title="layers of image 0, first to last", title_justify="left")
+    layers = Table(title="layers of image 0, first to last", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("layer", "unknowns", "rank", "deficiency", "condition", "residual", "steps", "status"):
         layers.add_column(name, justify="left" if name in ("layer", "status") else "right")
     for info in report["examples"][0]["layers"]:
