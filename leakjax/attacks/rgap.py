@@ -16,6 +16,7 @@ from leakjax.attacks.layer_step import (
     LayerState,
     compile_steps,
     dense_system,
+    max_steps,
     pull_back_cotangent,
     run_steps,
 )
@@ -133,7 +134,8 @@ def _best_noise(
     """Where a masked activation's system does not fit, an entry near 0 was taken for the wrong side: move the level."""
     noise = state.noise.copy()
     for factor in NOISE_FACTORS[1:]:
-        bad = np.flatnonzero(solution.residual > max(30 * problem.rounding, 1e-9))
+        converged = solution.steps < max_steps(segment)  # else it is conditioning, not a mask
+        bad = np.flatnonzero(converged & (solution.residual > max(30 * problem.rounding, 1e-9)))
         if not len(bad):
             break
         trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor, state.tolerance[bad])
