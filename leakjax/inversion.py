@@ -167,8 +167,8 @@ def _assemble(
 def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     """The certificate of one outcome; see `Certificate`. No truth is used.
 
-    An image error is bounded by the first layer's condition times the relative error that reaches it; where that bound
-    exceeds 1e-3 nothing is certified.
+    A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
+    nothing is certified.
     """
     if not outcome.candidates:
         return Certificate("failed", None, unknowns, None, "head")
