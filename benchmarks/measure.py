@@ -92,32 +92,45 @@ def _truth(victims: int, dtype: str) -> tuple[Problem, list[np.ndarray], list[np
     return problem, [np.asarray(x) for x in xs], [np.asarray(d) for d in dxs], images
 
 
+IMAGES = 8  # at least: single solves are averaged over as many images
+
+
 def engine(argument: str) -> dict[str, Any]:
-    """The layer systems of cnn6, each from the true next layer, V victims at once ("V" or "V:float32")."""
-    count, _, dtype = argument.partition(":")
-    victims, dtype = int(count), dtype or "float64"
-    problem, xs, dxs, _ = _truth(victims, dtype)
+    """The layer systems of cnn6, each from the true next layer: "VICTIMS[:DTYPE[:CHUNK]]".
+
+    `victims` are solved at once, group after group until 8 images are done; a chunk is what `vmap` takes together.
+    """
+    count, dtype, chunk = (*argument.split(":"), *("", "", "")[argument.count(":") :])[:3]
+    victims, dtype, size = int(count), dtype or "float64", int(chunk or (1 if jax.default_backend() == "cpu" else 64))
+    images = max(IMAGES, victims)
+    problem, xs, dxs, _ = _truth(images, dtype)
     monitor = Monitor()
     segments = problem.chain.segments[:-1]
+    size = min(size, victims)
+    groups = [list(range(start, start + victims)) for start in range(0, images, victims)]
     with compute_in(dtype):
-        steps = compile_steps(problem, segments, victims, monitor)
+        steps = compile_steps(problem, segments, size, monitor)
         memory = PeakMemory()
-        tight = np.full(victims, problem.tolerance)
-        results, cpu, wall = [], 0.0, 0.0
+        results: list[list[Any]] = []
+        cpu = wall = 0.0
         for _ in range(2):  # the first run warms up
             results, cpu, wall = [], time.process_time(), time.perf_counter()
             for k, (segment, step) in enumerate(zip(segments, steps, strict=True)):
                 noise = 1e-10 * np.sqrt(np.mean(xs[k + 1] ** 2, axis=tuple(range(1, xs[k + 1].ndim))))
-                state = LayerState(xs[k + 1], dxs[k], noise, tight)
-                results.append(run_steps(problem, segment, step, victims, state, range(victims))[0].x)
+                state = LayerState(xs[k + 1], dxs[k], noise, np.full(images, problem.tolerance))
+                parts = [(group, LayerState(*(a[group] for a in state))) for group in groups]
+                results.append([run_steps(problem, segment, step, size, part, group)[0].x for group, part in parts])
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    errors = [float(np.linalg.norm(x - t) / np.linalg.norm(t)) for x, t in zip(results, xs, strict=False)]
+    errors = [
+        max(float(np.linalg.norm(x - t) / np.linalg.norm(t)) for x, t in zip(np.concatenate(found), truth, strict=True))
+        for found, truth in zip(results, xs, strict=False)
+    ]
     return {
         "victims": victims,
         "dtype": dtype,
-        "cpu_seconds": cpu,
-        "cpu_seconds_per_image": cpu / victims,
-        "wall_seconds": wall,
+        "chunk": size,
+        "cpu_seconds_per_image": cpu / images,
+        "wall_seconds_per_image": wall / images,
         "trace_seconds": monitor.trace,
         "compile_seconds": monitor.compile,
         "relative_errors": errors,

@@ -1,8 +1,8 @@
 """Tracing: a function as a flat list of equations, and the evaluation of any part of it.
 
-This is the only module that touches `jax.extend.core`. A traced function is flattened (every call-like primitive is
-inlined, custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Two questions
-about an equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`),
+Besides `_convolution` the only module that touches `jax.extend.core`. A traced function is flattened (every call-like
+primitive is inlined, custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids.
+Two questions about an equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`),
 and does it act entry by entry (`is_elementwise`).
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core as jex
+
+from leakjax._convolution import convolution
 
 # Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
 # (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
@@ -195,14 +196,14 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
 def evaluate(equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
     """Evaluate `equations` from the values in `env` and return the value `target`.
 
-    Convolutions are evaluated as patches times a matrix (`_convolution`), so that their transposes, their weight
+    Convolutions are evaluated as patches times a matrix (`convolution`), so that their transposes, their weight
     gradients and their batches are matrix products too. Every other primitive is bound as it stands.
     """
     values = dict(env)
     for equation in equations:
         operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
         if equation.name == "conv_general_dilated" and equation.params["batch_group_count"] == 1:
-            results: Sequence[Any] = [_convolution(*operands, **equation.params)]
+            results: Sequence[Any] = [convolution(*operands, **equation.params)]
         else:
             results = _bind(equation, operands)
         values.update(zip(equation.outputs, results, strict=True))
@@ -333,53 +334,3 @@ def _location(eqn: Any) -> str:
     outside = [f for f in frames if f.file_name != __file__ and not f.file_name.startswith(jax_home)]
     users = [f for f in outside if not any(p in f.file_name for p in packages)]
     return line((users or outside)[0]) if outside else "an unknown line"
-
-
-def _convolution(
-    lhs: Any,
-    rhs: Any,
-    *,
-    window_strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int],
-    rhs_dilation: Sequence[int],
-    dimension_numbers: Any,
-    feature_group_count: int,
-    preferred_element_type: Any,
-    **_: Any,
-) -> Any:
-    """conv_general_dilated as strided slices of the padded input, concatenated, times one matrix per group."""
-    lhs_spec, rhs_spec, out_spec = dimension_numbers
-    x = jnp.transpose(lhs, (lhs_spec[0], *lhs_spec[2:], lhs_spec[1]))  # (N, *spatial, C)
-    w = jnp.transpose(rhs, (*rhs_spec[2:], rhs_spec[1], rhs_spec[0]))  # (*window, C/G, O)
-    window, (depth, filters) = w.shape[:-2], w.shape[-2:]
-    groups = feature_group_count
-    n = len(window)
-    y = x.reshape(*x.shape[:-1], groups, depth)  # (N, *spatial, G, C/G)
-    for axis in range(n):
-        (low, high), base, step = padding[axis], lhs_dilation[axis], rhs_dilation[axis]
-        pick = _reads(x.shape[1 + axis], window[axis], window_strides[axis], (low, high), base, step).astype(x.dtype)
-        y = jnp.tensordot(y, pick, ((1,), (2,)), precision=lax.Precision.HIGHEST)  # spatial axis out, (k, side) in last
-    # (N, G, C/G, k1, s1, k2, s2, ...) -> (N, s1, s2, ..., G, k1, k2, ..., C/G)
-    offsets, sides = tuple(range(3, 3 + 2 * n, 2)), tuple(range(4, 4 + 2 * n, 2))
-    y = jnp.transpose(y, (0, *sides, 1, *offsets, 2))
-    sides = y.shape[1 : 1 + n]
-    rows, columns = x.shape[0] * math.prod(sides), math.prod(window) * depth
-    stacked = y.reshape(rows, groups, columns)
-    matrix = w.reshape(columns, groups, filters // groups)
-    if groups == 1:
-        y = jnp.matmul(stacked[:, 0], matrix[:, 0], precision=lax.Precision.HIGHEST)
-    else:
-        y = jnp.einsum("rgk,kgo->rgo", stacked, matrix, precision=lax.Precision.HIGHEST)
-    y = y.reshape(x.shape[0], *sides, filters)
-    inverse = np.argsort((out_spec[0], *out_spec[2:], out_spec[1]))
-    y = jnp.transpose(y, tuple(int(i) for i in inverse))
-    return y if preferred_element_type is None else y.astype(preferred_element_type)
-
-
-def _reads(length: int, window: int, stride: int, padding: tuple[int, int], base: int, step: int) -> np.ndarray:
-    """(window, side, length): 1 where window offset o at output position s reads input position i, else 0."""
-    dilated = (length - 1) * base + 1 + padding[0] + padding[1]
-    side = max(0, (dilated - (window - 1) * step - 1) // stride + 1)
-    reads = np.arange(window)[:, None] * step + np.arange(side) * stride - padding[0]
-    return reads[..., None] == np.arange(length) * base

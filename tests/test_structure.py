@@ -77,9 +77,9 @@ def test_the_walk_sees_the_package():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_one_module_alone_touches_jaxs_internals(path):
+def test_two_modules_alone_touch_jaxs_internals(path):
     used = {m for m in imports(path) | attributes(path) if begins(m, "jax.extend") or begins(m, "jax.core")}
-    assert not used or name_of(path) == "_jaxpr.py"
+    assert not used or name_of(path) in {"_jaxpr.py", "_convolution.py"}
     assert not any(begins(m, "jax._src") for m in imports(path) | attributes(path))
 
 

@@ -28,7 +28,7 @@ class Problem:
     labels: Int[np.ndarray, " V"] | None
     dtype: Any
     noise: float
-    chunk: int = 64
+    chunk: int = 1
     solver: str = "auto"
 
     @property
@@ -38,8 +38,8 @@ class Problem:
 
     @property
     def tolerance(self) -> float:
-        """Relative tolerance of linear solves: tens of units of rounding of the solver's own dtype."""
-        return 50 * float(np.finfo(self.dtype).eps)
+        """Relative tolerance of linear solves: a few units of rounding of the solver's own dtype."""
+        return 2 * float(np.finfo(self.dtype).eps)
 
     @property
     def rounding(self) -> float:

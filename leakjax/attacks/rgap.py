@@ -19,6 +19,7 @@ from leakjax.attacks.layer_step import (
     max_steps,
     pull_back_cotangent,
     run_steps,
+    workers,
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError
@@ -201,7 +202,8 @@ def _check_memory(problem: Problem, size: int) -> None:
         if problem.solver == "dense":
             needed, remedy = dense_bytes(rows, columns, itemsize), 'the matrix-free solver="lsmr" (--solver lsmr)'
         else:
-            needed, remedy = 12 * size * itemsize * segment.work, f"a chunk below {size} victims"
+            needed = 12 * min(workers() * size, problem.victims) * itemsize * segment.work
+            remedy = f"a chunk below {size} victims" if size > 1 else "a machine with more memory"
         if not fits_in_memory(needed):
             raise InputError(
                 f"layer {segment.name!r} would take {needed:,} bytes of memory, more than this machine has free; "

@@ -5,6 +5,7 @@ Written here, over a `lineax` operator, for one reason: the bidiagonal matrix th
 operator's extreme singular values, and library versions throw it away.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.linalg import eigh_tridiagonal
 
 
@@ -41,10 +42,18 @@ class _State(NamedTuple):
     betas: Array
 
 
-def lsmr(operator: lx.AbstractLinearOperator, b: Any, *, tolerance: float | Array, max_steps: int) -> Lsmr:
+def lsmr(
+    operator: lx.AbstractLinearOperator,
+    b: Any,
+    *,
+    tolerance: float | Array,
+    max_steps: int,
+    enough: Callable[[Any], Bool[Array, ""]] = lambda x: jnp.zeros((), bool),
+) -> Lsmr:
     """Minimum-norm least-squares solution of A x = b, from x = 0.
 
-    Stops when ||r|| <= tol (||A|| ||x|| + ||b||) or ||A^T r|| <= tol ||A|| ||r||, or after `max_steps`.
+    Stops when ||r|| <= tol (||A|| ||x|| + ||b||) or ||A^T r|| <= tol ||A|| ||r||, when `enough(x)`, or after
+    `max_steps`.
     """
     norm = optax.tree.norm
     adjoint = operator.transpose().mv
@@ -107,7 +116,7 @@ def lsmr(operator: lx.AbstractLinearOperator, b: Any, *, tolerance: float | Arra
         scalars = (
             alpha, alphabar, rho, rhobar, cbar, sbar, zeta, zetabar, betadd, betad, rhodold, tautildeold, thetatilde,
         )  # fmt: skip
-        done = solved | least | (alpha == 0) | (beta == 0) | (k >= max_steps)
+        done = solved | least | enough(x) | (alpha == 0) | (beta == 0) | (k >= max_steps)
         return _State(
             k, x, u, v, h, hbar, scalars, norm_a2 + alpha**2, norm_r, done,
             s.alphas.at[k].set(alpha), s.betas.at[k - 1].set(beta),
