@@ -2,8 +2,8 @@
 
 Besides `_convolution` the only module that touches `jax.extend.core`. A traced function is flattened (every call-like
 primitive is inlined, custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids.
-Two questions about an equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`),
-and does it act entry by entry (`is_elementwise`).
+Two questions about an equation are answered here: is it linear in its live operands (decided by its derivative, see
+`is_linear`), and does it act entry by entry (`is_elementwise`).
 """
 
 import dataclasses
