@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.precision import compute_in
 from leakjax.segments import Segment
-from leakjax.solvers.linear import LsmrSolution, materialize, solve_lsmr
+from leakjax.solvers.linear import LsmrSolution, SideSolution, join_sides, materialize, solve_side
 from leakjax.systems import layer_system
 
 SLOPE_FLOOR = 1e-2
@@ -31,7 +31,7 @@ class LayerState(NamedTuple):
     tolerance: Float[np.ndarray, " P"]
 
 
-Step = Callable[..., tuple[LsmrSolution, Array]]
+Step = Callable[..., tuple[SideSolution, Array]]
 
 
 def build_system(segment: Segment, variables: Any, x: Any, dx: Any, noise: Any, gradient: Any, floor: float) -> Any:
@@ -48,16 +48,16 @@ def max_steps(segment: Segment) -> int:
 
 @functools.lru_cache(maxsize=128)
 def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
-    def step(variables: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
+    def step(variables: Any, random: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
         rounds = 1 if dtype == "float64" else 3
-        solution = solve_lsmr(
-            system.operator, system.vector, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
+        solution = solve_side(
+            system.operator, system.vector, random, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
         )
         pulled = jax.vjp(lambda x: segment.affine(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
-    return jax.jit(jax.vmap(step, in_axes=(None, 0, 0, 0, 0, 0)))
+    return jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)))
 
 
 _COMPILED: dict[Any, Any] = {}
@@ -77,7 +77,9 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, moni
                 p: jax.ShapeDtypeStruct((size, *problem.gradients[p].shape[1:]), problem.dtype) for p in segment.paths
             }
             noise = jax.ShapeDtypeStruct((size,), problem.dtype)
-            lowered[key] = _lowered(*key).lower(dict(problem.variables), struct, struct, noise, noise, gradient)
+            lowered[key] = _lowered(*key).lower(
+                dict(problem.variables), jax.ShapeDtypeStruct((), bool), struct, struct, noise, noise, gradient
+            )
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -113,22 +115,27 @@ def run_steps(
 ) -> tuple[LsmrSolution, np.ndarray]:
     """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition).
 
-    On CPUs the chunks run side by side, one a core: a lone victim stays in its core's cache and waits for no other.
+    On CPUs the chunks, and the two right-hand sides of each, run side by side, one a core: a lone victim stays in its
+    core's cache and waits for no other.
     """
 
-    def run(start: int) -> Any:
+    def run(task: tuple[bool, int]) -> Any:
+        random, start = task
         rows = np.minimum(np.arange(start, start + size), len(victims) - 1)
         owners = np.asarray(victims)[rows]
         with compute_in(str(problem.dtype)):
             gradient = {p: jnp.asarray(problem.gradients[p][owners], problem.dtype) for p in segment.paths}
             arrays = (jnp.asarray(np.asarray(a)[rows], problem.dtype) for a in state)
-            result = jax.block_until_ready(step(dict(problem.variables), *arrays, gradient))
+            result = jax.block_until_ready(step(dict(problem.variables), jnp.asarray(random), *arrays, gradient))
         keep = min(size, len(victims) - start)
         return jax.tree.map(lambda a: np.asarray(a)[:keep], result)
 
+    starts = range(0, len(victims), size)
     with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
-        results = list(pool.map(run, range(0, len(victims), size)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
+        results = list(pool.map(run, [(random, start) for random in (False, True) for start in starts]))
+    solution, pulled = jax.tree.map(lambda *parts: np.concatenate(parts), *results[: len(starts)])
+    probes, _ = jax.tree.map(lambda *parts: np.concatenate(parts), *results[len(starts) :])
+    return join_sides(solution, probes), pulled
 
 
 def workers() -> int:

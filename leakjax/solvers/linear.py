@@ -11,7 +11,7 @@ import lineax as lx
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
@@ -36,42 +36,68 @@ class LsmrSolution(NamedTuple):
     betas: Float[Array, " max_steps"]
 
 
-def solve_lsmr(
-    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float | Array, max_steps: int, rounds: int = 1
-) -> LsmrSolution:
-    """Minimum-norm least squares without building the matrix; `rounds` > 1 refines: x += A^+ (b - A x).
+class SideSolution(NamedTuple):
+    """One of the two right-hand sides of `LsmrSolution`, solved; `error` is ||x - r|| / ||r|| for the random one."""
+
+    x: Float[Array, "..."]
+    residual: Float[Array, ""]
+    error: Float[Array, ""]
+    steps: Int[Array, ""]
+    alphas: Float[Array, " max_steps"]
+    betas: Float[Array, " max_steps"]
+
+
+def solve_side(
+    operator: lx.AbstractLinearOperator,
+    vector: Any,
+    random: Bool[Array, ""],
+    *,
+    tolerance: float | Array,
+    max_steps: int,
+    rounds: int = 1,
+) -> SideSolution:
+    """A^+ b, or A^+ A r where `random`; `rounds` > 1 refines: x += A^+ (b - A x).
 
     The random side is solved until its known answer is met to six digits, or to ten digits of its residual: enough to
     tell a null space from none.
     """
     struct = operator.in_structure()
     probe = jax.random.normal(jax.random.key(0), struct.shape, struct.dtype)
-    sides = jax.tree.map(lambda a, b: jnp.stack([a, b]), vector, operator.mv(probe))
+    size = jnp.linalg.norm(probe)
+    side = jax.tree.map(lambda a, b: jnp.where(random, b, a), vector, operator.mv(probe))
     loose = max(1e-10, 50 * float(jnp.finfo(struct.dtype).eps))
-    tolerances = jnp.stack([jnp.asarray(tolerance, struct.dtype), jnp.asarray(loose, struct.dtype)])
+    tolerance = jnp.where(random, loose, jnp.asarray(tolerance, struct.dtype))
 
-    answers = jnp.stack([jnp.full_like(probe, jnp.nan), probe])
-    near = _SEEN * jnp.linalg.norm(probe)
+    def solve(side: Any, answer: Any) -> Lsmr:
+        def enough(x: Any) -> Array:
+            return random & (jnp.linalg.norm(x - answer) <= _SEEN * size)
 
-    def solve(case: Any) -> Lsmr:
-        side, tolerance, answer = case
-        return lsmr(
-            operator,
-            side,
-            tolerance=tolerance,
-            max_steps=max_steps,
-            enough=lambda x: jnp.linalg.norm(x - answer) <= near,
-        )
+        return lsmr(operator, side, tolerance=tolerance, max_steps=max_steps, enough=enough)
 
-    first = jax.lax.map(solve, (sides, tolerances, answers))
+    first = solve(side, probe)
     x, steps = first.x, first.steps
     for _ in range(rounds - 1):
-        rest = optax.tree.sub(sides, jax.lax.map(operator.mv, x))
-        correction = jax.lax.map(solve, (rest, tolerances, answers - x))
+        correction = solve(optax.tree.sub(side, operator.mv(x)), probe - x)
         x, steps = x + correction.x, steps + correction.steps
-    lost = jnp.linalg.norm(x[1] - probe) / jnp.linalg.norm(probe)
-    residual = relative_residual(operator, vector, x[0])
-    return LsmrSolution(x[0], residual, lost, steps[0], first.alphas[0], first.betas[0])
+    error = jnp.linalg.norm(x - probe) / size
+    return SideSolution(x, relative_residual(operator, side, x), error, steps, first.alphas, first.betas)
+
+
+def join_sides(given: Any, random: Any) -> LsmrSolution:
+    """Both sides' `SideSolution` as one `LsmrSolution`."""
+    return LsmrSolution(given.x, given.residual, random.error, given.steps, given.alphas, given.betas)
+
+
+def solve_lsmr(
+    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float | Array, max_steps: int, rounds: int = 1
+) -> LsmrSolution:
+    """Minimum-norm least squares without building the matrix, by `solve_side` on both sides."""
+
+    def solve(random: Any) -> SideSolution:
+        return solve_side(operator, vector, random, tolerance=tolerance, max_steps=max_steps, rounds=rounds)
+
+    both = jax.lax.map(solve, jnp.array([False, True]))
+    return join_sides(*(jax.tree.map(lambda a, k=k: a[k], both) for k in (0, 1)))
 
 
 def lsmr_condition(solution: Any, index: Any) -> float:
