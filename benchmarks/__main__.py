@@ -72,8 +72,12 @@ def main() -> None:
     """Run the suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of a records.jsonl, run nothing")
     parser.add_argument("--quick", action="store_true", help="without the dense baseline and the large batches")
     options = parser.parse_args()
+    if options.table is not None:
+        print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     sizes = ["1", "8"] if options.quick else ["1", "8", "32", "128", "32:float64:32", "1:float32", "32:float32"]
     plan = [("engine", size) for size in sizes] + ([] if options.quick else [("lstsq", "")])

@@ -144,8 +144,8 @@ class Activation:
         return self.kind is None or any(np.isfinite(self.kind.domain(self.parameter)))
 
     def slope(self, variables: Any, z: Float[Array, "..."]) -> Float[Array, "..."]:
-        """act'(z), by a Jacobian-vector product."""
-        return jax.jvp(lambda z: self.function(variables, z), (z,), (jnp.ones_like(z),))[1]
+        """act'(z), by a vector-Jacobian product."""
+        return jax.vjp(lambda z: self.function(variables, z), z)[1](jnp.ones_like(z))[0]
 
     def preimage(self, variables: Any, x: Float[Array, "..."], noise: Float[Array, ""] | float = 0.0) -> Preimage:
         """Invert x = act(z) within the `noise` (an absolute level of x's error, same unit as x)."""

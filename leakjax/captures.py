@@ -1,11 +1,11 @@
 """Captures: an observation on disk as npz arrays and a JSON string. No pickles, never an image."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from leakjax.errors import InputError
@@ -53,8 +53,13 @@ def read_capture(path: str | Path, model: Model) -> Observation:
             raise InputError(f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/ and meta")
         parts[part][name] = array
     _match("parameter", parts["params"], model.params)
+    if not parts["gradients"]:
+        raise InputError("--capture: no array under gradients/")
     _match("buffer", parts["buffers"], _plain(model.buffers))
     victims = meta.get("victims")
+    for path, g in parts["gradients"].items():
+        if victims and g.shape[:1] != (victims,):
+            raise InputError(f"--capture: gradient {path!r} has shape {g.shape}; meta says {victims} victims")
     gradients = parts["gradients"] if victims else {p: g[None] for p, g in parts["gradients"].items()}
     return observation_from(meta, model.with_arrays(parts["params"], {**model.buffers, **parts["buffers"]}), gradients)
 
@@ -80,7 +85,11 @@ def read_arrays(path: str | Path, argument: str) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             raise InputError(f"{argument}: {path} is a single array; an npz file is expected")
         with file:
-            return {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
+        strange = next((key for key, array in arrays.items() if not isinstance(array, np.ndarray)), None)
+        if strange is not None:
+            raise InputError(f"{argument}: {path}: {strange!r} is not an array")
+        return arrays
     except InputError:
         raise
     except FileNotFoundError:
@@ -96,7 +105,7 @@ def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]
         raise InputError(f"{argument}: array 'meta' (a JSON string) is missing")
     try:
         meta = json.loads(str(arrays["meta"]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{argument}: meta is not JSON ({error})") from None
     if not isinstance(meta, dict):
         raise InputError(f"{argument}: meta must be a JSON object")
@@ -125,7 +134,7 @@ def _positive_integer(value: Any) -> bool:
 
 
 def _finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _match(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
@@ -135,13 +144,18 @@ def _match(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, An
         if found[path].shape != tuple(array.shape):
             shape = tuple(array.shape)
             raise InputError(f"--capture: {kind} {path!r} has shape {found[path].shape}, the model's has {shape}")
-        if np.issubdtype(array.dtype, np.floating) != np.issubdtype(found[path].dtype, np.floating):
+        if _kind(array.dtype) != _kind(found[path].dtype):
             raise InputError(f"--capture: {kind} {path!r} has dtype {found[path].dtype}, the model's {array.dtype}")
         if not np.all(np.isfinite(found[path])):
             raise InputError(f"--capture: {kind} {path!r} holds NaN or infinite entries")
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise InputError(f"--capture: {kind} {extra[0]!r} is not in the model")
+
+
+def _kind(dtype: Any) -> str:
+    kinds = {"floating": jnp.floating, "integer": jnp.integer, "boolean": jnp.bool_}
+    return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), "other")
 
 
 def _plain(buffers: Mapping[str, Any]) -> dict[str, Any]:

@@ -239,6 +239,9 @@ def _session() -> Iterator[Console]:
     except InputError as error:
         _say(str(error))
         raise typer.Exit(2) from None
+    except OSError as error:
+        _say(f"--out: cannot write {error.filename} ({error.strerror}); name another folder")
+        raise typer.Exit(2) from None
     except MemoryError as error:
         _say(f"out of memory ({error}); use a smaller model, fewer images or --solver lsmr")
         raise typer.Exit(2) from None

@@ -96,10 +96,11 @@ def read_head(
         off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, jnp.asarray(labels_all)))
         candidates = []
         for v in range(len(dz)):
-            label = int(np.argmin(off[v])) if labels is None else int(labels[v])
-            candidates.append(
-                HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), float(off[v, label]))
-            )
+            least = float(np.min(off[v]))
+            best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
+            for label in map(int, best if labels is None else labels[v : v + 1]):
+                residual = float(off[v, label])
+                candidates.append(HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), residual))
         return HeadReading(candidates, solution)
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
     candidates = []
@@ -193,10 +194,10 @@ def _scalar_roots(
     flat = direction.ravel()
     ray = functools.partial(_ray(segment, loss), dict(variables), z0, a)
     outputs = flat.size
-    sizes = np.geomspace(1e-5, 1e9, 4200)
+    sizes = np.geomspace(1e-5, 1e16, 6300)
     candidates = []
     for sign in (1.0, -1.0):
-        if outputs > 1 and loss != "squared_error":
+        if outputs > 1 and loss != "squared_error" and np.all(flat != 0):
             labels = [int(np.argmin(sign * flat))]  # one-hot targets: only the label's entry of dz is negative
         else:
             labels = list(range(labels_of(outputs)))

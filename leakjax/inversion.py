@@ -60,8 +60,8 @@ def invert(
         )
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
-    if chunk is not None and chunk < 1:
-        raise InputError(f"chunk must be at least 1, got {chunk}")
+    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        raise InputError(f"chunk must be a positive integer, got {chunk!r}")
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         model = _cast(observation.model, dtype)

@@ -132,6 +132,8 @@ def check_observation(observation: Observation) -> None:
     for path, g in gradients.items():
         if path not in params:
             raise InputError(f"gradient {path!r} belongs to no parameter of the model")
+        if g.ndim == 0 or len(g) != observation.victims or len(g) == 0:
+            raise InputError(f"gradient of {path!r} has shape {g.shape}; {observation.victims} victims come first")
         if g.shape[1:] != tuple(params[path].shape):
             raise InputError(f"gradient of {path!r} has shape {g.shape[1:]}, its parameter {tuple(params[path].shape)}")
         if not np.issubdtype(g.dtype, np.floating):
@@ -156,7 +158,13 @@ def _range(input_range: Sequence[float]) -> tuple[float, float]:
 
 
 def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = np.asarray(batch[0], float), np.asarray(batch[1])
+    try:
+        given, labels = (np.asarray(part) for part in batch)
+    except (TypeError, ValueError):
+        raise InputError("batch must be a pair (images, labels) of arrays") from None
+    if given.dtype.kind not in "buif":
+        raise InputError(f"images must be real numbers, got dtype {given.dtype}")
+    images = given.astype(float)
     low, high = _range(input_range)
     if images.ndim < 2 or len(images) == 0:
         raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
@@ -169,6 +177,6 @@ def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> t
             f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
             "them or pass input_range"
         )
-    if batch_size < 1 or len(images) % batch_size:
+    if not isinstance(batch_size, int) or batch_size < 1 or len(images) % batch_size:
         raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
     return images, labels

@@ -232,3 +232,56 @@ def test_inversion_does_not_need_x64_switched_on(rng):
         assert jnp.zeros(1).dtype == jnp.float32  # and the setting is as it was
     assert answer.images.dtype == np.float64
     assert off(answer.images, image) < 1e-8
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_labels_that_give_one_gradient_are_all_listed(bias, rng):
+    """Dead ReLU logits: dL/dz of two labels is the same, and nothing can tell them apart."""
+    kernel = np.abs(rng.normal(0, 0.5, (SIZE, 4))) * np.array([1.0, 1.0, -1.0, -1.0])
+    params = {"kernel": kernel, "bias": np.zeros(4)} if bias else {"kernel": kernel}
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p["kernel"] + (p["bias"][None] if bias else 0.0))
+
+    model = read_model((apply, params)).astype(jnp.float64)
+    (segment,) = read_segments(model, (SIZE,), jnp.float64).segments
+    x = np.abs(rng.normal(size=(1, SIZE)))
+    gradients = gradient_of(model, "softmax_cross_entropy", x, 3)
+    assert {2, 3} <= {c.label for c in read(segment, model, gradients, "softmax_cross_entropy")}
+
+
+def test_no_candidate_is_a_failure_and_no_crash(rng):
+    params = {f"w{k}": rng.normal(0, 0.5, (6, 6)) for k in range(3)} | {"head": rng.normal(0, 0.5, (6, 1))}
+
+    def apply(p, x):
+        for k in range(3):
+            x = jnp.tanh(x @ p[f"w{k}"])
+        return jnp.tanh(x @ p["head"])
+
+    observation = observe((apply, params), (rng.uniform(size=(1, 6)), np.array([1])), loss="squared_error")
+    noisy = {p: g + rng.normal(0, 10 * np.abs(g).max(), g.shape) for p, g in observation.gradients.items()}
+    answer = invert(dataclasses.replace(observation, gradients=noisy))
+    assert answer.certificates[0].status == "failed"
+    assert np.all(np.isfinite(answer.images))
+
+
+def test_half_precision_noise_is_never_exact(rng):
+    params = {"kernel": rng.normal(0, 0.5, (20, 1)), "bias": np.zeros(1)}
+    image = rng.uniform(size=(1, 20))
+    observation = observe(
+        (lambda p, x: x @ p["kernel"] + p["bias"][None], params),
+        (image, np.array([0])),
+        loss="sigmoid_binary_cross_entropy",
+    )
+    noisy = {p: (g * (1 + 0.3 * rng.normal(size=g.shape))).astype(np.float16) for p, g in observation.gradients.items()}
+    answer = invert(dataclasses.replace(observation, gradients=noisy, precision="float16"))
+    assert answer.certificates[0].status == "failed"
+
+
+def test_a_model_that_ends_without_parameters_is_refused(rng):
+    def apply(p, x):
+        return jnp.mean(jnp.tanh(x @ p["kernel"]), axis=1)
+
+    observation = observe((apply, {"kernel": rng.normal(size=(3, 4))}), (rng.uniform(size=(1, 5, 3)), np.array([1])))
+    with pytest.raises(InputError, match="no head to start from"):
+        invert(observation)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from leakjax import invert, observe
+from leakjax.datasets import load_dataset, to_range
 from leakjax.errors import InputError
 from leakjax.model import read_model
 from leakjax.models import MODELS, build_model
@@ -157,3 +159,14 @@ def test_unknown_names_suggest_the_nearest():
     with pytest.raises(InputError, match="'tanh'"):
         build_model("lenet", activation="tahn")
     assert set(INITIALIZATIONS) == {"torch", "uniform"}
+
+
+def test_a_sign_lost_to_float32_rounding_at_a_kink_is_found_again():
+    """In conv3 of this very case the sign of one entry is rounding: its slope comes out wrong, nothing fits."""
+    spec = MODELS["cnn6"]
+    data = load_dataset("foolbox/cifar10", [2], spec.input_shape)
+    model = build_model("cnn6", seed=2, activation="leaky_relu:0.2")
+    images = to_range(data.images, spec.input_range)
+    answer = invert(observe(model, (images, data.labels % 2), loss=spec.loss, dtype="float32"))
+    assert answer.certificates[0].status == "exact"
+    assert -10 * np.log10(np.mean((answer.images - images) ** 2)) > 90

@@ -37,3 +37,11 @@ def test_commands_run(tmp_path: Path) -> None:
     assert (ROOT / "demo" / "figure.png").stat().st_size > 10_000
     assert (ROOT / "demo" / "report.json").exists()
     assert (tmp_path / "leakjax-out" / "reconstruction.npz").exists()
+
+
+def test_the_benchmark_table_is_that_of_the_records() -> None:
+    (command, shown) = re.search(r"<!-- table: (.*?) -->\n(.*?)<!-- end of table -->", README, re.DOTALL).groups()
+    command = [sys.executable, *command.split()[1:]]
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300).stdout
+    assert made.strip() == shown.strip()
+    assert "numpy.linalg.lstsq" in made

@@ -49,7 +49,7 @@ class Problem:
     @property
     def matched(self) -> float:
         """Relative residual under which a system or a gradient counts as matched."""
-        return max(1e-6, 1e3 * self.rounding)
+        return float(np.clip(1e3 * self.rounding, 1e-6, 1e-2))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

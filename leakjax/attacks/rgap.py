@@ -22,7 +22,7 @@ from leakjax.attacks.layer_step import (
     workers,
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.errors import InputError
+from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import loss_pull, read_head
 from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import Candidate, LayerInfo
@@ -35,6 +35,7 @@ ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, wh
 DENSE_SIDE = 4000
 EXACT_SHARE, NOISY_SHARE = 0.03, 0.002  # of the misfit left by the next layer, for the tolerance of this one
 NOISE_FACTORS = (1.0, 0.1, 10.0, 0.01, 100.0)
+MOST_KINKS, MOST_TRIALS = 4, 32  # entries moved across a kink, and tried at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +58,11 @@ def rgap(problem: Problem, monitor: Monitor) -> list[Outcome]:
     bad conditioning; the rank of a layer too large for that stays None.
     """
     *segments, head = problem.chain.segments
+    if not head.paths:
+        raise UnreadableModelError(
+            "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
+            "model with a parameterized layer"
+        )
     size = min(problem.victims, problem.chunk)
     _check_memory(problem, size)
     monitor.tell(f"compiling {len(segments)} layers")
@@ -64,6 +70,8 @@ def rgap(problem: Problem, monitor: Monitor) -> list[Outcome]:
     monitor.tell("reading the head")
     paths = _start(problem, head)
     for segment, step in zip(reversed(segments), reversed(steps), strict=True):
+        if not paths:
+            break
         monitor.tell(f"solving {segment.name}")
         paths = _prune(problem, _advance(problem, segment, step, size, paths))
     return _outcomes(problem, paths)
@@ -95,7 +103,7 @@ def _start(problem: Problem, head: Segment) -> list[_Path]:
 def _head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | None, np.ndarray | None]:
     """Rank and seen share of the head's gradient block alone; None where its matrix is too large."""
     rows, columns = sum(problem.gradients[p][0].size for p in head.paths), int(np.prod(head.input.shape))
-    if not fits_in_memory(dense_bytes(rows, columns, 8)) or min(rows, columns) > DENSE_SIDE:
+    if not fits_in_memory(dense_bytes(rows, columns)) or min(rows, columns) > DENSE_SIDE:
         return None, None
 
     def entries(x: Any) -> Any:
@@ -119,6 +127,7 @@ def _advance(problem: Problem, segment: Segment, step: Any, size: int, paths: li
     solution, dx = run_steps(problem, segment, step, size, state, victims)
     if segment.activation.has_masks:
         solution, dx, state = _best_noise(problem, segment, step, size, state, victims, solution, dx)
+    solution, dx, state = _best_side(problem, segment, step, size, state, victims, solution, dx)
     return [_solved(problem, segment, state, k, path, solution, dx) for k, path in enumerate(paths)]
 
 
@@ -133,24 +142,84 @@ def _best_noise(
     dx: Any,
 ) -> tuple[LsmrSolution, np.ndarray, LayerState]:
     """Where a masked activation's system does not fit, an entry near 0 was taken for the wrong side: move the level."""
-    noise = state.noise.copy()
     for factor in NOISE_FACTORS[1:]:
-        converged = solution.steps < max_steps(segment)  # else it is conditioning, not a mask
-        bad = np.flatnonzero(converged & (solution.residual > max(30 * problem.rounding, 1e-9)))
+        bad = _misfits(problem, segment, solution)
         if not len(bad):
             break
         trial = LayerState(state.x[bad], state.dx[bad], state.noise[bad] * factor, state.tolerance[bad])
         other, other_dx = run_steps(problem, segment, step, size, trial, [victims[k] for k in bad])
         better = other.residual < 0.5 * solution.residual[bad]
+        solution, dx, state = _replace((solution, dx, state), bad[better], (other, other_dx, trial), better)
+    return solution, dx, state
 
-        def merge(old: Any, new: Any, better: Any = better, bad: Any = bad) -> Any:
-            old = np.array(old)
-            old[bad[better]] = new[better]
-            return old
 
-        solution, dx = jax.tree.map(merge, solution, other), merge(dx, other_dx)
-        noise = merge(noise, trial.noise)
-    return solution, dx, state._replace(noise=noise)
+def _best_side(
+    problem: Problem,
+    segment: Segment,
+    step: Any,
+    size: int,
+    state: LayerState,
+    victims: list[int],
+    solution: Any,
+    dx: Any,
+) -> tuple[LsmrSolution, np.ndarray, LayerState]:
+    """Where a kinked activation's system does not fit, an entry within the noise of a kink has the other side's slope.
+
+    Every such entry is tried on its other side, one at a time; the best is kept, and the next one sought.
+    """
+    for _ in range(MOST_KINKS):
+        trials = [
+            (k, x) for k in _misfits(problem, segment, solution) for x in _other_sides(problem, segment, state, int(k))
+        ]
+        if not trials:
+            break
+        owners = np.array([k for k, _ in trials])
+        trial = LayerState(
+            np.stack([x for _, x in trials]), state.dx[owners], state.noise[owners], state.tolerance[owners]
+        )
+        other, other_dx = run_steps(problem, segment, step, size, trial, [victims[k] for k in owners])
+        mine = [np.flatnonzero(owners == k) for k in np.unique(owners)]
+        best = np.array([m[np.argmin(other.residual[m])] for m in mine])
+        best = best[other.residual[best] < 0.7 * solution.residual[owners[best]]]
+        if not len(best):
+            break
+        solution, dx, state = _replace((solution, dx, state), owners[best], (other, other_dx, trial), best)
+    return solution, dx, state
+
+
+def _misfits(problem: Problem, segment: Segment, solution: LsmrSolution) -> np.ndarray:
+    """Paths whose system was solved and does not fit: a masking error, where a step limit would be conditioning."""
+    converged = solution.steps < max_steps(segment)
+    return np.flatnonzero(converged & (solution.residual > max(30 * problem.rounding, 1e-9)))
+
+
+def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) -> list[np.ndarray]:
+    """x_{i+1} of path k with one entry moved across a kink of the activation, for the entries nearest to one."""
+    x, reach = state.x[k].reshape(segment.output.shape), 3 * state.noise[k]
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        return np.asarray(segment.activation.preimage(problem.variables, jnp.asarray(x)).slope)
+
+    sides, here = [slope(x - reach), slope(x + reach)], slope(x)
+    kinked = np.abs(sides[1] - sides[0]) > 0.05 * np.maximum(np.abs(sides[0]), np.abs(sides[1]))
+    found = []
+    for position in np.flatnonzero(kinked)[:MOST_TRIALS]:
+        low = abs(here.flat[position] - sides[0].flat[position]) < abs(here.flat[position] - sides[1].flat[position])
+        moved = x.copy()
+        moved.flat[position] += reach if low else -reach
+        found.append(moved.reshape(state.x[k].shape))
+    return found
+
+
+def _replace(old: Any, where: np.ndarray, new: Any, chosen: np.ndarray) -> Any:
+    """`old` with its rows `where` taken from the rows `chosen` of `new`, leaf by leaf."""
+
+    def replace(old: Any, new: Any) -> Any:
+        old = np.array(old)
+        old[where] = np.asarray(new)[chosen]
+        return old
+
+    return jax.tree.map(replace, old, new)
 
 
 def _solved(
@@ -181,7 +250,7 @@ def _dense(
     problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
 ) -> tuple[np.ndarray, DenseSolution] | None:
     rows, columns = _matrix_shape(problem, segment)
-    large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns, 8))
+    large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns))
     if problem.solver == "lsmr" or (problem.solver == "auto" and large):
         return None
     dz, matrix, vector = dense_system(problem, segment, state, k, victim)
@@ -200,9 +269,9 @@ def _check_memory(problem: Problem, size: int) -> None:
     for segment in problem.chain.segments[:-1]:
         rows, columns = _matrix_shape(problem, segment)
         if problem.solver == "dense":
-            needed, remedy = dense_bytes(rows, columns, itemsize), 'the matrix-free solver="lsmr" (--solver lsmr)'
+            needed, remedy = dense_bytes(rows, columns), 'the matrix-free solver="lsmr" (--solver lsmr)'
         else:
-            needed = 12 * min(workers() * size, problem.victims) * itemsize * segment.work
+            needed = 12 * min(workers() * size, 2 * problem.victims) * itemsize * segment.work
             remedy = f"a chunk below {size} victims" if size > 1 else "a machine with more memory"
         if not fits_in_memory(needed):
             raise InputError(
@@ -239,7 +308,7 @@ def _prune(problem: Problem, paths: list[_Path]) -> list[_Path]:
     """Drop a victim's paths that fit a layer far worse than its best one."""
     kept = []
     for path in paths:
-        best = min(p.layers[0].residual for p in paths if p.victim == path.victim)
+        best = np.nanmin([p.layers[0].residual for p in paths if p.victim == path.victim] + [np.inf])
         if path.layers[0].residual <= max(1e3 * best, problem.matched):
             kept.append(path)
     return kept

@@ -64,7 +64,7 @@ def load_npz(path: str | os.PathLike, option: str = "--images") -> Images:
     except Exception as error:
         raise InputError(f"{where}: cannot be read: {prepared.first_line(error)}") from error
     for name in ("images", "labels"):
-        if name not in arrays:
+        if not isinstance(arrays.get(name), np.ndarray):
             raise InputError(f"{where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
     return _check_arrays(where, arrays["images"], arrays["labels"])
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from leakjax.captures import observation_from, read_arrays, read_meta
@@ -66,8 +67,11 @@ def _names(arrays: Mapping[str, np.ndarray]) -> list[str]:
     """The checked names: each has its arrays, of one shape and finite, and no array is left over."""
     if "names" not in arrays or arrays["names"].dtype.kind not in "US":
         raise InputError(f"{_ARGUMENT}: array 'names' (the parameters' names in state-dict order) is missing")
-    given = arrays["names"].astype(str)
-    names = [str(n) for n in np.atleast_1d(given) if not n.endswith(_COUNTER)]
+    try:
+        given = np.atleast_1d(arrays["names"]).ravel().astype(str)
+    except UnicodeDecodeError:
+        raise InputError(f"{_ARGUMENT}: array 'names' is not text in ASCII; write it as a unicode array") from None
+    names = [str(n) for n in given if not n.endswith(_COUNTER)]
     for name in names:
         parts = ("param",) if name.rpartition(".")[2] in _STATISTICS else ("param", "grad")
         for key in (f"{part}/{name}" for part in parts):
@@ -116,7 +120,7 @@ def _flax_layers(chain: Chain, model: Model) -> list[_Layer]:
         module, _, leaf = path.removeprefix("batch_stats/").rpartition("/")
         if module in layers and leaf in _STATISTICS.values():
             layers[module].tensors[leaf] = path
-        elif np.issubdtype(getattr(buffer, "dtype", None), np.floating):
+        elif jnp.issubdtype(getattr(buffer, "dtype", bool), jnp.floating):
             raise InputError(f"{_ARGUMENT}: buffer {path!r} of the model has no counterpart in PyTorch")
     return list(layers.values())
 

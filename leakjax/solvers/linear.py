@@ -121,10 +121,10 @@ class DenseSolution(NamedTuple):
     seen: np.ndarray
 
 
-def dense_bytes(rows: int, columns: int, itemsize: int) -> int:
-    """Memory that `solve_dense` takes at its peak: the matrix, its copy, and its singular vectors."""
+def dense_bytes(rows: int, columns: int) -> int:
+    """Memory that `solve_dense` takes at its peak: the matrix in float64, its copy, and its singular vectors."""
     small = min(rows, columns)
-    return itemsize * (2 * rows * columns + small * (rows + columns) + 4 * small**2)
+    return 8 * (2 * rows * columns + small * (rows + columns) + 4 * small**2)
 
 
 def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> DenseSolution:
@@ -133,14 +133,15 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     Above `_SMALL` rows and columns the singular values come from the smaller Gram matrix (several times as fast) where
     it shows a clear gap between 1e-5 and 1e-7 of the largest.
     """
+    matrix, vector = np.asarray(matrix, np.float64), np.asarray(vector, np.float64)
     if not np.any(matrix):
-        return DenseSolution(np.zeros(matrix.shape[1]), 0.0, 0, 1.0, np.zeros(matrix.shape[1]))
+        return DenseSolution(np.zeros(matrix.shape[1]), float(np.any(vector)), 0, 1.0, np.zeros(matrix.shape[1]))
     u, s, vt = _gram_svd(matrix) if min(matrix.shape) > _SMALL else np.linalg.svd(matrix, full_matrices=False)
     if min(matrix.shape) > _SMALL:
         if np.any((s > 1e-7 * s[0]) & (s < 1e-5 * s[0])):
             u, s, vt = np.linalg.svd(matrix, full_matrices=False)
         else:
-            tolerance = 1e-6
+            tolerance = max(tolerance, 1e-6)
     kept = s > tolerance * s[0]
     u, s, vt = u[:, kept], s[kept], vt[kept]
     x = vt.T @ ((u.T @ vector) / s)
