@@ -147,6 +147,14 @@ class Activation:
         """act'(z), by a vector-Jacobian product."""
         return jax.vjp(lambda z: self.function(variables, z), z)[1](jnp.ones_like(z))[0]
 
+    def reach(self, variables: Any, dtype: Any) -> tuple[float, float]:
+        """(least, greatest) value of the function, as sampled on [-1000, 1000]; infinite where it still grows there."""
+        grid = np.concatenate([-np.geomspace(1e3, 1e-3, 600), [0.0], np.geomspace(1e-3, 1e3, 600)])
+        values = np.asarray(self.function(variables, jnp.asarray(grid, dtype)), float)
+        growing = {float(values[k]) for k, other in ((0, 1), (-1, -2)) if abs(values[k] - values[other]) > 1.0}
+        low, high = float(np.min(values)), float(np.max(values))
+        return -np.inf if low in growing else low, np.inf if high in growing else high
+
     def preimage(self, variables: Any, x: Float[Array, "..."], noise: Float[Array, ""] | float = 0.0) -> Preimage:
         """Invert x = act(z) within the `noise` (an absolute level of x's error, same unit as x)."""
         if self.kind is not None:

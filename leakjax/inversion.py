@@ -19,6 +19,7 @@ from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
 
 SOLVERS = ("auto", "lsmr", "dense")
+_SOLVED = ("determined", "pulled_back")
 
 
 def invert(
@@ -179,10 +180,10 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     if failed is None:
         failed = next((i.name for i in reversed(layers) if (i.condition or np.inf) * i.residual > 1e-3), None)
     if failed is None and outcome.candidates[0].gradient_residual > problem.matched:
-        failed = next((info.name for info in reversed(layers) if info.status != "determined"), layers[0].name)
-    if failed is None and any(info.status != "determined" for info in layers[1:]):
-        failed = next(info.name for info in reversed(layers) if info.status != "determined")
+        failed = next((info.name for info in reversed(layers) if info.status not in _SOLVED), layers[0].name)
+    if failed is None:
+        failed = next((info.name for info in reversed(layers[1:]) if info.status not in _SOLVED), None)
     if failed is not None:
         return Certificate("failed", None, unknowns, condition, failed)
-    whole = layers[0].status == "determined" and len(outcome.candidates) == 1
+    whole = layers[0].status in _SOLVED and len(outcome.candidates) == 1
     return Certificate("exact" if whole else "ambiguous", layers[0].rank, unknowns, condition)

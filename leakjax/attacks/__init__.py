@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from leakjax.attacks.copa import copa
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.rgap import rgap
 
@@ -15,6 +16,7 @@ class Attack(NamedTuple):
 
 
 ATTACKS: Mapping[str, Attack] = {
+    "copa": Attack(copa, "rgap, with deficient layers pulled back through the ones before (COPA, arXiv 2111.10178)"),
     "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)"),
 }
 """Attacks by name."""

@@ -1,0 +1,134 @@
+"""The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from leakjax.attacks.problem import Problem
+from leakjax.residuals import pull_gradients, pulled_back, push_forward
+from leakjax.segments import Segment
+from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
+from leakjax.solvers.linear import solve_side
+
+OUTER, INNER = 60, 1500
+SMOOTHING, SHARPEST = 0.5, 1e-6
+
+
+class PullBack(NamedTuple):
+    """u = x_j, dL/dx_j, ||r|| / size, LSMR steps, and what a random direction tells of the Jacobian at u.
+
+    `lost` and (`alphas`, `betas`) are as in `LsmrSolution`.
+    """
+
+    x: Float[Array, "..."]
+    dx: Float[Array, "..."]
+    residual: Float[Array, ""]
+    steps: Int[Array, ""]
+    lost: Float[Array, ""]
+    alphas: Float[Array, " K"]
+    betas: Float[Array, " K"]
+
+
+class Known(NamedTuple):
+    """What is held at the output of the last segment: x, dL/dx, the noise level of x, and whose gradient it is."""
+
+    x: np.ndarray
+    dx: np.ndarray
+    noise: float
+    victim: int
+
+
+def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start: np.ndarray) -> PullBack:
+    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`, beginning at `start`.
+
+    Levenberg-Marquardt; where it stalls (kinks), continuation from smoothed activations, then Levenberg-Marquardt.
+    """
+    plain, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
+    given = _arrays(problem, segments, known)
+    found = plain(*given, jnp.asarray(start))
+    steps = int(found.inner_steps)
+    if not float(found.residual) <= problem.matched:
+        smoothed = smooth(*given, jnp.asarray(start))
+        again = plain(*given, smoothed.x)
+        steps += int(smoothed.inner_steps) + int(again.inner_steps)
+        if float(again.residual) < float(found.residual):
+            found = again
+    side, dx = look(*given, found.x)
+    return PullBack(found.x, dx, found.residual, jnp.asarray(steps), side.error, side.alphas, side.betas)
+
+
+def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
+    """J^T J of the pulled-back residual at x, (n, n)."""
+    build = _steps(tuple(segments), float(problem.tolerance))[3]
+    return np.asarray(build(*_arrays(problem, segments, known), jnp.asarray(x)))
+
+
+def _arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
+    gradient = {p: jnp.asarray(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
+    return dict(problem.variables), jnp.asarray(known.x), jnp.asarray(known.dx), jnp.asarray(known.noise), gradient
+
+
+@functools.lru_cache(maxsize=32)
+def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
+    top = segments[-1]
+
+    def read(variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any) -> Any:
+        preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
+        dz = preimage.slope * dx_next.reshape(top.output.shape)
+        return dz, pulled_back(segments, variables, preimage, dz, gradient)
+
+    def plain(*given: Any) -> Any:
+        *known, start = given
+        _, residual = read(*known)
+        return levenberg_marquardt(
+            lambda u: residual.function(u, None),
+            start,
+            size=residual.size,
+            tolerance=10 * tolerance,
+            max_steps=OUTER,
+            max_inner=INNER,
+        )
+
+    def smooth(*given: Any) -> Any:
+        *known, start = given
+        _, residual = read(*known)
+        return continuation(
+            residual.function,
+            start,
+            smoothing=SMOOTHING,
+            sharpest=SHARPEST,
+            size=residual.size,
+            tolerance=1e-8,
+            max_steps=2 * OUTER,
+            max_inner=INNER,
+        )
+
+    def look(*given: Any) -> Any:
+        *known, x = given
+        variables = known[0]
+        dz, residual = read(*known)
+        rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        steps = int(min(4 * x.size, 6000))
+        side = solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=steps)
+        xs, _, slopes = push_forward(segments, variables, x)
+        return side, pull_gradients(segments, variables, xs, slopes, dz)[1]
+
+    def build(*given: Any) -> Array:
+        *known, x = given
+        _, residual = read(*known)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        adjoint = jax.linear_transpose(tangent, x)
+
+        def column(e: Array) -> Array:
+            return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
+
+        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+
+    return tuple(jax.jit(f) for f in (plain, smooth, look, build))

@@ -1,0 +1,114 @@
+"""What a layer's constraints say of the input of an earlier segment: one residual, with a pull-back depth.
+
+For segments j..i and dL/dz_i the unknown is u = x_j. Pushed forward through j..i it must meet layer i's forward and
+gradient constraints and, with dL/dz pulled back through the very same u, the gradient blocks of j..i-1 (the pull-back
+constraint of Chen & Campbell, arXiv 2111.10178, section 3):
+
+    x_j = u,  z_k = f_k(theta_k, x_k),  x_{k+1} = act_k(z_k)
+    dz_{k-1} = act'_{k-1}(z_{k-1}) * (df_k/dx)^T dz_k
+    z_i = z,  d/dtheta_k <dz_k, f_k(theta, x_k)> = g_k   (k = j..i)
+
+Depth i - j = 0 is R-GAP's layer system.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.activations import Activation, Preimage
+from leakjax.model import Arrays
+from leakjax.segments import Segment
+from leakjax.systems import Rows, segment_rows
+
+
+class Residual(NamedTuple):
+    """`function(u, smoothing)`: weighted rows, 0 at the truth where `smoothing` is None; `size`: norm of the weighted
+    right-hand sides, so that ||function(u, None)|| / size is the relative residual.
+
+    A smoothing s > 0 replaces every activation act between u and z_i by the mean of act(z + s rms(z) n) over standard
+    normal n, and its slope by that mean's: kinks become smooth, and sharpen again as s falls.
+    """
+
+    function: Callable[[Float[Array, "..."], Any], Rows]
+    size: Float[Array, ""]
+
+
+def push_forward(
+    segments: Sequence[Segment], variables: Arrays, u: Float[Array, "..."], smoothing: Any = None
+) -> tuple[list[Array], list[Array], list[Array]]:
+    """(x_k), (z_k) of all segments, and act'_k(z_k) of all but the last, from the first segment's input."""
+    xs, zs, slopes = [u], [], []
+    for segment in segments:
+        zs.append(segment.affine(variables, xs[-1]))
+        if len(zs) == len(segments):
+            break
+        value, slope = _activate(segment.activation, variables, zs[-1], smoothing)
+        xs.append(value)
+        slopes.append(slope)
+    return xs, zs, slopes
+
+
+def pull_gradients(
+    segments: Sequence[Segment], variables: Arrays, xs: Sequence[Array], slopes: Sequence[Array], dz: Array
+) -> tuple[dict[str, Array], Array]:
+    """({path: d/dtheta <dz_k, f_k(theta, x_k)>} of all segments, dL/dx of the first), from dL/dz of the last one."""
+    rows: dict[str, Array] = {}
+    dx = dz
+    for k in reversed(range(len(segments))):
+        rows.update(segment_rows(segments[k], variables, dz, xs[k])[1])
+        dx = jax.vjp(lambda x, k=k: segments[k].affine(variables, x), xs[k])[1](dz)[0]
+        if k:
+            dz = slopes[k - 1] * dx.reshape(slopes[k - 1].shape)
+    return rows, dx
+
+
+def pulled_back(
+    segments: Sequence[Segment],
+    variables: Arrays,
+    preimage: Preimage,
+    dz: Float[Array, "..."],
+    gradients: Mapping[str, Float[Array, "..."]],
+) -> Residual:
+    """The residual on the input of `segments[0]`, from `preimage` and `dz` at the last one's output.
+
+    Every block is divided by the rms of its right-hand side; entries of z that are not known get weight 0.
+    """
+    known = jnp.where(preimage.known, 1.0, 0.0).astype(dz.dtype)
+    over_z = known / _rms(known * preimage.value)
+    over = {p: 1.0 / _rms(gradients[p]) for s in segments for p in s.paths}
+
+    def function(u: Float[Array, "..."], smoothing: Any) -> Rows:
+        xs, zs, slopes = push_forward(segments, variables, u, smoothing)
+        rows, _ = pull_gradients(segments, variables, xs, slopes, dz)
+        return over_z * (zs[-1] - preimage.value), {p: over[p] * (g - gradients[p]) for p, g in rows.items()}
+
+    target = (over_z * preimage.value, {p: over[p] * gradients[p] for p in over})
+    return Residual(function, optax.tree.norm(target))
+
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(12)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+
+
+def _activate(activation: Activation, variables: Arrays, z: Array, smoothing: Any) -> tuple[Array, Array]:
+    """act(z) and act'(z), or both averaged over normal perturbations of z of relative size `smoothing`.
+
+    The slope of the average is mean(n act(z + s n)) / s (Stein), so that its own derivative sees the kinks.
+    """
+    if smoothing is None:
+        return activation.function(variables, z), activation.slope(variables, z)
+    width = jax.lax.stop_gradient(smoothing * _rms(z))
+    nodes = jnp.asarray(_NODES, z.dtype).reshape(-1, *(1,) * z.ndim)
+    values = activation.function(variables, z[None] + width * nodes)
+    weights = jnp.asarray(_WEIGHTS, z.dtype)
+    return jnp.tensordot(weights, values, 1), jnp.tensordot(weights * nodes.reshape(-1), values, 1) / width
+
+
+def _rms(a: Array) -> Array:
+    size = jnp.sqrt(jnp.mean(a**2))
+    return jnp.where(size > 0, size, 1.0)

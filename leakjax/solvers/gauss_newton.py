@@ -1,0 +1,142 @@
+"""Levenberg-Marquardt without matrices, and with continuation for kinked residuals.
+
+Every step solves min ||J s + r||^2 + lambda ||s||^2 by LSMR, J and its transpose from automatic differentiation
+(Levenberg 1944, Marquardt 1963; inexact steps as in Eisenstat & Walker, SIAM J. Sci. Comput. 17, 1996).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, Float, Int
+
+from leakjax.solvers.lsmr import lsmr
+
+_STALLED = 4  # steps in a row that gained next to nothing
+_SHARPEN = 0.7
+_SETTLED = 0.85
+
+
+class NewtonSolution(NamedTuple):
+    """x, ||r(x)|| / size, outer steps, and the LSMR steps inside them."""
+
+    x: Float[Array, "..."]
+    residual: Float[Array, ""]
+    steps: Int[Array, ""]
+    inner_steps: Int[Array, ""]
+
+
+class _State(NamedTuple):
+    x: Array
+    cost: Array
+    damping: Array
+    smoothing: Array
+    stalled: Array
+    steps: Array
+    inner_steps: Array
+
+
+def levenberg_marquardt(
+    residual: Callable[[Array], Any],
+    x: Float[Array, "..."],
+    *,
+    size: Float[Array, ""],
+    tolerance: float,
+    max_steps: int,
+    max_inner: int,
+    forcing: float = 1e-2,
+) -> NewtonSolution:
+    """min ||residual(x)||^2 from x.
+
+    Stops when ||r|| <= tolerance * size, after `max_steps`, or where it no longer falls. `forcing` times the relative
+    residual is the tolerance of the LSMR solve inside a step, which takes `max_inner` steps at most.
+    """
+    return _minimize(
+        lambda x, smoothing: residual(x), x, None, size, tolerance, max_steps, max_inner, forcing, 1e-2, 0.0
+    )
+
+
+def continuation(
+    residual: Callable[[Array, Any], Any],
+    x: Float[Array, "..."],
+    *,
+    smoothing: float,
+    sharpest: float,
+    size: Float[Array, ""],
+    tolerance: float,
+    max_steps: int,
+    max_inner: int,
+    forcing: float = 1e-4,
+) -> NewtonSolution:
+    """`levenberg_marquardt` on residual(x, smoothing) with a smoothing that halves whenever a step gains little.
+
+    Ends when the smoothed residual is at `tolerance`, or at the smoothing `sharpest`. What is left of the smoothing is
+    for a plain `levenberg_marquardt` to remove.
+    """
+    return _minimize(residual, x, smoothing, size, tolerance, max_steps, max_inner, forcing, 1e-6, sharpest)
+
+
+def _minimize(
+    residual: Callable[[Array, Any], Any],
+    x: Array,
+    smoothing: float | None,
+    size: Array,
+    tolerance: float,
+    max_steps: int,
+    max_inner: int,
+    forcing: float,
+    damping: float,
+    sharpest: float,
+) -> NewtonSolution:
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    smooth = smoothing is not None
+
+    def rows(x: Array, s: Array) -> Any:
+        return residual(x, s if smooth else None)
+
+    def cost_at(x: Array, s: Array) -> Array:
+        return 0.5 * optax.tree.norm(rows(x, s)) ** 2
+
+    def step(s: _State) -> _State:
+        r, tangent = jax.linearize(lambda x: rows(x, s.smoothing), s.x)
+        root = jnp.sqrt(s.damping)
+        operator = lx.FunctionLinearOperator(lambda v: (tangent(v), root * v), struct)
+        relative = jnp.sqrt(2 * s.cost) / size
+        inner = lsmr(
+            operator,
+            (jax.tree.map(jnp.negative, r), jnp.zeros_like(s.x)),
+            tolerance=jnp.clip(forcing * relative, 10 * jnp.finfo(x.dtype).eps, 1e-4),
+            max_steps=max_inner,
+        )
+        trial = s.x + inner.x
+        cost = cost_at(trial, s.smoothing)
+        predicted = s.cost - 0.5 * optax.tree.norm(optax.tree.add(r, tangent(inner.x))) ** 2
+        gain = (s.cost - cost) / jnp.where(predicted > 0, predicted, 1.0)
+        better = cost < s.cost  # False for a trial that is not finite
+        factor = jnp.where(better, jnp.where(gain > 0.75, 0.1, jnp.where(gain > 0.25, 0.5, 2.0)), 10.0)
+        new_x, new_cost = jnp.where(better, trial, s.x), jnp.where(better, cost, s.cost)
+        new_damping = jnp.maximum(s.damping * factor, 1e-20)
+        idle = new_cost > (_SETTLED if smooth else 0.98) * s.cost
+        stalled = jnp.where(idle, s.stalled + 1, 0)
+        sharper = s.smoothing
+        if smooth:
+            settled = idle & (better | (stalled >= _STALLED))
+            sharper = jnp.where(settled, _SHARPEN * s.smoothing, s.smoothing)
+            new_cost = jnp.where(settled, cost_at(new_x, sharper), new_cost)
+            new_damping = jnp.where(settled, jnp.minimum(new_damping, damping), new_damping)
+            stalled = jnp.where(settled, 0, stalled)
+        return _State(new_x, new_cost, new_damping, sharper, stalled, s.steps + 1, s.inner_steps + inner.steps)
+
+    def going(s: _State) -> Array:
+        short = jnp.sqrt(2 * s.cost) > tolerance * size
+        alive = s.smoothing > sharpest if smooth else s.stalled < 3 * _STALLED
+        return short & alive & (s.steps < max_steps)
+
+    zero = jnp.zeros((), jnp.int32)
+    level = jnp.asarray(smoothing if smooth else 0.0, x.dtype)
+    start = _State(x, cost_at(x, level), jnp.asarray(damping, x.dtype), level, zero, zero, zero)
+    end = jax.lax.while_loop(going, step, start)
+    return NewtonSolution(end.x, jnp.sqrt(2 * end.cost) / size, end.steps, end.inner_steps)
