@@ -285,3 +285,27 @@ def test_a_model_that_ends_without_parameters_is_refused(rng):
     observation = observe((apply, {"kernel": rng.normal(size=(3, 4))}), (rng.uniform(size=(1, 5, 3)), np.array([1])))
     with pytest.raises(InputError, match="no head to start from"):
         invert(observation)
+
+
+def test_two_images_in_range_with_one_gradient_are_both_given():
+    """Bias-free, one logit, LeakyReLU: the image scaled by u'/u has the very same gradient (R-GAP, section 3.2)."""
+    rng = np.random.default_rng(8)
+    params = {"a": rng.normal(0, 0.5, (12, 20)), "b": rng.normal(0, 0.5, (20, 1))}
+
+    def apply(p, x):
+        return jax.nn.leaky_relu(x @ p["a"], 0.2) @ p["b"]
+
+    image = rng.uniform(0.1, 0.6, size=(1, 12))
+    params["b"] *= 1.1 / float(apply(params, image)[0, 0])  # u = 1.1 of label 1; the other root is near 1.48
+    observation = observe((apply, params), (image, np.array([1])), loss="sigmoid_binary_cross_entropy")
+    answer = invert(observation)
+    assert answer.certificates[0].status == "ambiguous"
+    images = sorted((c.image for c in answer.candidates[0]), key=lambda x: float(x.sum()))
+    assert len(images) == 2
+    np.testing.assert_allclose(images[0], image[0], atol=1e-12)
+    ratio = images[1] / image[0]
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-9)
+    assert 1.3 < ratio[0] < 1.4
+    again = observe((apply, params), (images[1][None], np.array([1])), loss="sigmoid_binary_cross_entropy")
+    for path, g in observation.gradients.items():
+        np.testing.assert_allclose(again.gradients[path], g, rtol=1e-9, atol=1e-14)
