@@ -399,6 +399,8 @@ def _info(
 
 def _possible(problem: Problem, segment: Segment, paths: list[_Path]) -> list[_Path]:
     """Drop a victim's paths whose x_{i+1} the activation cannot give, where it has others (a head's wrong sign)."""
+    if len({path.victim for path in paths}) == len(paths):
+        return paths
     low, high = segment.activation.reach(problem.variables, problem.dtype)
 
     def outside(path: _Path) -> bool:
