@@ -213,19 +213,23 @@ def _misfits(problem: Problem, segment: Segment, solution: LsmrSolution) -> np.n
 
 
 def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) -> list[np.ndarray]:
-    """x_{i+1} of path k with one entry moved across a kink of the activation, for the entries nearest to one."""
-    x, reach = state.x[k].reshape(segment.output.shape), 3 * state.noise[k]
+    """x_{i+1} of path k with one entry moved to where the slope changes, for the entries that are nearest to it."""
+    x, noise = state.x[k].reshape(segment.output.shape), state.noise[k]
 
     def slope(x: np.ndarray) -> np.ndarray:
-        return np.asarray(segment.activation.preimage(problem.variables, jnp.asarray(x)).slope)
+        preimage = segment.activation.preimage(problem.variables, jnp.asarray(x), jnp.asarray(noise, x.dtype))
+        return np.asarray(preimage.slope)
 
-    sides, here = [slope(x - reach), slope(x + reach)], slope(x)
-    kinked = np.abs(sides[1] - sides[0]) > 0.05 * np.maximum(np.abs(sides[0]), np.abs(sides[1]))
+    here, move = slope(x), np.zeros_like(x)
+    for distance in 3 * noise * np.geomspace(1e-3, 1, 10):
+        for d in (-distance, distance):
+            there = slope(x + d)
+            kinked = np.abs(there - here) > 0.05 * np.maximum(np.abs(there), np.abs(here))
+            move = np.where((move == 0) & kinked, d, move)
     found = []
-    for position in np.flatnonzero(kinked)[:MOST_TRIALS]:
-        low = abs(here.flat[position] - sides[0].flat[position]) < abs(here.flat[position] - sides[1].flat[position])
+    for position in sorted(np.flatnonzero(move), key=lambda p: abs(move.flat[p]))[:MOST_TRIALS]:
         moved = x.copy()
-        moved.flat[position] += reach if low else -reach
+        moved.flat[position] += move.flat[position]
         found.append(moved.reshape(state.x[k].shape))
     return found
 
