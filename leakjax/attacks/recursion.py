@@ -221,7 +221,8 @@ def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) 
         return np.asarray(preimage.slope)
 
     here, move = slope(x), np.zeros_like(x)
-    for distance in 3 * noise * np.geomspace(1e-3, 1, 10):
+    steps = np.geomspace(1e-3, 1, 10) if segment.activation.has_masks else np.ones(1)
+    for distance in 3 * noise * steps:
         for d in (-distance, distance):
             there = slope(x + d)
             kinked = np.abs(there - here) > 0.05 * np.maximum(np.abs(there), np.abs(here))
