@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from leakjax.solvers.lsmr import lsmr
 
 _STALLED = 4  # steps in a row that gained next to nothing
-_SHARPEN = 0.7
+_SHARPEN = 0.5
 _SETTLED = 0.85
 
 
