@@ -76,11 +76,13 @@ def pulled_back(
 ) -> Residual:
     """The residual on the input of `segments[0]`, from `preimage` and `dz` at the last one's output.
 
-    Every block is divided by the rms of its right-hand side; entries of z that are not known get weight 0.
+    Every block is divided by the rms of its right-hand side; entries of z that are not known get weight 0, and so do
+    all gradient blocks where a slope at z_i, and with it dL/dz, is not known.
     """
     known = jnp.where(preimage.known, 1.0, 0.0).astype(dz.dtype)
     over_z = known / _rms(known * preimage.value)
-    over = {p: 1.0 / _rms(gradients[p]) for s in segments for p in s.paths}
+    trusted = jnp.all(preimage.slope_known).astype(dz.dtype)
+    over = {p: trusted / _rms(gradients[p]) for s in segments for p in s.paths}
 
     def function(u: Float[Array, "..."], smoothing: Any) -> Rows:
         xs, zs, slopes = push_forward(segments, variables, u, smoothing)

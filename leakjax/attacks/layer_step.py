@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.precision import compute_in
 from leakjax.segments import Segment
-from leakjax.solvers.linear import LsmrSolution, SideSolution, join_sides, materialize, solve_side
+from leakjax.solvers.linear import LsmrSolution, materialize, solve_side
 from leakjax.systems import layer_system
 
 SLOPE_FLOOR = 1e-2
@@ -31,7 +31,7 @@ class LayerState(NamedTuple):
     tolerance: Float[np.ndarray, " P"]
 
 
-Step = Callable[..., tuple[SideSolution, Array]]
+Step = Callable[..., tuple[LsmrSolution, Array]]
 
 
 def build_system(segment: Segment, variables: Any, x: Any, dx: Any, noise: Any, gradient: Any, floor: float) -> Any:
@@ -135,7 +135,7 @@ def run_steps(
         results = list(pool.map(run, [(random, start) for random in (False, True) for start in starts]))
     solution, pulled = jax.tree.map(lambda *parts: np.concatenate(parts), *results[: len(starts)])
     probes, _ = jax.tree.map(lambda *parts: np.concatenate(parts), *results[len(starts) :])
-    return join_sides(solution, probes), pulled
+    return solution._replace(lost=probes.lost), pulled
 
 
 def workers() -> int:

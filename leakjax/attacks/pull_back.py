@@ -8,31 +8,26 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.residuals import pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
-from leakjax.solvers.linear import solve_side
+from leakjax.solvers.linear import LsmrSolution, solve_side
 
 OUTER, INNER = 60, 1500
 SMOOTHING, SHARPEST = 0.5, 1e-6
 
 
 class PullBack(NamedTuple):
-    """u = x_j, dL/dx_j, ||r|| / size, LSMR steps, and what a random direction tells of the Jacobian at u.
-
-    `lost` and (`alphas`, `betas`) are as in `LsmrSolution`.
-    """
+    """u = x_j, dL/dx_j, ||r|| / size, LSMR steps, and a random right-hand side's solution with the Jacobian at u."""
 
     x: Float[Array, "..."]
     dx: Float[Array, "..."]
     residual: Float[Array, ""]
-    steps: Int[Array, ""]
-    lost: Float[Array, ""]
-    alphas: Float[Array, " K"]
-    betas: Float[Array, " K"]
+    steps: int
+    probe: LsmrSolution
 
 
 class Known(NamedTuple):
@@ -59,8 +54,8 @@ def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start
         steps += int(smoothed.inner_steps) + int(again.inner_steps)
         if float(again.residual) < float(found.residual):
             found = again
-    side, dx = look(*given, found.x)
-    return PullBack(found.x, dx, found.residual, jnp.asarray(steps), side.error, side.alphas, side.betas)
+    probe, dx = look(*given, found.x)
+    return PullBack(found.x, dx, found.residual, steps, probe)
 
 
 def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
@@ -116,9 +111,9 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         steps = int(min(4 * x.size, 6000))
-        side = solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=steps)
+        probe = solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=steps)
         xs, _, slopes = push_forward(segments, variables, x)
-        return side, pull_gradients(segments, variables, xs, slopes, dz)[1]
+        return probe, pull_gradients(segments, variables, xs, slopes, dz)[1]
 
     def build(*given: Any) -> Array:
         *known, x = given

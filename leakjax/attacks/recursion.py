@@ -27,9 +27,9 @@ from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import loss_pull, read_head
 from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.residuals import pull_gradients, push_forward
 from leakjax.segments import Chain, Segment
 from leakjax.solvers.linear import DenseSolution, LsmrSolution, dense_bytes, lsmr_condition, solve_dense
-from leakjax.solvers.lsmr import extreme_singular_values
 from leakjax.systems import segment_rows
 
 NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
@@ -304,13 +304,11 @@ def _pull(problem: Problem, monitor: Monitor, position: int, path: _Path) -> _Pa
     matched, n = residual <= problem.matched, x.size
     rank: int | None = n
     seen: np.ndarray | None = np.ones(x.shape)
-    if found.lost > NULL_SPACE or not matched:
+    if found.probe.lost > NULL_SPACE or not matched:
         if position > 0:
             return dataclasses.replace(path, x=x, dx=np.asarray(found.dx))
         rank, seen = _pulled_rank(problem, segments, given, x) if matched else (None, None)
-    alphas, betas = np.asarray(found.alphas), np.asarray(found.betas)
-    low, high = extreme_singular_values(alphas, betas, int(np.count_nonzero(betas)))
-    depth, condition = len(segments) - 1, high / low if low > 0 else float("inf")
+    depth, condition = len(segments) - 1, lsmr_condition(found.probe)
     layers = [
         _pulled_info(info, k, condition, residual, matched) if k <= depth else info
         for k, info in enumerate(path.layers)
@@ -318,7 +316,7 @@ def _pull(problem: Problem, monitor: Monitor, position: int, path: _Path) -> _Pa
     if matched and rank != n:
         deficiency = None if rank is None else rank - n
         layers[0] = dataclasses.replace(layers[0], rank=rank, rank_deficiency=deficiency, status="deficient")
-    layers[0] = dataclasses.replace(layers[0], steps=int(found.steps))
+    layers[0] = dataclasses.replace(layers[0], steps=found.steps)
     noise = _noise(problem, x, residual)
     return dataclasses.replace(
         path, x=x, dx=np.asarray(found.dx), noise=noise, layers=tuple(layers), seen=seen, anchor=None
@@ -466,17 +464,8 @@ def _gradient_of(chain: Chain, loss: str) -> Any:
     segments = chain.segments
 
     def gradient(variables: Any, x: Any, label: Any) -> Any:
-        inputs, zs = [x], []
-        for segment in segments:
-            zs.append(segment.affine(variables, inputs[-1]))
-            inputs.append(segment.activation.function(variables, zs[-1]))
+        xs, zs, slopes = push_forward(segments, variables, x)
         dz = loss_pull(segments[-1], variables, loss, zs[-1], label)
-        found = {}
-        for k in reversed(range(len(segments))):
-            found.update(segment_rows(segments[k], variables, dz, inputs[k])[1])
-            if k:
-                dx = jax.vjp(lambda x, s=segments[k]: s.affine(variables, x), inputs[k])[1](dz)[0]
-                dz = segments[k - 1].activation.slope(variables, zs[k - 1]) * dx
-        return found
+        return pull_gradients(segments, variables, xs, slopes, dz)[0]
 
     return jax.jit(gradient)

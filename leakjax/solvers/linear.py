@@ -36,17 +36,6 @@ class LsmrSolution(NamedTuple):
     betas: Float[Array, " max_steps"]
 
 
-class SideSolution(NamedTuple):
-    """One of the two right-hand sides of `LsmrSolution`, solved; `error` is ||x - r|| / ||r|| for the random one."""
-
-    x: Float[Array, "..."]
-    residual: Float[Array, ""]
-    error: Float[Array, ""]
-    steps: Int[Array, ""]
-    alphas: Float[Array, " max_steps"]
-    betas: Float[Array, " max_steps"]
-
-
 def solve_side(
     operator: lx.AbstractLinearOperator,
     vector: Any,
@@ -55,8 +44,8 @@ def solve_side(
     tolerance: float | Array,
     max_steps: int,
     rounds: int = 1,
-) -> SideSolution:
-    """A^+ b, or A^+ A r where `random`; `rounds` > 1 refines: x += A^+ (b - A x).
+) -> LsmrSolution:
+    """A^+ b, or A^+ A r where `random` (`lost` is meant for the latter); `rounds` > 1 refines: x += A^+ (b - A x).
 
     The random side is solved until its known answer is met to six digits, or to ten digits of its residual: enough to
     tell a null space from none.
@@ -79,13 +68,8 @@ def solve_side(
     for _ in range(rounds - 1):
         correction = solve(optax.tree.sub(side, operator.mv(x)), probe - x)
         x, steps = x + correction.x, steps + correction.steps
-    error = jnp.linalg.norm(x - probe) / size
-    return SideSolution(x, relative_residual(operator, side, x), error, steps, first.alphas, first.betas)
-
-
-def join_sides(given: Any, random: Any) -> LsmrSolution:
-    """Both sides' `SideSolution` as one `LsmrSolution`."""
-    return LsmrSolution(given.x, given.residual, random.error, given.steps, given.alphas, given.betas)
+    lost = jnp.linalg.norm(x - probe) / size
+    return LsmrSolution(x, relative_residual(operator, side, x), lost, steps, first.alphas, first.betas)
 
 
 def solve_lsmr(
@@ -93,16 +77,16 @@ def solve_lsmr(
 ) -> LsmrSolution:
     """Minimum-norm least squares without building the matrix, by `solve_side` on both sides."""
 
-    def solve(random: Any) -> SideSolution:
+    def solve(random: Any) -> LsmrSolution:
         return solve_side(operator, vector, random, tolerance=tolerance, max_steps=max_steps, rounds=rounds)
 
     both = jax.lax.map(solve, jnp.array([False, True]))
-    return join_sides(*(jax.tree.map(lambda a, k=k: a[k], both) for k in (0, 1)))
+    return jax.tree.map(lambda a: a[0], both)._replace(lost=both.lost[1])
 
 
-def lsmr_condition(solution: Any, index: Any) -> float:
-    """Largest over smallest non-zero singular value, as the bidiagonalization of one solve found them."""
-    alphas, betas = np.asarray(solution.alphas[index]), np.asarray(solution.betas[index])
+def lsmr_condition(solution: LsmrSolution, index: Any = ...) -> float:
+    """Largest over smallest non-zero singular value, as the bidiagonalization of one solve (of many) found them."""
+    alphas, betas = np.asarray(solution.alphas)[index], np.asarray(solution.betas)[index]
     low, high = extreme_singular_values(alphas, betas, int(np.count_nonzero(betas)))
     return high / low if low > 0 else float("inf")
 
