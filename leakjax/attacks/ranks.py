@@ -1,0 +1,69 @@
+"""Ranks and seen shares by dense matrices, where these are small enough."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leakjax.attacks.layer_step import LayerState, dense_system
+from leakjax.attacks.problem import Problem
+from leakjax.attacks.pull_back import Known, gram
+from leakjax.memory import fits_in_memory
+from leakjax.segments import Segment
+from leakjax.solvers.linear import DenseSolution, dense_bytes, solve_dense
+from leakjax.systems import segment_rows
+
+NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
+DENSE_SIDE = 4000
+
+
+def head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | None, np.ndarray | None]:
+    """Rank and seen share of the head's gradient block alone; None where its matrix is too large."""
+    rows, columns = sum(problem.gradients[p][0].size for p in head.paths), int(np.prod(head.input.shape))
+    if not fits_in_memory(dense_bytes(rows, columns)) or min(rows, columns) > DENSE_SIDE:
+        return None, None
+
+    def entries(x: Any) -> Any:
+        g = segment_rows(head, problem.variables, jnp.asarray(dz), x)[1]
+        return jnp.concatenate([jnp.ravel(g[p]) for p in head.paths])
+
+    jacobian = jax.jacrev if rows < columns else jax.jacfwd
+    matrix = np.asarray(jacobian(entries)(jnp.zeros(head.input.shape, problem.dtype))).reshape(rows, columns)
+    solution = solve_dense(matrix, np.zeros(len(matrix)), tolerance=_tolerance(problem, matrix.shape))
+    return solution.rank, solution.seen.reshape(head.input.shape)
+
+
+def solve_layer_densely(
+    problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
+) -> tuple[np.ndarray, DenseSolution] | None:
+    """(dz, solution) of path k's system by singular values; None where its matrix is too large."""
+    rows, columns = matrix_shape(problem, segment)
+    large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns))
+    if problem.solver == "lsmr" or (problem.solver == "auto" and large):
+        return None
+    dz, matrix, vector = dense_system(problem, segment, state, k, victim)
+    used = np.any(matrix != 0, axis=1)
+    return dz, solve_dense(matrix[used], vector[used], tolerance=_tolerance(problem, matrix.shape))
+
+
+def pulled_rank(
+    problem: Problem, segments: Sequence[Segment], given: Known, x: np.ndarray
+) -> tuple[int | None, np.ndarray | None]:
+    """Rank of the pulled-back Jacobian at x and each entry's share in its row space; None where it is too large."""
+    if x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
+        return None, None
+    values, vectors = np.linalg.eigh(gram(problem, segments, given, x))
+    kept = values > 1e-13 * values[-1]
+    return int(np.sum(kept)), np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
+
+
+def matrix_shape(problem: Problem, segment: Segment) -> tuple[int, int]:
+    """(rows, columns) of a segment's layer system."""
+    rows = int(np.prod(segment.output.shape)) + sum(problem.gradients[p][0].size for p in segment.paths)
+    return rows, int(np.prod(segment.input.shape))
+
+
+def _tolerance(problem: Problem, shape: tuple[int, ...]) -> float:
+    return max(max(shape) * float(np.finfo(problem.dtype).eps), 10 * problem.noise)
