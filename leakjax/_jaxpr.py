@@ -1,23 +1,22 @@
 """Tracing: a function as a flat list of equations, and the evaluation of any part of it.
 
-Besides `_convolution` the only module that touches `jax.extend.core`. A traced function is flattened (every call-like
-primitive is inlined, custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids.
-Two questions about an equation are answered here: is it linear in its live operands (decided by its derivative, see
-`is_linear`), and does it act entry by entry (`is_elementwise`).
+The only module that touches `jax.extend.core`. A traced function is flattened (every call-like primitive is inlined,
+custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Two questions about an
+equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`), and does it
+act entry by entry (`is_elementwise`). Primitives of our own are made here, too (`linear_primitive`).
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-
-from leakjax._convolution import convolution
+from jax.interpreters import ad, batching, mlir
 
 # Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
 # (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
@@ -193,19 +192,19 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
     return Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
 
 
-def evaluate(equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
+def evaluate(
+    equations: Iterable[Equation], env: Mapping[int, Any], target: int, rules: Mapping[str, Callable[..., Any]]
+) -> Any:
     """Evaluate `equations` from the values in `env` and return the value `target`.
 
-    Convolutions are evaluated as patches times a matrix (`convolution`), so that their transposes, their weight
-    gradients and their batches are matrix products too. Every other primitive is bound as it stands.
+    A primitive whose name is in `rules` is evaluated as `rule(*operands, **params)`, its one result; every other
+    primitive is bound as it stands.
     """
     values = dict(env)
     for equation in equations:
         operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
-        if equation.name == "conv_general_dilated" and equation.params["batch_group_count"] == 1:
-            results: Sequence[Any] = [convolution(*operands, **equation.params)]
-        else:
-            results = _bind(equation, operands)
+        rule = rules.get(equation.name)
+        results = [rule(*operands, **equation.params)] if rule else _bind(equation, operands)
         values.update(zip(equation.outputs, results, strict=True))
     return values[target]
 
@@ -265,6 +264,38 @@ def work(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct]) -> int
     features = structs[equation.outputs[0]].shape[equation.params["dimension_numbers"][2][1]]
     window = math.prod(shape) // features  # (kernel window) x (input channels of a group)
     return max(size, size // features * window * equation.params["feature_group_count"])
+
+
+def linear_primitive(
+    name: str,
+    function: Callable[[Any, Any], Any],
+    transpose: Callable[[Any, Any], Any],
+    shape: Callable[[tuple[int, ...], Any], tuple[int, ...]],
+) -> Callable[[Any, Hashable], Any]:
+    """A primitive y = function(x, static), linear in the array x, as a callable of x and a hashable `static`.
+
+    - `function`: takes any number of leading axes of x (a batch axis comes first) and keeps them and the dtype;
+    - `transpose`: maps (cotangent of y, static) to the cotangent of x;
+    - `shape`: maps (shape of x, static) to the shape of y.
+    """
+    primitive = jex.Primitive(name)
+    compiled = jax.jit(function, static_argnums=1)
+
+    def apply(x: Any, static: Hashable) -> Any:
+        return primitive.bind(x, static=static)
+
+    def pull_back(cotangent: Any, _: Any, *, static: Any) -> list[Any]:
+        return [cotangent if isinstance(cotangent, ad.Zero) else transpose(cotangent, static)]
+
+    def batch(operands: Any, axes: Any, *, static: Any) -> tuple[Any, int]:
+        return apply(jnp.moveaxis(operands[0], axes[0], 0), static), 0
+
+    primitive.def_impl(lambda x, *, static: compiled(x, static))
+    primitive.def_abstract_eval(lambda x, *, static: x.update(shape=shape(x.shape, static)))
+    ad.deflinear2(primitive, pull_back)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(lambda x, *, static: function(x, static), multiple_results=False))
+    return apply
 
 
 def dtype_of_least_precision(graph: Graph) -> Any:

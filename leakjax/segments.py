@@ -18,9 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from leakjax import _jaxpr
+from leakjax._convolution import convolution
 from leakjax.activations import Activation, build_activation
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.model import Arrays, Model
+
+# How primitives are evaluated: a convolution's transposes, weight gradients and batches are matrix products, too.
+_RULES = {"conv_general_dilated": convolution}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,7 +190,7 @@ def _segment(
 
         def apply(variables: Arrays, x: Any) -> Any:
             env = {v: variables[path] for v, path in by_id.items() if path in used}
-            return _jaxpr.evaluate(equations, {**env, start: x}, end)
+            return _jaxpr.evaluate(equations, {**env, start: x}, end, _RULES)
 
         return apply, used
 

@@ -152,6 +152,16 @@ def test_any_convolution_on_any_image(name, rng):
     check((apply, params), (7, 9, 4), ["tanh", "identity"])
 
 
+def test_batch_groups(rng):
+    params = params_of(rng, k=(3, 2, 1, 6), h=(12, 2))
+
+    def apply(p, x):
+        x = conv(jnp.transpose(x, (3, 1, 2, 0)), p["k"], batch_group_count=2)
+        return jnp.sum(jnp.tanh(x), (1, 2)).reshape(1, -1) @ p["h"]
+
+    check((apply, params), (7, 9, 4), ["tanh", "identity"])
+
+
 def test_other_layouts_and_dimensions(rng):
     params = params_of(rng, k=(5, 3, 3, 2), one=(3, 2, 4))
 

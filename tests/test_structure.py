@@ -16,6 +16,10 @@ WALLS = {
         "activations reconstruction leakage defenses"
     ),
     "_jaxpr.py": (
+        "_convolution segments systems heads attacks inversion observation model models datasets report cli solvers "
+        "activations"
+    ),
+    "_convolution.py": (
         "segments systems heads attacks inversion observation model models datasets report cli solvers activations"
     ),
     "activations.py": "segments systems heads attacks inversion observation model models datasets report cli solvers",
@@ -77,9 +81,9 @@ def test_the_walk_sees_the_package():
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_two_modules_alone_touch_jaxs_internals(path):
+def test_one_module_alone_touches_jaxs_internals(path):
     used = {m for m in imports(path) | attributes(path) if begins(m, "jax.extend") or begins(m, "jax.core")}
-    assert not used or name_of(path) in {"_jaxpr.py", "_convolution.py"}
+    assert not used or name_of(path) == "_jaxpr.py"
     assert not any(begins(m, "jax._src") for m in imports(path) | attributes(path))
 
 
