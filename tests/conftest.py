@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # Tests compile hundreds of small programs and run each a few times: let XLA spend less on each.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,6 +13,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,6 +48,35 @@ def pytest_configure(config):
 def rng():
     """A generator of its own for each test, always the same."""
     return np.random.default_rng(20240607)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where `run` runs; a module may fill it or have its own."""
+    return tmp_path
+
+
+@pytest.fixture
+def cache(monkeypatch):
+    """No compiled program is kept on disk; a module may keep them in a place of its own."""
+    monkeypatch.setattr("leakjax.cli._enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture
+def run(folder, cache, monkeypatch):
+    """Run a command line in-process, in the folder; what is not an exit of its own is raised."""
+    from leakjax.cli import app
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*words):
+        result = CliRunner().invoke(app, [str(w) for w in words])
+        if result.exit_code == 1:
+            raise result.exception
+        return result
+
+    return run
 
 
 @pytest.fixture(autouse=True, scope="module")

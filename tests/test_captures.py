@@ -1,14 +1,11 @@
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import linen, nnx
-from typer.testing import CliRunner
 
 from leakjax.captures import read_capture, write_capture
-from leakjax.cli import app
 from leakjax.errors import InputError
 from leakjax.inversion import invert
 from leakjax.model import read_model
@@ -65,19 +62,10 @@ def path(observation, tmp_path_factory):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def folder(tmp_path):
+    """A folder with a factory in it."""
     (tmp_path / "captures_nets.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path, __file__.rpartition("/")[0]])
-    monkeypatch.setattr("leakjax.cli._enable_compilation_cache", lambda: None)
-
-    def run(*words):
-        result = CliRunner().invoke(app, [str(w) for w in words])
-        if result.exit_code == 1:
-            raise result.exception
-        return result
-
-    return run
+    return tmp_path
 
 
 def rewritten(path, target, **changes):

@@ -144,7 +144,8 @@ NETS = """
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _caches(tmp_path_factory):
+def cache(tmp_path_factory):
+    """Compiled programs are kept as for a user, below a folder of the tests."""
     from jax.experimental.compilation_cache import compilation_cache
 
     names = [name for name in jax.config.values if "compilation_cache" in name or "persistent_cache" in name]
@@ -178,21 +179,6 @@ def folder(tmp_path_factory):
     (folder / "file").touch()
     np.save(folder / "single.npy", images)
     return folder
-
-
-@pytest.fixture
-def run(folder, monkeypatch):
-    """Run a command line in-process, in the folder."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(*words):
-        result = CliRunner().invoke(app, [str(w) for w in words])
-        if result.exit_code == 1:
-            raise result.exception
-        return result
-
-    return run
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """Captures in PyTorch's layout, written by a forward pass of our own: NCHW, OIHW, channel-first flatten, (out, in)."""
 
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from typer.testing import CliRunner
 
-from leakjax.cli import app
 from leakjax.datasets import load_dataset
 from leakjax.errors import InputError
 from leakjax.interop.torch import read_torch_capture
@@ -101,21 +98,6 @@ def check_conversion(path, model, x, label):
     for name, gradient in again.gradients.items():
         np.testing.assert_allclose(converted.gradients[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
     return converted
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("leakjax.cli._enable_compilation_cache", lambda: None)
-
-    def run(*words):
-        result = CliRunner().invoke(app, [str(w) for w in words])
-        if result.exit_code == 1:
-            raise result.exception
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module")
