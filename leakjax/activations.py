@@ -155,6 +155,12 @@ class Activation:
         low, high = float(np.min(values)), float(np.max(values))
         return -np.inf if low in growing else low, np.inf if high in growing else high
 
+    def is_piecewise_linear(self, variables: Any, dtype: Any) -> bool:
+        """Whether act'' = 0 at every point of a sample of [-40, 40] that meets no kink."""
+        grid = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
+        _, second = jax.jvp(lambda z: self.slope(variables, z), (grid,), (jnp.ones_like(grid),))
+        return bool(jnp.all(second == 0))
+
     def preimage(self, variables: Any, x: Float[Array, "..."], noise: Float[Array, ""] | float = 0.0) -> Preimage:
         """Invert x = act(z) within the `noise` (an absolute level of x's error, same unit as x)."""
         if self.kind is not None:

@@ -43,9 +43,17 @@ def solve_layer_densely(
     large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns))
     if problem.solver == "lsmr" or (problem.solver == "auto" and large):
         return None
+    dz, matrix, vector = used_rows(problem, segment, state, k, victim)
+    return dz, solve_dense(matrix, vector, tolerance=_tolerance(problem, matrix.shape))
+
+
+def used_rows(
+    problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(dz, matrix, vector) of path k's system, without rows of zeros."""
     dz, matrix, vector = dense_system(problem, segment, state, k, victim)
     used = np.any(matrix != 0, axis=1)
-    return dz, solve_dense(matrix[used], vector[used], tolerance=_tolerance(problem, matrix.shape))
+    return dz, matrix[used], vector[used]
 
 
 def pulled_rank(

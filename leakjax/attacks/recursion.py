@@ -9,6 +9,7 @@ import numpy as np
 
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
+from leakjax.attacks.null_coordinates import applies, close_null_space
 from leakjax.attacks.outcomes import outcomes
 from leakjax.attacks.path import (
     Anchor,
@@ -21,7 +22,7 @@ from leakjax.attacks.path import (
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.pulling import pull
-from leakjax.attacks.ranks import NULL_SPACE, head_rank, matrix_shape, solve_layer_densely
+from leakjax.attacks.ranks import NULL_SPACE, head_rank, matrix_shape, solve_layer_densely, used_rows
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.memory import fits_in_memory
@@ -109,8 +110,13 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     rank: int | None = n
     condition: float | None = lsmr_condition(solution, k)
     anchor = path.anchor
-    if anchor is not None or (waiting and solution.lost[k] > NULL_SPACE):
-        rank, seen = (n, seen) if solution.lost[k] <= NULL_SPACE else (None, None)
+    deficient = solution.lost[k] > NULL_SPACE
+    if waiting and deficient and path.certain:
+        closed = _close(problem, position, solved, k, path)
+        if closed is not None:
+            return closed
+    if anchor is not None or (waiting and deficient):
+        rank, seen = (None, None) if deficient else (n, seen)
         anchor = anchor or Anchor(position, path.x, path.dx, float(state.noise[k]))
     elif problem.solver == "dense" or not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
         dense = solve_layer_densely(problem, segment, state, k, path.victim)
@@ -125,6 +131,36 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
     noise = noise_level(problem, x, residual)
     return dataclasses.replace(path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor)
+
+
+def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) -> Path | None:
+    """The path with a deficient layer closed by the activation before it, or None where that does not close it.
+
+    A layer that its own equations match, but that stays open in some directions, is returned waiting, from there.
+    """
+    before, segment = problem.chain.segments[position - 1 : position + 1]
+    solution, state = solved.solution, solved.state
+    if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):
+        return None
+    residual = float(solution.residual[k])
+    _, matrix, _ = used_rows(problem, segment, state, k, path.victim)
+    x = np.asarray(solution.x[k]).ravel()
+    found = close_null_space(problem, before, matrix, x, float(solution.lost[k]), noise_level(problem, x, residual))
+    if found is None or not found.residual <= problem.matched:
+        return None
+    pairs = ((lsmr_condition(solution, k), residual), (found.condition, found.residual))
+    condition, residual = max(pairs, key=lambda pair: pair[0] * pair[1])
+    steps = int(solution.steps[k]) + found.steps
+    info = layer_info(problem, segment.name, x.size, x.size, condition, residual, steps)
+    anchor = None if found.whole else Anchor(position, path.x, path.dx, float(state.noise[k]))
+    info = dataclasses.replace(info, status="pulled_back" if info.status == "determined" else info.status)
+    info = dataclasses.replace(info, pull_back_depth=1, rank=x.size if found.whole else None)
+    x = found.x.astype(state.x.dtype).reshape(segment.input.shape)
+    noise = noise_level(problem, x, residual)
+    seen = np.ones(x.shape) if found.whole else None
+    return dataclasses.replace(
+        path, x=x, dx=solved.dx[k], noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor
+    )
 
 
 def _check_memory(problem: Problem, size: int) -> None:
