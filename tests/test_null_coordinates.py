@@ -70,11 +70,11 @@ def test_leaky_layers_are_closed_by_the_range_of_the_layer_before(slope, dtype):
 
 def test_a_relu_layer_is_closed_by_its_zeros():
     """Half of x is exactly 0 and the rest above it: with few null directions nothing else fits."""
-    model = network(lambda z: jnp.maximum(z, 0), filters=10)
-    images = np.random.default_rng(0).uniform(size=(2, *SHAPE))
-    observation = observe(model, (images, np.array([1, 4])))
+    model = network(lambda z: jnp.maximum(z, 0), filters=8)
+    images = np.random.default_rng(0).uniform(size=(1, *SHAPE))
+    observation = observe(model, (images, np.array([1])))
     alone, pulled = invert(observation, attack="rgap"), invert(observation, attack="copa")
     assert all(layers[1].rank < layers[1].unknowns for layers in alone.layers)
     assert all(layers[1].status == "pulled_back" for layers in pulled.layers)
-    assert [c.status for c in pulled.certificates] == ["exact", "exact"]
+    assert [c.status for c in pulled.certificates] == ["exact"]
     assert psnr(pulled.images, images) > 150

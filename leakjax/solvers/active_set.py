@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.linalg
 
-
 _FLAT = 1e-12
 
 
