@@ -1,0 +1,55 @@
+"""A model as a function of a batch, whether it can be read as segments or not: what full gradient matching needs."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from leakjax import _jaxpr
+from leakjax._convolution import convolution
+from leakjax.losses import LOSSES
+from leakjax.model import Arrays, Model
+
+Logits = Callable[[Arrays, Float[Array, "B ..."]], Float[Array, "B K"]]
+Gradient = Callable[[Arrays, Float[Array, "B ..."], Int[Array, " B"]], dict[str, Array]]
+
+
+def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype: Any) -> Logits:
+    """(variables, x) -> logits for batches (examples, *input_shape) of `dtype`, convolutions as patches times a matrix.
+
+    One function for all models of one architecture, so that what is compiled for it serves them all.
+    """
+    structs = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
+    return _read(model.apply, structs, tuple(input_shape), examples, str(jnp.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=32)
+def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int, dtype: str) -> Logits:
+    paths = [path for path, _, _ in structs]
+    arrays = [jax.ShapeDtypeStruct(shape, kind) for _, shape, kind in structs]
+    x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
+    graph = _jaxpr.trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+    equations = graph.needed(graph.output, [*graph.variables, graph.input])
+    rules = {"conv_general_dilated": convolution}
+
+    def logits(variables: Arrays, x: Float[Array, "B ..."]) -> Float[Array, "B K"]:
+        env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
+        return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, rules)
+
+    return logits
+
+
+@functools.lru_cache(maxsize=32)
+def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
+    """(variables, x, labels) -> {path: d/dtheta (1/B) sum_b loss(logits(x)_b, y_b)} for the parameters `paths`."""
+
+    def gradient(variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"]) -> dict[str, Array]:
+        def mean_loss(params: Arrays) -> Array:
+            return jnp.mean(jax.vmap(LOSSES[loss])(logits({**variables, **params}, x), labels))
+
+        return jax.grad(mean_loss)({path: variables[path] for path in paths})
+
+    return gradient
