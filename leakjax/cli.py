@@ -90,6 +90,7 @@ def invert(
     input_range: Range = None,
     init: Init = None,
     solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
+    starts: Annotated[int, typer.Option("--starts", help="Random starts that `match` solves at once.")] = 1,
     seed: Seed = 0,
     dtype: Dtype = "float64",
     out: Out = Path("leakjax-out"),
@@ -100,6 +101,7 @@ def invert(
         from leakjax import inversion
         from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
         from leakjax.report.figure import draw_figure
+        from leakjax.report.pairing import pair_with_truth
         from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
         from leakjax.report.table import print_report
         from leakjax.setup import Setup
@@ -123,11 +125,13 @@ def invert(
         given = None if labels is None else _integers("--labels", labels)
         with _progress(console) as tell:
             result = inversion.invert(
-                observation, attack=attack, dtype=dtype, labels=given, solver=solver, progress=tell
+                observation, attack=attack, dtype=dtype, labels=given, solver=solver, starts=starts, progress=tell
             )
+        pictures = unit_scale(result.images, observation.input_range)
+        if shown is not None:
+            shown = pair_with_truth(shown, pictures, observation.examples)
         report = build_report(RunInfo(model, setup.activation, seed), observation, result, shown)
         write_report(directory, report, result)
-        pictures = unit_scale(result.images, observation.input_range)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
         if json_output:
             print(json.dumps(report, allow_nan=False))

@@ -13,6 +13,7 @@ from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError, unknown_name
 from leakjax.losses import labels_of
 from leakjax.model import Model
+from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
 from leakjax.precision import compute_in
 from leakjax.reconstruction import Certificate, Reconstruction
@@ -30,6 +31,7 @@ def invert(
     labels: Any = None,
     solver: str = "auto",
     chunk: int | None = None,
+    starts: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -39,14 +41,15 @@ def invert(
     - `attack`: a name of `attacks.ATTACKS`;
     - `dtype`: precision of the solves, "float64" or "float32" (float32 refines iteratively and still loses digits:
       see each layer's residual);
-    - `labels`: (V,) integers if the labels are known; recovered otherwise;
+    - `labels`: (V,) integers, or (V * B,) for gradients of B examples, if the labels are known; recovered otherwise;
     - `solver`: "lsmr" is matrix-free, "dense" factorizes every layer's matrix, "auto" does the latter only where LSMR
       met a null space or bad conditioning and the matrix is small;
+    - `starts`: how many random starts `match` solves at once, the best by residual kept;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own.
 
-    Returns a `Reconstruction`, one image a victim.
+    Returns a `Reconstruction`, one image a victim, or B images one after another.
     Raises `InputError` for an unknown attack, more than one example a gradient, or a model that cannot be read.
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
@@ -54,11 +57,14 @@ def invert(
     start = time.perf_counter()
     if attack not in ATTACKS:
         raise unknown_name("attack", attack, ATTACKS)
-    if observation.examples != 1:
+    chosen = ATTACKS[attack]
+    if chosen.layerwise and observation.examples != 1:
         raise InputError(
             f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; "
-            "use batch_size=1"
+            'use attack="match" (--attack match), or batch_size=1'
         )
+    if not (isinstance(starts, int) and starts >= 1):
+        raise InputError(f"starts must be a positive integer, got {starts!r}")
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
@@ -67,24 +73,29 @@ def invert(
     with compute_in(dtype) as floating:
         model = _cast(observation.model, dtype)
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
-        chain = _read(model, tuple(observation.input_shape), dtype)
+        chain = _read(model, tuple(observation.input_shape), dtype) if chosen.layerwise else None
+        network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
-        precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(chain.precision).eps))
+        precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(network.precision).eps))
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         problem = Problem(
             chain,
+            network.logits,
             model.variables,
             gradients,
             observation.loss,
+            tuple(observation.input_shape),
             observation.input_range,
             _check_labels(labels, observation, logits.shape[-1]),
             floating,
             precision,
             chunk or (1 if jax.default_backend() == "cpu" else 64),
             solver,
+            observation.examples,
+            starts,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
-        outcomes = ATTACKS[attack].run(problem, monitor)
+        outcomes = chosen.run(problem, monitor)
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
 
@@ -115,12 +126,12 @@ def _read(model: Model, input_shape: tuple[int, ...], dtype: str) -> Chain:
 def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:
     if labels is None:
         return None
-    given = np.asarray(labels)
-    if given.shape != (observation.victims,) or not np.issubdtype(given.dtype, np.integer):
-        raise InputError(f"labels must be {observation.victims} integers, one a gradient, got shape {given.shape}")
+    given, expected = np.asarray(labels), observation.victims * observation.examples
+    if given.shape != (expected,) or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"labels must be {expected} integers, one an example, got shape {given.shape}")
     if given.min() < 0 or given.max() >= labels_of(outputs):
         raise InputError(f"labels must be in 0..{labels_of(outputs) - 1}, got {given.min()}..{given.max()}")
-    return given
+    return given.reshape(observation.victims, observation.examples)
 
 
 def _assemble(
@@ -167,7 +178,7 @@ def _assemble(
 
 
 def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
-    """The certificate of one outcome; see `Certificate`. No truth is used.
+    """The certificate of one outcome, for `unknowns` or what its first layer says; see `Certificate`. No truth is used.
 
     A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
     nothing is certified.
@@ -175,6 +186,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     if not outcome.candidates:
         return Certificate("failed", None, unknowns, None, "head")
     layers = outcome.layers
+    unknowns = layers[0].unknowns
     condition = layers[0].condition
     failed = next((info.name for info in reversed(layers) if info.status == "failed"), None)
     if failed is None:

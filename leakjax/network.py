@@ -1,5 +1,6 @@
 """A model as a function of a batch, whether it can be read as segments or not: what full gradient matching needs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +15,21 @@ from leakjax.losses import LOSSES
 from leakjax.model import Arrays, Model
 
 Logits = Callable[[Arrays, Float[Array, "B ..."]], Float[Array, "B K"]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A model at one batch size: `logits`, and the least floating precision that its own code computes in."""
+
+    logits: Logits
+    precision: Any
+
+
 Gradient = Callable[[Arrays, Float[Array, "B ..."], Int[Array, " B"]], dict[str, Array]]
 
 
-def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype: Any) -> Logits:
-    """(variables, x) -> logits for batches (examples, *input_shape) of `dtype`, convolutions as patches times a matrix.
+def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype: Any) -> Network:
+    """A model's logits for batches (examples, *input_shape) of `dtype`, convolutions as patches times a matrix.
 
     One function for all models of one architecture, so that what is compiled for it serves them all.
     """
@@ -27,7 +38,7 @@ def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype:
 
 
 @functools.lru_cache(maxsize=32)
-def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int, dtype: str) -> Logits:
+def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int, dtype: str) -> Network:
     paths = [path for path, _, _ in structs]
     arrays = [jax.ShapeDtypeStruct(shape, kind) for _, shape, kind in structs]
     x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
@@ -39,7 +50,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
         return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, rules)
 
-    return logits
+    return Network(logits, _jaxpr.dtype_of_least_precision(graph))
 
 
 @functools.lru_cache(maxsize=32)

@@ -55,12 +55,12 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """Images of V victims in the model's input range, best candidate first.
+    """Images of N examples (V victims, or V gradients of B examples, N = V B) in the model's input range.
 
-    - `images` (V, H, W, C), `labels` (V,), `label_source` ("recovered" or "given");
-    - `determined` (V, H, W, C): share of each entry that the gradient determines, 1 = all, 0 = unseen;
-    - `gradient_residual` (V,): ||g(x) - g|| / ||g||;
-    - `certificates`, `layers` (first layer to last), `candidates`: one entry a victim;
+    - `images` (N, H, W, C), `labels` (N,), `label_source` ("recovered" or "given");
+    - `determined` (N, H, W, C): share of each entry that the gradient determines, 1 = all, 0 = unseen;
+    - `gradient_residual` (N,): ||g(x) - g|| / ||g||;
+    - `certificates`, `layers` (first layer to last), `candidates` (best first): one entry an example;
     - `seconds`: trace, compile, solve, total.
     """
 

@@ -4,20 +4,29 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from leakjax.attacks.copa import copa
+from leakjax.attacks.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.rgap import rgap
 
 
 class Attack(NamedTuple):
-    """An attack and what `leakjax list attacks` says of it."""
+    """An attack, what `leakjax list attacks` says of it, and what it takes.
+
+    - `run` returns an `Outcome` an example, gradient after gradient;
+    - `layerwise`: it needs the model as a chain of segments, and one example a gradient.
+    """
 
     run: Callable[[Problem, Monitor], list[Outcome]]
     summary: str
+    layerwise: bool
 
 
 ATTACKS: Mapping[str, Attack] = {
-    "copa": Attack(copa, "rgap, with deficient layers pulled back through the ones before (COPA, arXiv 2111.10178)"),
-    "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)"),
+    "copa": Attack(
+        copa, "rgap, with deficient layers pulled back through the ones before (COPA, arXiv 2111.10178)", True
+    ),
+    "match": Attack(match, "full gradient matching from noise by Levenberg-Marquardt; any batch, any model", False),
+    "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)", True),
 }
 """Attacks by name."""
 

@@ -12,7 +12,7 @@ from leakjax.attacks.problem import Outcome, Problem
 from leakjax.heads import loss_pull
 from leakjax.reconstruction import Candidate
 from leakjax.residuals import pull_gradients, push_forward
-from leakjax.segments import Chain
+from leakjax.segments import Segment
 
 
 def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
@@ -40,7 +40,7 @@ def _seen(path: Path) -> np.ndarray | None:
 
 def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
     """||g(x) - g|| / ||g|| of every path, through the chain of segments."""
-    gradient = _gradient_of(problem.chain, problem.loss)
+    gradient = _gradient_of(problem.segments, problem.loss)
     residuals = []
     for path in paths:
         found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.label))
@@ -51,9 +51,8 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
 
 
 @functools.lru_cache(maxsize=32)
-def _gradient_of(chain: Chain, loss: str) -> Any:
+def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Any:
     """(variables, x, label) -> {path: dL/dtheta}, by the same segments that the layers are solved with."""
-    segments = chain.segments
 
     def gradient(variables: Any, x: Any, label: Any) -> Any:
         xs, zs, slopes = push_forward(segments, variables, x)

@@ -8,28 +8,48 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from leakjax.model import Arrays
+from leakjax.network import Logits
 from leakjax.reconstruction import Candidate, LayerInfo
-from leakjax.segments import Chain
+from leakjax.segments import Chain, Segment
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """An observation made ready to solve in `dtype`; gradients have a leading victim axis.
 
-    `labels` are the given ones or None; `noise` is the relative rounding of the client's own precision; `chunk` bounds
+    - `chain`: the model as segments, None where the attack needs none; `network`: its logits for a whole batch;
+    - `labels`: the given ones or None; `examples`: B of every gradient; `starts`: tried at once where an attack begins
+      from noise.
+
+    `noise` is the relative rounding of the client's own precision; `chunk` bounds
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense".
     """
 
-    chain: Chain
+    chain: Chain | None
+    network: Logits
     variables: Arrays
     gradients: Mapping[str, Float[np.ndarray, "V ..."]]
     loss: str
+    input_shape: tuple[int, ...]
     input_range: tuple[float, float]
-    labels: Int[np.ndarray, " V"] | None
+    labels: Int[np.ndarray, "V B"] | None
     dtype: Any
     noise: float
     chunk: int = 1
     solver: str = "auto"
+    examples: int = 1
+    starts: int = 1
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The chain's segments, first to last."""
+        assert self.chain is not None, "this attack needs a chain"
+        return self.chain.segments
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """(B, H, W, C): the images behind one gradient."""
+        return (self.examples, *self.input_shape)
 
     @property
     def victims(self) -> int:
@@ -54,7 +74,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """An attack's answer for one victim: candidates, best first, and the layers of the best one (first to last).
+    """An attack's answer for one example: candidates, best first, and the layers of the best one (first to last).
 
     `seen`: share of each input entry that the first layer determines, None where a later layer was deficient or
     failed.

@@ -20,7 +20,7 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
     anchor = path.anchor
     if anchor is None or anchor.position == position:
         return path
-    segments = problem.chain.segments[position : anchor.position + 1]
+    segments = problem.segments[position : anchor.position + 1]
     monitor.tell(f"pulling {segments[-1].name} back to {segments[0].name}")
     given = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
     found = pull_back(problem, segments, given, path.x)

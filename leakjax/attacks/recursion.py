@@ -39,7 +39,7 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
     bad conditioning; the rank of a layer too large for that stays None. With `pulling` a layer with a null space waits
     for the layers before it (`pull_back`).
     """
-    *segments, head = problem.chain.segments
+    *segments, head = problem.segments
     if not head.paths:
         raise UnreadableModelError(
             "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
@@ -68,7 +68,7 @@ def _start(problem: Problem, head: Segment) -> list[Path]:
         problem.variables,
         {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
         problem.loss,
-        labels=problem.labels,
+        labels=None if problem.labels is None else problem.labels[:, 0],
         tolerance=problem.tolerance,
         accept=problem.matched,
     )
@@ -89,7 +89,7 @@ def _start(problem: Problem, head: Segment) -> list[Path]:
 
 
 def _advance(problem: Problem, position: int, step: Step, size: int, paths: list[Path], waiting: bool) -> list[Path]:
-    segment, victims = problem.chain.segments[position], [p.victim for p in paths]
+    segment, victims = problem.segments[position], [p.victim for p in paths]
     state = LayerState(
         np.stack([p.x for p in paths]),
         np.stack([p.dx for p in paths]),
@@ -103,7 +103,7 @@ def _advance(problem: Problem, position: int, step: Step, size: int, paths: list
 
 
 def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool) -> Path:
-    segment, (solution, dx, state) = problem.chain.segments[position], solved
+    segment, (solution, dx, state) = problem.segments[position], solved
     n = int(np.prod(segment.input.shape))
     x, pulled, residual = np.asarray(solution.x[k]), dx[k], float(solution.residual[k])
     seen: np.ndarray | None = np.ones(segment.input.shape)
@@ -138,7 +138,7 @@ def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) 
 
     A layer that its own equations match, but that stays open in some directions, is returned waiting, from there.
     """
-    before, segment = problem.chain.segments[position - 1 : position + 1]
+    before, segment = problem.segments[position - 1 : position + 1]
     solution, state = solved.solution, solved.state
     if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):
         return None
@@ -166,7 +166,7 @@ def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) 
 def _check_memory(problem: Problem, size: int) -> None:
     """Refuse, before anything is compiled, what this machine's memory cannot hold."""
     itemsize = np.dtype(problem.dtype).itemsize
-    for segment in problem.chain.segments[:-1]:
+    for segment in problem.segments[:-1]:
         rows, columns = matrix_shape(problem, segment)
         if problem.solver == "dense":
             needed, remedy = dense_bytes(rows, columns), 'the matrix-free solver="lsmr" (--solver lsmr)'
