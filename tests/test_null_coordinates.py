@@ -7,7 +7,7 @@ from test_pull_back import SHAPE, network, psnr
 
 from leakjax import invert, observe
 from leakjax.solvers.active_set import is_pinned, solve_pattern
-from leakjax.solvers.null_space import null_space
+from leakjax.solvers.null_space import null_space, stacked_null_space
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(60, 40, 33), (30, 50, 30), (50, 20, 20), (40, 40, 5)])
@@ -18,6 +18,25 @@ def test_null_space_is_orthonormal_whole_and_null(rng, rows, columns, rank, gues
     assert basis.shape == (columns, columns - rank)
     np.testing.assert_allclose(basis.T @ basis, np.eye(columns - rank), atol=1e-12)
     np.testing.assert_allclose(matrix @ basis, 0, atol=1e-8 * np.linalg.norm(matrix))
+
+
+def test_null_space_of_blocks_that_fall_apart(rng):
+    """[I_3 (x) D; F], columns shuffled: the same space as by singular values."""
+    small, dense = rng.normal(size=(6, 10)), rng.normal(size=(8, 33))
+    first = np.pad(np.kron(np.eye(3), small), ((0, 0), (0, 3)))[:, rng.permutation(33)]
+    basis = stacked_null_space(first, dense, 4)
+    assert basis.shape == (33, 33 - 18 - 8)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(7), atol=1e-12)
+    np.testing.assert_allclose(np.concatenate([first, dense]) @ basis, 0, atol=1e-10)
+    assert stacked_null_space(first, rng.normal(size=(40, 33)), 4).shape == (33, 0)
+
+
+def test_a_sparse_matrix_is_factorized_as_one(rng):
+    band = np.diag(np.ones(400)) + np.diag(np.ones(399), 1)
+    band[::8] = 0
+    basis = null_space(band, 50)
+    assert basis.shape == (400, 400 - np.linalg.matrix_rank(band))
+    np.testing.assert_allclose(band @ basis, 0, atol=1e-10)
 
 
 def test_a_matrix_without_a_clear_gap_has_no_null_space_to_show(rng):

@@ -45,16 +45,8 @@ def applies(problem: Problem, before: Segment, segment: Segment, rows: int) -> b
     return small and before.activation.is_piecewise_linear(problem.variables, problem.dtype)
 
 
-def close_null_space(
-    problem: Problem, before: Segment, matrix: np.ndarray, x: np.ndarray, lost: float, noise: float
-) -> Closed | None:
-    """Find c from x, the minimum-norm solution of the layer's `matrix`; None where its null space is not clear.
-
-    `lost`: what a random probe of the layer lost, sqrt(k / n) for k null directions; `noise`: absolute, of x.
-    """
-    null = null_space(matrix, round(x.size * lost**2))
-    if null is None or null.shape[1] == 0:
-        return None
+def close_null_space(problem: Problem, before: Segment, null: np.ndarray, x: np.ndarray, noise: float) -> Closed | None:
+    """Find c from x, a solution of the layer's system, and `null`, its null space (n, k); `noise`: absolute, of x."""
     origin = x - null @ (null.T @ x)
     low, high = before.activation.reach(problem.variables, problem.dtype)
     if np.isfinite(low) or np.isfinite(high):

@@ -13,6 +13,7 @@ from leakjax.attacks.pull_back import Known, gram
 from leakjax.memory import fits_in_memory
 from leakjax.segments import Segment
 from leakjax.solvers.linear import DenseSolution, dense_bytes, solve_dense
+from leakjax.solvers.null_space import stacked_null_space
 from leakjax.systems import segment_rows
 
 NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
@@ -43,17 +44,21 @@ def solve_layer_densely(
     large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns))
     if problem.solver == "lsmr" or (problem.solver == "auto" and large):
         return None
-    dz, matrix, vector = used_rows(problem, segment, state, k, victim)
-    return dz, solve_dense(matrix, vector, tolerance=_tolerance(problem, matrix.shape))
-
-
-def used_rows(
-    problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(dz, matrix, vector) of path k's system, without rows of zeros."""
     dz, matrix, vector = dense_system(problem, segment, state, k, victim)
     used = np.any(matrix != 0, axis=1)
-    return dz, matrix[used], vector[used]
+    return dz, solve_dense(matrix[used], vector[used], tolerance=_tolerance(problem, matrix.shape))
+
+
+def layer_null_space(
+    problem: Problem, segment: Segment, state: LayerState, k: int, victim: int, lost: float
+) -> np.ndarray | None:
+    """Orthonormal basis (n, directions) of what path k's system does not see; None where its rank is not clear.
+
+    `lost`: what a random probe lost, sqrt(directions / n).
+    """
+    _, matrix, _ = dense_system(problem, segment, state, k, victim)
+    forward = int(np.prod(segment.output.shape))
+    return stacked_null_space(matrix[forward:], matrix[:forward], round(matrix.shape[1] * lost**2))
 
 
 def pulled_rank(

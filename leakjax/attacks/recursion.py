@@ -22,7 +22,7 @@ from leakjax.attacks.path import (
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.pulling import pull
-from leakjax.attacks.ranks import NULL_SPACE, head_rank, matrix_shape, solve_layer_densely, used_rows
+from leakjax.attacks.ranks import NULL_SPACE, head_rank, layer_null_space, matrix_shape, solve_layer_densely
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.memory import fits_in_memory
@@ -143,9 +143,11 @@ def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) 
     if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):
         return None
     residual = float(solution.residual[k])
-    _, matrix, _ = used_rows(problem, segment, state, k, path.victim)
+    null = layer_null_space(problem, segment, state, k, path.victim, float(solution.lost[k]))
+    if null is None or null.shape[1] == 0:
+        return None
     x = np.asarray(solution.x[k]).ravel()
-    found = close_null_space(problem, before, matrix, x, float(solution.lost[k]), noise_level(problem, x, residual))
+    found = close_null_space(problem, before, null, x, noise_level(problem, x, residual))
     if found is None or not found.residual <= problem.matched:
         return None
     pairs = ((lsmr_condition(solution, k), residual), (found.condition, found.residual))
