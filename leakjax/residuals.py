@@ -44,7 +44,7 @@ def push_forward(
     """(x_k), (z_k) of all segments, and act'_k(z_k) of all but the last, from the first segment's input."""
     xs, zs, slopes = [u], [], []
     for segment in segments:
-        zs.append(segment.affine(variables, xs[-1]))
+        zs.append(segment.function(variables, xs[-1]))
         if len(zs) == len(segments):
             break
         value, slope = _activate(segment.activation, variables, zs[-1], smoothing)
@@ -61,7 +61,7 @@ def pull_gradients(
     dx = dz
     for k in reversed(range(len(segments))):
         rows.update(segment_rows(segments[k], variables, dz, xs[k])[1])
-        dx = jax.vjp(lambda x, k=k: segments[k].affine(variables, x), xs[k])[1](dz)[0]
+        dx = jax.vjp(lambda x, k=k: segments[k].function(variables, x), xs[k])[1](dz)[0]
         if k:
             dz = slopes[k - 1] * dx.reshape(slopes[k - 1].shape)
     return rows, dx

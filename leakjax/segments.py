@@ -25,19 +25,19 @@ from leakjax.model import Arrays, Model
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """One step of the chain: z = affine(variables, x), x_next = activation.function(variables, z).
+    """One step of the chain: z = function(variables, x), x_next = activation.function(variables, z).
 
     - `name`: the parameters' common path, or "segmentK" where it has none;
-    - `paths`: the parameters that `affine` reads;
+    - `paths`: the parameters that `function` reads;
     - `input`, `output`: shapes and dtypes of x and z, leading batch axis 1 included;
-    - `work`: numbers that evaluating `affine` once holds at its peak (patches of a convolution included).
+    - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included).
     """
 
     name: str
     paths: tuple[str, ...]
     input: jax.ShapeDtypeStruct
     output: jax.ShapeDtypeStruct
-    affine: Callable[[Arrays, Float[Array, "..."]], Float[Array, "..."]]
+    function: Callable[[Arrays, Float[Array, "..."]], Float[Array, "..."]]
     activation: Activation
     work: int
 

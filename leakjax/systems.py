@@ -33,7 +33,7 @@ class LayerSystem(NamedTuple):
 def segment_rows(segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."]) -> Rows:
     """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
     weights = {path: variables[path] for path in segment.paths}
-    z, pull = jax.vjp(lambda w: segment.affine({**variables, **w}, x), weights)
+    z, pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)
     return z, pull(dz)[0]
 
 

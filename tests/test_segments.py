@@ -38,10 +38,10 @@ def check(model, input_shape, activations, *, slack=1.0):
         for segment in chain.segments:
             other = u.ravel()[: value.size]
             other = jnp.resize(other, value.shape) + 0.5 * value
-            halfway = segment.affine(variables, 0.5 * (value + other))
-            mean = 0.5 * (segment.affine(variables, value) + segment.affine(variables, other))
+            halfway = segment.function(variables, 0.5 * (value + other))
+            mean = 0.5 * (segment.function(variables, value) + segment.function(variables, other))
             pairs.append((halfway, mean))
-            value = segment.activation.function(variables, segment.affine(variables, value))
+            value = segment.activation.function(variables, segment.function(variables, value))
         return model.apply(variables, x), value, pairs
 
     logits, value, pairs = everything(model.variables, x, u)
@@ -443,7 +443,7 @@ def test_a_vanishing_derivative_is_not_affine(function, rng):
     assert len(chain.segments) == 2  # its own activation, never part of an affine map
     first = chain.segments[0]
     x = jnp.asarray(rng.normal(size=(1, 2, 2, 1)))
-    assert close(first.affine(model.variables, x), 3.0 * (x.reshape(1, -1) @ params["a"]))
+    assert close(first.function(model.variables, x), 3.0 * (x.reshape(1, -1) @ params["a"]))
     z = jnp.asarray(rng.normal(size=(1, 4)))
     assert close(first.activation.function(model.variables, z), function(z))
     assert not np.any(first.activation.slope(model.variables, z))
