@@ -9,6 +9,7 @@ read for one example a gradient.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ def _segment(
     activation = build_activation(scalar, model.variables, dtype, parametric=bool(parametric))
     owned = tuple(path for path in used if path in model.params)
     segment = Segment(
-        _owner_names(owned) or f"segment{position + 1}",
+        _name(owned, group) or f"segment{position + 1}",
         owned,
         graph.structs[group.map[0]],
         graph.structs[group.map[1]],
@@ -151,6 +152,9 @@ def _on_any_shape(function: Callable[[Arrays, Any], Any], shape: tuple[int, ...]
     return apply
 
 
-def _owner_names(paths: Sequence[str]) -> str:
-    """The modules that own `paths`: "conv1", or "conv1+bn1" where one map holds several."""
-    return "+".join(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
+def _name(paths: Sequence[str], group: Group) -> str:
+    """The modules that own `paths`: "conv1", or "conv1+bn1" where one map holds several, or what a block's share."""
+    owners = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
+    parts = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*(o.split("/") for o in owners), strict=False))
+    shared = "/".join(names[0] for names in parts)
+    return shared if group.nonlinearity and shared else "+".join(owners)

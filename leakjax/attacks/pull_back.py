@@ -1,7 +1,7 @@
 """The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,17 +39,26 @@ class Known(NamedTuple):
     victim: int
 
 
-def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start: np.ndarray) -> PullBack:
-    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`, beginning at `start`.
+def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray]) -> PullBack:
+    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
-    Levenberg-Marquardt; where it stalls (kinks), continuation from smoothed activations, then Levenberg-Marquardt.
+    Levenberg-Marquardt from each start until one matches; where it stalls (kinks), continuation from smoothed
+    activations between the segments, then Levenberg-Marquardt. The smallest residual is kept.
     """
     plain, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
     given = _arrays(problem, segments, known)
-    found = plain(*given, jnp.asarray(start))
-    steps = int(found.inner_steps)
-    if not float(found.residual) <= problem.matched:
-        smoothed = smooth(*given, jnp.asarray(start))
+    found, first, steps = None, None, 0
+    for start in starts:
+        first = start if first is None else first
+        trial = plain(*given, jnp.asarray(start))
+        steps += int(trial.inner_steps)
+        if found is None or float(trial.residual) < float(found.residual):
+            found = trial
+        if float(found.residual) <= problem.matched:
+            break
+    assert found is not None
+    if len(segments) > 1 and not float(found.residual) <= problem.matched:
+        smoothed = smooth(*given, jnp.asarray(first))
         again = plain(*given, smoothed.x)
         steps += int(smoothed.inner_steps) + int(again.inner_steps)
         if float(again.residual) < float(found.residual):
