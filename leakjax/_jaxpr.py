@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from leakjax._convolution import convolution
+from leakjax._windows import greatest, window_entries
 
 # Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
 # (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
@@ -193,17 +194,28 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
     return Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
 
 
-def evaluate(equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
-    """Evaluate `equations` from the values in `env` and return the value `target`.
+def evaluate(
+    equations: Iterable[Equation],
+    env: Mapping[int, Any],
+    target: int,
+    rules: Mapping[int, Callable[[Mapping[int, Any]], Any]] | None = None,
+) -> Any:
+    """Evaluate `equations` from the values in `env` and return the value `target`; `rules` replace single outputs.
 
     Convolutions are evaluated as patches times a matrix (`convolution`), so that their transposes, their weight
-    gradients and their batches are matrix products too. Every other primitive is bound as it stands.
+    gradients and their batches are matrix products too, and maxima over windows as maxima of slices. Every other
+    primitive is bound as it stands.
     """
     values = dict(env)
     for equation in equations:
+        if rules and equation.outputs[0] in rules:
+            values[equation.outputs[0]] = rules[equation.outputs[0]](values)
+            continue
         operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
         if equation.name == "conv_general_dilated" and equation.params["batch_group_count"] == 1:
             results: Sequence[Any] = [convolution(*operands, **equation.params)]
+        elif equation.name == "reduce_window_max" and not any(d != 1 for d in equation.params["base_dilation"]):
+            results = [greatest(window_entries(*operands, **equation.params))]
         else:
             results = bind(equation, operands)
         values.update(zip(equation.outputs, results, strict=True))

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from leakjax import _jaxpr
 from leakjax._derivatives import map_flaw
+from leakjax._smoothing import smoother
 from leakjax.activations import Activation, build_activation
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.model import Arrays, Model
@@ -31,7 +32,8 @@ class Segment:
     """One step of the chain: z = function(variables, x), x_next = activation.function(variables, z).
 
     - `name`: the parameters' common path, or "segmentK" where it has none;
-    - `paths`: the parameters that `function` reads;
+    - `paths`: the parameters that `function` reads; `function(variables, x, s)` with a smoothing s > 0 is a nonlinear
+      map whose kinks are smooth over s times the size of what they act on;
     - `input`, `output`: shapes and dtypes of x and z, leading batch axis 1 included;
     - `nonlinearity`: the primitive, and its line, that makes `function` nonlinear in x; None where it is affine;
     - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included).
@@ -41,7 +43,7 @@ class Segment:
     paths: tuple[str, ...]
     input: jax.ShapeDtypeStruct
     output: jax.ShapeDtypeStruct
-    function: Callable[[Arrays, Float[Array, "..."]], Float[Array, "..."]]
+    function: Callable[..., Float[Array, "..."]]
     activation: Activation
     work: int
     nonlinearity: str | None = None
@@ -102,14 +104,18 @@ def _segment(
 ) -> Segment:
     by_id = dict(zip(graph.variables, paths, strict=True))
 
-    def reader(start: int, end: int) -> tuple[Callable[[Arrays, Any], Any], list[str]]:
+    def reader(start: int, end: int) -> tuple[Callable[..., Any], list[str]]:
         equations = graph.needed(end, [start])
         read = dict.fromkeys(v for e in equations for v in e.inputs if isinstance(v, int))
         used = [by_id[v] for v in read if v in by_id]  # in order of first use
 
-        def apply(variables: Arrays, x: Any) -> Any:
-            env = {v: variables[path] for v, path in by_id.items() if path in used}
-            return _jaxpr.evaluate(equations, {**env, start: x}, end)
+        smooth = smoother(graph, start, end) if group.nonlinearity else None
+
+        def apply(variables: Arrays, x: Any, smoothing: Any = None) -> Any:
+            env = {**{v: variables[path] for v, path in by_id.items() if path in used}, start: x}
+            if smoothing is None or smooth is None:
+                return _jaxpr.evaluate(equations, env, end)
+            return smooth(env, smoothing)
 
         return apply, used
 

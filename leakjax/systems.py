@@ -9,7 +9,7 @@ Both are affine in x, whatever f is made of, and come out of automatic different
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,12 @@ class LayerSystem(NamedTuple):
     vector: Rows
 
 
-def segment_rows(segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."]) -> Rows:
+def segment_rows(
+    segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."], smoothing: Any = None
+) -> Rows:
     """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
     weights = {path: variables[path] for path in segment.paths}
-    z, pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)
+    z, pull = jax.vjp(lambda w: segment.function({**variables, **w}, x, smoothing), weights)
     return z, pull(dz)[0]
 
 

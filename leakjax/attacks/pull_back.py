@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Problem
 from leakjax.residuals import pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
-from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
+from leakjax.solvers.active_set import full_steps
+from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
 OUTER, INNER = 60, 1500
@@ -42,34 +43,35 @@ class Known(NamedTuple):
 def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray]) -> PullBack:
     """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
-    Levenberg-Marquardt from each start until one matches; where it stalls (kinks), continuation from smoothed
-    activations between the segments, then Levenberg-Marquardt. The smallest residual is kept.
+    From each start until one matches: full steps where a segment is nonlinear, Levenberg-Marquardt, then continuation
+    from smoothed activations between the segments and Levenberg-Marquardt again. The smallest residual is kept.
     """
-    plain, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
+    plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
     given = _arrays(problem, segments, known)
-    found, first, steps = None, None, 0
+    tried: list[NewtonSolution] = []
+
+    def attempt(solve: Any, start: Any) -> bool:
+        tried.append(solve(*given, jnp.asarray(start)))
+        return float(tried[-1].residual) <= problem.matched
+
+    curved = not all(segment.linear for segment in segments)
     for start in starts:
-        first = start if first is None else first
-        trial = plain(*given, jnp.asarray(start))
-        steps += int(trial.inner_steps)
-        if found is None or float(trial.residual) < float(found.residual):
-            found = trial
-        if float(found.residual) <= problem.matched:
+        matched = (curved and attempt(full, start)) or attempt(plain, start)
+        if not matched and (curved or len(segments) > 1):
+            smoothed = smooth(*given, jnp.asarray(start))
+            matched = attempt(plain, smoothed.x)
+            tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
+        if matched:
             break
-    assert found is not None
-    if len(segments) > 1 and not float(found.residual) <= problem.matched:
-        smoothed = smooth(*given, jnp.asarray(first))
-        again = plain(*given, smoothed.x)
-        steps += int(smoothed.inner_steps) + int(again.inner_steps)
-        if float(again.residual) < float(found.residual):
-            found = again
+    found = min(tried, key=lambda trial: float(trial.residual))
+    steps = sum(int(trial.inner_steps) for trial in tried)
     probe, dx = look(*given, found.x)
     return PullBack(found.x, dx, found.residual, steps, probe)
 
 
 def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
     """J^T J of the pulled-back residual at x, (n, n)."""
-    build = _steps(tuple(segments), float(problem.tolerance))[3]
+    build = _steps(tuple(segments), float(problem.tolerance))[4]
     return np.asarray(build(*_arrays(problem, segments, known), jnp.asarray(x)))
 
 
@@ -91,6 +93,18 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         *known, start = given
         _, residual = read(*known)
         return levenberg_marquardt(
+            lambda u: residual.function(u, None),
+            start,
+            size=residual.size,
+            tolerance=10 * tolerance,
+            max_steps=OUTER,
+            max_inner=INNER,
+        )
+
+    def full(*given: Any) -> Any:
+        *known, start = given
+        _, residual = read(*known)
+        return full_steps(
             lambda u: residual.function(u, None),
             start,
             size=residual.size,
@@ -135,4 +149,4 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
 
         return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
 
-    return tuple(jax.jit(f) for f in (plain, smooth, look, build))
+    return tuple(jax.jit(f) for f in (plain, full, smooth, look, build))

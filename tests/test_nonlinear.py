@@ -1,0 +1,111 @@
+"""Residual blocks and max-pooling: inverted to the last digits by copa, refused by rgap, never certified wrongly."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from leakjax import UnreadableModelError, invert, observe
+from leakjax.models.residual import ResNet
+
+SHAPE = (8, 8, 2)
+
+
+class Pooled(nnx.Module):
+    """A convolution, max-pooling and a dense head; `width` filters."""
+
+    def __init__(self, width, *, activation=jnp.tanh, norm=False):
+        rngs = nnx.Rngs(1)
+        self.activation = activation
+        self.conv = nnx.Conv(2, width, (3, 3), rngs=rngs, bias_init=nnx.initializers.normal(0.3))
+        self.norm = nnx.BatchNorm(width, use_running_average=False, rngs=rngs) if norm else None
+        self.head = nnx.Linear(16 * width, 5, rngs=rngs, bias_init=nnx.initializers.normal(0.3))
+
+    def __call__(self, x):
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        x = self.activation(x)
+        x = nnx.max_pool(x, (2, 2), strides=(2, 2))  # here: max pool
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+def residual(activation, blocks=1, **options):
+    return ResNet(
+        blocks, rngs=nnx.Rngs(0), activation=activation, widths=(4, 6), input_shape=SHAPE, outputs=5, **options
+    )
+
+
+def attacked(model, *, victims=1, **options):
+    images = np.random.default_rng(7).uniform(size=(victims, *SHAPE))
+    labels = np.arange(victims) % 5
+    answer = invert(observe(model, (images, labels)), attack="copa", **options)
+    return answer, images, labels
+
+
+def psnr(a, b):
+    return -10 * np.log10(np.mean((a - b) ** 2, axis=(1, 2, 3)) + 1e-35)
+
+
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.softplus, jax.nn.leaky_relu])
+def test_residual_networks_are_inverted_block_by_block(activation):
+    answer, images, labels = attacked(residual(activation), victims=2)
+    assert np.all(psnr(answer.images, images) > 100)
+    assert np.array_equal(answer.labels, labels)
+    assert np.all(answer.determined == 1)
+    for certificate, layers in zip(answer.certificates, answer.layers, strict=True):
+        assert (certificate.status, certificate.leaked_dimensions) == ("exact", images[0].size)
+        assert [info.name for info in layers] == ["stem/conv+stem/norm", "block1", "block2", "head"]
+        assert all(info.status in ("determined", "pulled_back") for info in layers)
+        assert all(np.isfinite(info.residual) for info in layers)
+
+
+def test_max_pooling_is_pulled_back_through_the_convolution():
+    answer, images, labels = attacked(Pooled(12))
+    assert psnr(answer.images, images)[0] > 100
+    assert answer.labels[0] == labels[0]
+    assert (answer.certificates[0].status, answer.certificates[0].leaked_dimensions) == ("exact", images[0].size)
+    conv, pool, _ = answer.layers[0]
+    assert (conv.status, conv.pull_back_depth) == ("pulled_back", 1)
+    assert (pool.status, pool.pull_back_depth) == ("pulled_back", 1)
+
+
+def test_what_pooling_hides_is_not_certified():
+    """With two filters the gradient holds fewer numbers than the image."""
+    answer, images, _ = attacked(Pooled(2))
+    assert psnr(answer.images, images)[0] < 60
+    assert answer.certificates[0].status != "exact"
+
+
+def test_batch_norm_with_an_examples_own_statistics_is_inverted():
+    answer, images, _ = attacked(Pooled(12, norm=True))
+    assert psnr(answer.images, images)[0] > 100
+    assert answer.certificates[0].status == "exact"
+
+
+def test_rgap_refuses_by_name_line_and_remedy():
+    images = np.random.default_rng(0).uniform(size=(1, *SHAPE))
+    observation = observe(Pooled(4), (images, np.array([1])))
+    with pytest.raises(UnreadableModelError) as caught:
+        invert(observation, attack="rgap")
+    (line,) = [
+        k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# here: max pool")
+    ]
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ("segment2", "`reduce_window_max`", f"{Path(__file__).name}:{line}", 'attack="copa"'):
+        assert word in message, message
+
+
+def test_a_nonlinear_last_map_has_no_head():
+    def apply(p, x):
+        z = x.reshape(x.shape[0], -1) @ p["w"]
+        return z / jnp.sqrt(1.0 + jnp.sum(z**2))
+
+    params = {"w": np.random.default_rng(0).normal(size=(128, 5))}
+    observation = observe((apply, params), (np.full((1, *SHAPE), 0.5), np.array([1])))
+    with pytest.raises(UnreadableModelError, match="last map is nonlinear"):
+        invert(observation, attack="copa")
