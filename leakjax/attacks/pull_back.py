@@ -18,7 +18,7 @@ from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
 OUTER, INNER = 60, 1500
-SMOOTHING, SHARPEST = 0.5, 1e-6
+SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
 
 
 class PullBack(NamedTuple):
@@ -43,8 +43,8 @@ class Known(NamedTuple):
 def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray]) -> PullBack:
     """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
-    From each start until one matches: full steps where a segment is nonlinear, Levenberg-Marquardt, then continuation
-    from smoothed activations between the segments and Levenberg-Marquardt again. The smallest residual is kept.
+    From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
+    Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
     """
     plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
     given = _arrays(problem, segments, known)
@@ -54,13 +54,17 @@ def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start
         tried.append(solve(*given, jnp.asarray(start)))
         return float(tried[-1].residual) <= problem.matched
 
-    curved = not all(segment.linear for segment in segments)
+    def attempt_smoothed(solve: Any, start: Any) -> bool:
+        smoothed = smooth(*given, jnp.asarray(start))
+        matched = attempt(solve, smoothed.x)
+        tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
+        return matched
+
     for start in starts:
-        matched = (curved and attempt(full, start)) or attempt(plain, start)
-        if not matched and (curved or len(segments) > 1):
-            smoothed = smooth(*given, jnp.asarray(start))
-            matched = attempt(plain, smoothed.x)
-            tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
+        if all(segment.linear for segment in segments):
+            matched = attempt(plain, start) or attempt_smoothed(plain, start)
+        else:
+            matched = attempt(full, start) or attempt_smoothed(full, start) or attempt(plain, start)
         if matched:
             break
     found = min(tried, key=lambda trial: float(trial.residual))
@@ -119,7 +123,7 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         return continuation(
             residual.function,
             start,
-            smoothing=SMOOTHING,
+            smoothing=SMOOTHING if all(segment.linear for segment in segments) else SMOOTHING_INSIDE,
             sharpest=SHARPEST,
             size=residual.size,
             tolerance=1e-8,
