@@ -15,20 +15,15 @@ SHAPE = (8, 8, 2)
 
 
 class Pooled(nnx.Module):
-    """A convolution, max-pooling and a dense head; `width` filters."""
+    """A convolution of `width` filters, tanh, max-pooling and a dense head."""
 
-    def __init__(self, width, *, activation=jnp.tanh, norm=False):
+    def __init__(self, width):
         rngs = nnx.Rngs(1)
-        self.activation = activation
         self.conv = nnx.Conv(2, width, (3, 3), rngs=rngs, bias_init=nnx.initializers.normal(0.3))
-        self.norm = nnx.BatchNorm(width, use_running_average=False, rngs=rngs) if norm else None
         self.head = nnx.Linear(16 * width, 5, rngs=rngs, bias_init=nnx.initializers.normal(0.3))
 
     def __call__(self, x):
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        x = self.activation(x)
+        x = jnp.tanh(self.conv(x))
         x = nnx.max_pool(x, (2, 2), strides=(2, 2))  # here: max pool
         return self.head(x.reshape(x.shape[0], -1))
 
@@ -50,7 +45,7 @@ def psnr(a, b):
     return -10 * np.log10(np.mean((a - b) ** 2, axis=(1, 2, 3)) + 1e-35)
 
 
-@pytest.mark.parametrize("name", ["tanh", "softplus", "leaky_relu"])
+@pytest.mark.parametrize("name", ["tanh", pytest.param("softplus", marks=pytest.mark.slow), "leaky_relu"])
 def test_residual_networks_are_inverted_block_by_block(name):
     answer, images, labels = attacked(residual(parse_activation(name)))
     assert np.all(psnr(answer.images, images) > 100)
@@ -69,21 +64,16 @@ def test_max_pooling_is_pulled_back_through_the_convolution():
     assert answer.labels[0] == labels[0]
     assert (answer.certificates[0].status, answer.certificates[0].leaked_dimensions) == ("exact", images[0].size)
     conv, pool, _ = answer.layers[0]
-    assert (conv.status, conv.pull_back_depth) == ("pulled_back", 1)
     assert (pool.status, pool.pull_back_depth) == ("pulled_back", 1)
+    assert conv.residual == pool.residual < 1e-12
 
 
+@pytest.mark.slow
 def test_what_pooling_hides_is_not_certified():
     """With two filters the gradient holds fewer numbers than the image."""
     answer, images, _ = attacked(Pooled(2))
     assert psnr(answer.images, images)[0] < 60
     assert answer.certificates[0].status != "exact"
-
-
-def test_batch_norm_with_an_examples_own_statistics_is_inverted():
-    answer, images, _ = attacked(Pooled(32, norm=True))
-    assert psnr(answer.images, images)[0] > 100
-    assert answer.certificates[0].status == "exact"
 
 
 def test_rgap_refuses_by_name_line_and_remedy():

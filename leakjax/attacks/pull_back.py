@@ -17,7 +17,7 @@ from leakjax.solvers.active_set import full_steps
 from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
-OUTER, INNER = 60, 1500
+OUTER, INNER, FULL_INNER = 60, 1500, 400
 SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
 
 
@@ -40,7 +40,9 @@ class Known(NamedTuple):
     victim: int
 
 
-def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray]) -> PullBack:
+def pull_back(
+    problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray], *, quick: bool = False
+) -> PullBack:
     """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
     From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
@@ -61,6 +63,9 @@ def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start
         return matched
 
     for start in starts:
+        if quick:
+            attempt(full, start)
+            break
         if all(segment.linear for segment in segments):
             matched = attempt(plain, start) or attempt_smoothed(plain, start)
         else:
@@ -114,7 +119,7 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
             size=residual.size,
             tolerance=10 * tolerance,
             max_steps=OUTER,
-            max_inner=INNER,
+            max_inner=FULL_INNER,
         )
 
     def smooth(*given: Any) -> Any:

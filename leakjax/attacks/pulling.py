@@ -1,7 +1,6 @@
 """Paths with a waiting layer: its constraints pulled back, and what became of the layers in between."""
 
 import dataclasses
-import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +35,14 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
     segments = problem.chain.segments[position : anchor.position + 1]
     monitor.tell(f"pulling {segments[-1].name} back to {segments[0].name}")
     given = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
-    begin = [path.x] if segments[0].linear else []
-    if not all(segment.linear for segment in segments):
-        begin = itertools.chain(begin, starts(problem, position, _output(problem, position, path)))
-    found = pull_back(problem, segments, given, begin)
+    if all(segment.linear for segment in segments):
+        found = pull_back(problem, segments, given, [path.x])
+    else:
+        near = path.x if segments[0].linear else _output(problem, position, path)
+        found = pull_back(problem, segments, given, starts(problem, position, near), quick=True)
+        determined = position == 0 or float(found.probe.lost) <= NULL_SPACE
+        if determined and not float(found.residual) <= problem.matched:
+            found = pull_back(problem, segments, given, starts(problem, position, near))
     x, residual = np.asarray(found.x), float(found.residual)
     matched, n = residual <= problem.matched, x.size
     rank: int | None = n

@@ -10,18 +10,18 @@ from leakjax.segments import Segment
 SEEDS = 3
 
 
-def starts(problem: Problem, position: int, z: np.ndarray) -> Iterator[np.ndarray]:
-    """Inputs of the segment at `position` to try in turn, from what is known of its output z.
+def starts(problem: Problem, position: int, near: np.ndarray) -> Iterator[np.ndarray]:
+    """Inputs of the segment at `position` to try in turn, from `near`: a guess of its input, or else its output.
 
-    z itself where the shapes agree (a residual block is near the identity), nearly nothing, then noise of z's size;
-    all inside the range of the activation before, or around the middle of the image's range.
+    `near` itself where the shapes agree (a residual block is near the identity), nearly nothing, then noise of its
+    size; all inside the range of the activation before, or around the middle of the image's range.
     """
     segment = problem.chain.segments[position]
-    shape, size = segment.input.shape, float(np.sqrt(np.mean(z**2))) or 1.0
+    shape, size = segment.input.shape, float(np.sqrt(np.mean(near**2))) or 1.0
     low, high = _range(problem, position)
     center = 0.5 * (low + high) if np.isfinite(low) and np.isfinite(high) else 0.0
-    if z.shape == shape:
-        yield np.clip(z, low, high)
+    if near.shape == shape:
+        yield np.clip(near, low, high)
     for seed in range(SEEDS):
         noise = np.random.default_rng(seed).normal(size=shape)
         yield np.clip(center + (0.1 if seed == 0 else 1.0) * size * noise, low, high)
