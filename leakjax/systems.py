@@ -20,6 +20,8 @@ from leakjax.activations import Preimage
 from leakjax.model import Arrays
 from leakjax.segments import Segment
 
+_CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x counts for at least
+
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
 
 
@@ -56,7 +58,8 @@ def layer_system(
     act'(z) / sqrt(act'(z)^2 + slope_floor^2) where a floor is given (equal weights condition the system better, and
     are as good where noise is far below what matters), else by act'(z); the client's rounding of d/dtheta <dz, f> is
     proportional to ||dz||, so gradient rows are divided by it. Both blocks are then divided by the rms of their
-    right-hand sides. Rows that depend on an entry of z or dz that is not known get weight 0.
+    right-hand sides; where x has no part in a gradient, and rounding alone is left of it, that is not blown up. Rows
+    that depend on an entry of z or dz that is not known get weight 0.
     """
     zero = jnp.zeros(segment.input.shape, dz.dtype)
     origin, bias = segment_rows(segment, variables, dz, zero)
@@ -70,7 +73,8 @@ def layer_system(
     forward = forward_weight * (preimage.value - origin)
     grads = {path: gradient_weight[path] * (gradient[path] - bias[path]) for path in segment.paths}
     over_forward = _safe_inverse(_rms([forward]))
-    over_grads = _safe_inverse(_rms(list(grads.values())))
+    whole = _rms([gradient_weight[path] * gradient[path] for path in segment.paths])
+    over_grads = _safe_inverse(jnp.maximum(_rms(list(grads.values())), _CONSTANT_SHARE * whole))
 
     def rows(x: Float[Array, "..."]) -> Rows:
         z, g = segment_rows(segment, variables, dz, x)

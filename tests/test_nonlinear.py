@@ -100,3 +100,19 @@ def test_a_nonlinear_last_map_has_no_head():
     observation = observe((apply, params), (np.full((1, *SHAPE), 0.5), np.array([1])))
     with pytest.raises(UnreadableModelError, match="last map is nonlinear"):
         invert(observation, attack="copa")
+
+
+def test_a_gradient_in_which_x_has_no_part_is_not_taken_for_a_misfit():
+    """An affine map with a bias alone: its gradient is known beforehand, and rounding is all that is left of it."""
+
+    def apply(p, x):
+        x = jnp.tanh(x.reshape(x.shape[0], -1) @ p["w"])
+        return jnp.tanh(x + p["b"][None]) @ p["head"] + p["c"][None]
+
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(0, 0.1, (128, 150)), "b": rng.normal(0, 0.1, 150)}
+    params |= {"head": rng.normal(0, 0.1, (150, 5)), "c": rng.normal(0, 0.1, 5)}
+    images = rng.uniform(size=(1, *SHAPE))
+    answer = invert(observe((apply, params), (images, np.array([1]))), attack="rgap")
+    assert psnr(answer.images, images)[0] > 200
+    assert answer.certificates[0].status == "exact"
