@@ -76,12 +76,12 @@ def _truth(victims: int, dtype: str) -> tuple[Problem, list[np.ndarray], list[np
         def states(x: Any, label: Any) -> Any:
             xs, zs = [x[None]], []
             for segment in chain.segments:
-                zs.append(segment.affine(variables, xs[-1]))
+                zs.append(segment.function(variables, xs[-1]))
                 xs.append(segment.activation.function(variables, zs[-1]))
             dz = loss_pull(chain.segments[-1], variables, spec.loss, zs[-1], label)
             dxs = []
             for k in reversed(range(1, len(zs))):
-                dxs.append(jax.vjp(lambda x, s=chain.segments[k]: s.affine(variables, x), xs[k])[1](dz)[0])
+                dxs.append(jax.vjp(lambda x, s=chain.segments[k]: s.function(variables, x), xs[k])[1](dz)[0])
                 dz = chain.segments[k - 1].activation.slope(variables, zs[k - 1]) * dxs[-1]
             return xs, dxs[::-1]
 
@@ -105,7 +105,7 @@ def engine(argument: str) -> dict[str, Any]:
     images = max(IMAGES, victims)
     problem, xs, dxs, _ = _truth(images, dtype)
     monitor = Monitor()
-    segments = problem.chain.segments[:-1]
+    segments = problem.segments[:-1]
     size = min(size, victims)
     groups = [list(range(start, start + victims)) for start in range(0, images, victims)]
     with compute_in(dtype):
@@ -146,9 +146,9 @@ def lstsq(argument: str) -> dict[str, Any]:
     cpu, errors = [], []
     with compute_in("float64"):
         layers = []
-        for k, (segment, (_, stride, padding)) in enumerate(zip(problem.chain.segments, shapes, strict=False)):
+        for k, (segment, (_, stride, padding)) in enumerate(zip(problem.segments, shapes, strict=False)):
             x = jnp.asarray(xs[k][0])
-            z = segment.affine(problem.variables, x)
+            z = segment.function(problem.variables, x)
             dz = segment.activation.slope(problem.variables, z) * dxs[k][0].reshape(z.shape)
             gradient = segment_rows(segment, problem.variables, dz, x)[1][segment.paths[0]]
             kernel = np.asarray(problem.variables[segment.paths[0]])

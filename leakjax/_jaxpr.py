@@ -21,8 +21,8 @@ from jax.interpreters import ad, batching, mlir
 # Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
 # (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
-_CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-_RANDOM = ("random_", "threefry", "rng_")
+CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+RANDOM = ("random_", "threefry", "rng_")
 _ELEMENTWISE = frozenset(
     [
         "abs",
@@ -136,7 +136,7 @@ class Graph:
 
     def random_values(self) -> set[int]:
         """Ids of all values drawn from, or computed with, a random number generator."""
-        return self.dependents(o for e in self.equations if e.name.startswith(_RANDOM) for o in e.outputs)
+        return self.dependents(o for e in self.equations if e.name.startswith(RANDOM) for o in e.outputs)
 
     def needed(self, target: int, given: Iterable[int]) -> tuple[Equation, ...]:
         """The equations, in order, that compute `target` when the values `given` are at hand."""
@@ -179,7 +179,7 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
                 continue
             outputs = tuple(new_id(v) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
-            custom = _alone(jaxpr, eqn) if eqn.primitive.name in _CUSTOM_DERIVATIVES else None
+            custom = _alone(jaxpr, eqn) if eqn.primitive.name in CUSTOM_DERIVATIVES else None
             equations.append(Equation(eqn.primitive, eqn.params, inputs, outputs, _location(eqn), custom))
         return [read(v) for v in jaxpr.outvars]
 
@@ -193,18 +193,26 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
 
 
 def evaluate(
-    equations: Iterable[Equation], env: Mapping[int, Any], target: int, rules: Mapping[str, Callable[..., Any]]
+    equations: Iterable[Equation],
+    env: Mapping[int, Any],
+    target: int,
+    rules: Mapping[str, Callable[..., Any]],
+    replaced: Mapping[int, Callable[[Mapping[int, Any]], Any]] | None = None,
 ) -> Any:
     """Evaluate `equations` from the values in `env` and return the value `target`.
 
-    A primitive whose name is in `rules` is evaluated as `rule(*operands, **params)`, its one result; every other
+    The outputs in `replaced` are computed by the function given there from all values so far. A primitive whose name
+    is in `rules` is evaluated as `rule(*operands, **params)`, its one result; every other
     primitive is bound as it stands.
     """
     values = dict(env)
     for equation in equations:
+        if replaced and equation.outputs[0] in replaced:
+            values[equation.outputs[0]] = replaced[equation.outputs[0]](values)
+            continue
         operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
         rule = rules.get(equation.name)
-        results = [rule(*operands, **equation.params)] if rule else _bind(equation, operands)
+        results = [rule(*operands, **equation.params)] if rule else bind(equation, operands)
         values.update(zip(equation.outputs, results, strict=True))
     return values[target]
 
@@ -216,27 +224,10 @@ def is_linear(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], l
     does not depend on the point of linearization. A vanishing tangent (`floor`, comparisons) does not count, and
     custom derivatives are never trusted.
     """
-    where = [k for k, v in enumerate(equation.inputs) if isinstance(v, int) and v in live]
-    operands = [v.value if isinstance(v, Constant) else structs[v] for v in equation.inputs]
-    points = [operands[k] for k in where]
-    fixed = [v for k, v in enumerate(operands) if k not in where]
-    floating = all(jnp.issubdtype(s.dtype, jnp.floating) for s in (*points, *(structs[o] for o in equation.outputs)))
-    if equation.name in _CUSTOM_DERIVATIVES or not floating:
+    if equation.name in CUSTOM_DERIVATIVES or not is_floating(equation, structs, live):
         return False
-
-    def tangent(points: Any, directions: Any, fixed: Any) -> Any:
-        def apply(*points: Any) -> Any:
-            moving, rest = dict(zip(where, points, strict=True)), iter(fixed)
-            return _bind(equation, [moving[k] if k in moving else next(rest) for k in range(len(operands))])
-
-        return jax.jvp(apply, points, directions)[1]
-
-    try:
-        jaxpr = jax.make_jaxpr(tangent)(points, points, fixed).jaxpr
-    except NotImplementedError:  # no derivative rule: not affine as far as we can tell
-        return False
-    n = len(points)
-    return not any(_depends(jaxpr, jaxpr.invars[:n])) and all(_depends(jaxpr, jaxpr.invars[n : 2 * n]))
+    by_point, by_direction = tangent_depends(equation, structs, live)
+    return not any(by_point) and all(by_direction)
 
 
 def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
@@ -247,7 +238,7 @@ def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruc
         return False
     if equation.name in _ELEMENTWISE:
         return True
-    if equation.name not in _CUSTOM_DERIVATIVES:
+    if equation.name not in CUSTOM_DERIVATIVES:
         return False
     body, consts = _open(equation.params["call_jaxpr"])
     (shape,) = shapes
@@ -304,11 +295,57 @@ def dtype_of_least_precision(graph: Graph) -> Any:
     return max(floating, key=lambda d: float(jnp.finfo(d).eps))
 
 
+def is_floating(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether all operands in `live` and all outputs of one equation are floating point."""
+    ids = [v for v in equation.inputs if isinstance(v, int) and v in live]
+    return all(jnp.issubdtype(structs[v].dtype, jnp.floating) for v in (*ids, *equation.outputs))
+
+
+def tangent_depends(
+    equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]
+) -> tuple[list[bool], list[bool]]:
+    """Whether each output's tangent depends on the point, and on the direction, of the live operands.
+
+    Without a derivative rule: on the point, as far as we can tell, and on no direction.
+    """
+    where = [k for k, v in enumerate(equation.inputs) if isinstance(v, int) and v in live]
+    operands = [v.value if isinstance(v, Constant) else structs[v] for v in equation.inputs]
+    points = [operands[k] for k in where]
+    fixed = [v for k, v in enumerate(operands) if k not in where]
+
+    def tangent(points: Any, directions: Any, fixed: Any) -> Any:
+        def apply(*points: Any) -> Any:
+            moving, rest = dict(zip(where, points, strict=True)), iter(fixed)
+            return bind(equation, [moving[k] if k in moving else next(rest) for k in range(len(operands))])
+
+        return jax.jvp(apply, points, directions)[1]
+
+    try:
+        jaxpr = jax.make_jaxpr(tangent)(points, points, fixed).jaxpr
+    except NotImplementedError:
+        return [True], [False]
+    n = len(points)
+    return _depends(jaxpr, jaxpr.invars[:n]), _depends(jaxpr, jaxpr.invars[n : 2 * n])
+
+
+def body_of(params: Mapping[str, Any]) -> Any:
+    """The first jaxpr that an equation's parameters carry; None if there is none."""
+    kinds = (jex.Jaxpr, jex.ClosedJaxpr)
+    flat = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else [p])]
+    return next((v for v in flat if isinstance(v, kinds)), None)
+
+
+def all_equations(jaxpr: Any) -> list[Any]:
+    """All equations of a jaxpr, nested ones included."""
+    inner = [(e, body_of(e.params)) for e in _open(jaxpr)[0].eqns]
+    return [e for eqn, body in inner for e in (eqn, *([] if body is None else all_equations(body)))]
+
+
 def _jaxpr_is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
     for eqn in jaxpr.eqns:
         inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
         if inner is not None:
-            if eqn.primitive.name not in _CALLS | _CUSTOM_DERIVATIVES:
+            if eqn.primitive.name not in _CALLS | CUSTOM_DERIVATIVES:
                 return False
             if not _jaxpr_is_elementwise(_open(inner)[0], shape):
                 return False
@@ -331,7 +368,8 @@ def _depends(jaxpr: Any, sources: Iterable[Any]) -> list[bool]:
     return [not isinstance(v, jex.Literal) and v in found for v in jaxpr.outvars]
 
 
-def _bind(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+def bind(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of one equation on concrete or traced operands, custom derivative and all."""
     if equation.custom is not None:
         return equation.custom(*(v for v, given in zip(operands, equation.inputs, strict=True) if not _literal(given)))
     result = equation.primitive.bind(*operands, **equation.params)

@@ -9,7 +9,7 @@ class InputError(ValueError):
 
 
 class UnreadableModelError(InputError):
-    """A model that cannot be cut into affine maps and elementwise activations; names the primitive and the line."""
+    """A model that an attack cannot invert piece by piece; names the primitive and the line."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

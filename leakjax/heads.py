@@ -65,7 +65,7 @@ def bias_path(segment: Segment, variables: Arrays) -> str | None:
             continue
 
         def at(b: Any, x: Any, path: str = path) -> Any:
-            return jnp.ravel(segment.affine({**variables, path: b}, x))
+            return jnp.ravel(segment.function({**variables, path: b}, x))
 
         first, second = (np.asarray(jax.jacobian(at)(variables[path], x)).reshape(outputs, size) for x in points)
         if np.array_equal(first, second) and np.linalg.matrix_rank(first) == outputs:
@@ -131,7 +131,7 @@ def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., A
         outputs = int(np.prod(segment.output.shape))
 
         def output(b: Any) -> Any:
-            return jnp.ravel(segment.affine({**variables, path: b}, zero))
+            return jnp.ravel(segment.function({**variables, path: b}, zero))
 
         slope = jax.jacobian(output)(variables[path]).reshape(outputs, -1)
         dz = jnp.linalg.lstsq(slope.T, jnp.ravel(gradient[path]))[0].reshape(segment.output.shape)
@@ -143,7 +143,7 @@ def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., A
 @functools.lru_cache(maxsize=32)
 def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
     def off(variables: Arrays, x: Array, dz: Array, labels: Array) -> Array:
-        z = segment.affine(variables, x)
+        z = segment.function(variables, x)
         pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
         return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
 
@@ -156,7 +156,7 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
 
     def direction_of(variables: Arrays, x: Array, gradient: Arrays) -> Array:
         weights = {p: variables[p] for p in segment.paths}
-        pull = jax.vjp(lambda w: segment.affine({**variables, **w}, x), weights)[1]
+        pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)[1]
         struct = jax.ShapeDtypeStruct(segment.output.shape, x.dtype)
         operator = lx.FunctionLinearOperator(lambda u: pull(u)[0], struct)
         return lsmr(operator, gradient, tolerance=tolerance, max_steps=200).x
@@ -189,8 +189,8 @@ def _scalar_roots(
     segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: Array, given: int | None
 ) -> list[HeadCandidate]:
     """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then bisection."""
-    z0 = segment.affine(variables, jnp.zeros_like(x))
-    a = segment.affine(variables, x) - z0
+    z0 = segment.function(variables, jnp.zeros_like(x))
+    a = segment.function(variables, x) - z0
     flat = direction.ravel()
     ray = functools.partial(_ray(segment, loss), dict(variables), z0, a)
     outputs = flat.size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from leakjax import _jaxpr
-from leakjax._convolution import convolution
+from leakjax._rules import RULES
 from leakjax.losses import LOSSES
 from leakjax.model import Arrays, Model
 
@@ -44,11 +44,10 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
     x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
     graph = _jaxpr.trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
     equations = graph.needed(graph.output, [*graph.variables, graph.input])
-    rules = {"conv_general_dilated": convolution}
 
     def logits(variables: Arrays, x: Float[Array, "B ..."]) -> Float[Array, "B K"]:
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
-        return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, rules)
+        return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
     return Network(logits, _jaxpr.dtype_of_least_precision(graph))
 

@@ -11,15 +11,16 @@ constraint of Chen & Campbell, arXiv 2111.10178, section 3):
 Depth i - j = 0 is R-GAP's layer system.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from leakjax._smoothing import gaussian_mean, rms
 from leakjax.activations import Activation, Preimage
 from leakjax.model import Arrays
 from leakjax.segments import Segment
@@ -31,7 +32,7 @@ class Residual(NamedTuple):
     right-hand sides, so that ||function(u, None)|| / size is the relative residual.
 
     A smoothing s > 0 replaces every activation act between u and z_i by the mean of act(z + s rms(z) n) over standard
-    normal n, and its slope by that mean's: kinks become smooth, and sharpen again as s falls.
+    normal n, its slope by that mean's, and nonlinear maps likewise: kinks become smooth, and sharpen again as s falls.
     """
 
     function: Callable[[Float[Array, "..."], Any], Rows]
@@ -44,7 +45,7 @@ def push_forward(
     """(x_k), (z_k) of all segments, and act'_k(z_k) of all but the last, from the first segment's input."""
     xs, zs, slopes = [u], [], []
     for segment in segments:
-        zs.append(segment.affine(variables, xs[-1]))
+        zs.append(segment.function(variables, xs[-1], smoothing))
         if len(zs) == len(segments):
             break
         value, slope = _activate(segment.activation, variables, zs[-1], smoothing)
@@ -54,14 +55,19 @@ def push_forward(
 
 
 def pull_gradients(
-    segments: Sequence[Segment], variables: Arrays, xs: Sequence[Array], slopes: Sequence[Array], dz: Array
+    segments: Sequence[Segment],
+    variables: Arrays,
+    xs: Sequence[Array],
+    slopes: Sequence[Array],
+    dz: Array,
+    smoothing: Any = None,
 ) -> tuple[dict[str, Array], Array]:
     """({path: d/dtheta <dz_k, f_k(theta, x_k)>} of all segments, dL/dx of the first), from dL/dz of the last one."""
     rows: dict[str, Array] = {}
     dx = dz
     for k in reversed(range(len(segments))):
-        rows.update(segment_rows(segments[k], variables, dz, xs[k])[1])
-        dx = jax.vjp(lambda x, k=k: segments[k].affine(variables, x), xs[k])[1](dz)[0]
+        rows.update(segment_rows(segments[k], variables, dz, xs[k], smoothing)[1])
+        dx = jax.vjp(lambda x, k=k: segments[k].function(variables, x, smoothing), xs[k])[1](dz)[0]
         if k:
             dz = slopes[k - 1] * dx.reshape(slopes[k - 1].shape)
     return rows, dx
@@ -80,37 +86,21 @@ def pulled_back(
     all gradient blocks where a slope at z_i, and with it dL/dz, is not known.
     """
     known = jnp.where(preimage.known, 1.0, 0.0).astype(dz.dtype)
-    over_z = known / _rms(known * preimage.value)
+    over_z = known / rms(known * preimage.value)
     trusted = jnp.all(preimage.slope_known).astype(dz.dtype)
-    over = {p: trusted / _rms(gradients[p]) for s in segments for p in s.paths}
+    over = {p: trusted / rms(gradients[p]) for s in segments for p in s.paths}
 
     def function(u: Float[Array, "..."], smoothing: Any) -> Rows:
         xs, zs, slopes = push_forward(segments, variables, u, smoothing)
-        rows, _ = pull_gradients(segments, variables, xs, slopes, dz)
+        rows, _ = pull_gradients(segments, variables, xs, slopes, dz, smoothing)
         return over_z * (zs[-1] - preimage.value), {p: over[p] * (g - gradients[p]) for p, g in rows.items()}
 
     target = (over_z * preimage.value, {p: over[p] * gradients[p] for p in over})
     return Residual(function, optax.tree.norm(target))
 
 
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(12)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
-
-
 def _activate(activation: Activation, variables: Arrays, z: Array, smoothing: Any) -> tuple[Array, Array]:
-    """act(z) and act'(z), or both averaged over normal perturbations of z of relative size `smoothing`.
-
-    The slope of the average is mean(n act(z + s n)) / s (Stein), so that its own derivative sees the kinks.
-    """
+    """act(z) and act'(z), or both averaged over normal perturbations of z of relative size `smoothing`."""
     if smoothing is None:
         return activation.function(variables, z), activation.slope(variables, z)
-    width = jax.lax.stop_gradient(smoothing * _rms(z))
-    nodes = jnp.asarray(_NODES, z.dtype).reshape(-1, *(1,) * z.ndim)
-    values = activation.function(variables, z[None] + width * nodes)
-    weights = jnp.asarray(_WEIGHTS, z.dtype)
-    return jnp.tensordot(weights, values, 1), jnp.tensordot(weights * nodes.reshape(-1), values, 1) / width
-
-
-def _rms(a: Array) -> Array:
-    size = jnp.sqrt(jnp.mean(a**2))
-    return jnp.where(size > 0, size, 1.0)
+    return gaussian_mean(functools.partial(activation.function, variables), z, smoothing)

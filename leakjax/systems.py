@@ -9,7 +9,7 @@ Both are affine in x, whatever f is made of, and come out of automatic different
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 from leakjax.activations import Preimage
 from leakjax.model import Arrays
 from leakjax.segments import Segment
+
+_CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x counts for at least
 
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
 
@@ -30,10 +32,12 @@ class LayerSystem(NamedTuple):
     vector: Rows
 
 
-def segment_rows(segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."]) -> Rows:
+def segment_rows(
+    segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."], smoothing: Any = None
+) -> Rows:
     """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
     weights = {path: variables[path] for path in segment.paths}
-    z, pull = jax.vjp(lambda w: segment.affine({**variables, **w}, x), weights)
+    z, pull = jax.vjp(lambda w: segment.function({**variables, **w}, x, smoothing), weights)
     return z, pull(dz)[0]
 
 
@@ -54,7 +58,8 @@ def layer_system(
     act'(z) / sqrt(act'(z)^2 + slope_floor^2) where a floor is given (equal weights condition the system better, and
     are as good where noise is far below what matters), else by act'(z); the client's rounding of d/dtheta <dz, f> is
     proportional to ||dz||, so gradient rows are divided by it. Both blocks are then divided by the rms of their
-    right-hand sides. Rows that depend on an entry of z or dz that is not known get weight 0.
+    right-hand sides; where x has no part in a gradient, and rounding alone is left of it, that is not blown up. Rows
+    that depend on an entry of z or dz that is not known get weight 0.
     """
     zero = jnp.zeros(segment.input.shape, dz.dtype)
     origin, bias = segment_rows(segment, variables, dz, zero)
@@ -68,7 +73,8 @@ def layer_system(
     forward = forward_weight * (preimage.value - origin)
     grads = {path: gradient_weight[path] * (gradient[path] - bias[path]) for path in segment.paths}
     over_forward = _safe_inverse(_rms([forward]))
-    over_grads = _safe_inverse(_rms(list(grads.values())))
+    whole = _rms([gradient_weight[path] * gradient[path] for path in segment.paths])
+    over_grads = _safe_inverse(jnp.maximum(_rms(list(grads.values())), _CONSTANT_SHARE * whole))
 
     def rows(x: Float[Array, "..."]) -> Rows:
         z, g = segment_rows(segment, variables, dz, x)

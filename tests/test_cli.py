@@ -440,7 +440,7 @@ def test_bad_input_is_one_clear_line(refused, tmp_path, words, message):
     [
         ("batch_norm", "model.eval()", "x = self.norm(x)"),
         ("dropout", "dropout in train mode", "x = self.dropout(x)"),
-        ("max_pool", "max-pooling", "x = nnx.max_pool"),
+        ("max_pool", "--attack copa", "x = nnx.max_pool"),
     ],
 )
 def test_an_unreadable_model_names_the_users_line(refused, folder, tmp_path, factory, advice, source):

@@ -15,6 +15,7 @@ from leakjax.models.initialization import INITIALIZATIONS
 from leakjax.segments import read_segments
 
 RGAP = ("fcn3", "cnn6", "cnn6d")
+RESNETS = ("resnet8", "resnet20", "resnet8_gap")
 RCONV = tuple(name for name in MODELS if name.startswith("rconv"))
 HYBRID = ("lenet2", *(name for name in MODELS if name.startswith("cnn") and name not in RGAP))
 TANH_LOGITS = ("cnn2_c0", "cnn2_c4", "cnn2_c5")
@@ -45,7 +46,7 @@ def layers_of(params):
     return [(k.rpartition("/")[0], params[k]) for k in order]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*RESNETS, "lenet_max")])
 def test_every_model_is_read_layer_by_layer(name):
     spec = MODELS[name]
     model = model_of(name)
@@ -57,6 +58,25 @@ def test_every_model_is_read_layer_by_layer(name):
     default = spec.activation
     logits = "tanh" if name in TANH_LOGITS else "leaky_relu:0.2" if name == "fcn3" else "identity"
     assert activations == ["leaky_relu:0.2"] * leaky + [default] * (depth - 1 - leaky) + [logits]
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 3), ("resnet20", 9), ("resnet8_gap", 3)])
+def test_residual_networks_are_read_block_by_block(name, blocks):
+    model = model_of(name)
+    chain = read_segments(model, (32, 32, 3), np.float32)
+    assert [s.name for s in chain.segments][1:] == [f"block{k + 1}" for k in range(blocks)] + ["head"]
+    assert [s.linear for s in chain.segments] == [True] + [False] * blocks + [True]
+    assert [s.activation.name for s in chain.segments] == ["relu"] * (blocks + 1) + ["identity"]
+    convolutions = [path for path, a in model.params.items() if a.ndim == 4]
+    assert len(convolutions) == 1 + 2 * blocks + 2  # stem, two a block, two shortcuts
+    assert model.params["head/kernel"].shape == ((64 if name == "resnet8_gap" else 4096), 10)
+
+
+def test_max_pools_are_read_between_the_layers():
+    chain = read_segments(model_of("lenet_max"), (32, 32, 3), np.float32)
+    assert [s.linear for s in chain.segments] == [True, False, True, False, True, True]
+    assert [s.output.shape[1] for s in chain.segments[:5]] == [32, 16, 16, 8, 8]
+    assert [s.activation.name for s in chain.segments] == ["tanh", "identity", "tanh", "identity", "tanh", "identity"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -71,6 +91,8 @@ def test_outputs_and_biases(name):
     everywhere = {module for module, _ in layers_of(model.params)}
     if name in RGAP:
         assert biases == set()
+    elif name in RESNETS:
+        assert biases == {"head"} | {path.rpartition("/")[0] for path in model.params if path.endswith("scale")}
     elif name in HYBRID:
         assert biases == {"head"}
     else:
@@ -82,7 +104,11 @@ def test_range_activation_and_loss_are_the_papers(name):
     spec = MODELS[name]
     assert spec.input_shape == ((28, 28, 1) if name == "fcn3" else (32, 32, 3))
     assert spec.input_range == ((-0.5, 0.5) if name in (*HYBRID, "lenet") else (0.0, 1.0))
-    activation = {"lenet": "leaky_relu:0.01", **dict.fromkeys(RGAP, "leaky_relu:0.2"), **dict.fromkeys(RCONV, "relu")}
+    activation = {
+        "lenet": "leaky_relu:0.01",
+        **dict.fromkeys(RGAP, "leaky_relu:0.2"),
+        **dict.fromkeys((*RCONV, *RESNETS), "relu"),
+    }
     assert spec.activation == activation.get(name, "tanh")
     assert spec.loss == ("sigmoid_binary_cross_entropy" if name in RGAP else "softmax_cross_entropy")
     assert spec.outputs == (1 if name in RGAP else 100 if name in RCONV and spec.outputs == 100 else 10)

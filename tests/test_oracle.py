@@ -172,15 +172,15 @@ def true_states(net, observation, image):
     inputs, x = [], jnp.asarray(image)
     for segment in segments:
         inputs.append(x)
-        x = segment.activation.function(variables, segment.affine(variables, x))
+        x = segment.activation.function(variables, segment.function(variables, x))
 
     def loss_from(k, z):
         x = segments[k].activation.function(variables, z)
         for segment in segments[k + 1 :]:
-            x = segment.activation.function(variables, segment.affine(variables, x))
+            x = segment.activation.function(variables, segment.function(variables, x))
         return -jax.nn.log_softmax(x[0])[3]
 
-    zs = [s.affine(variables, x) for s, x in zip(segments, inputs, strict=True)]
+    zs = [s.function(variables, x) for s, x in zip(segments, inputs, strict=True)]
     return segments, inputs, [jax.grad(lambda z, k=k: loss_from(k, z))(z) for k, z in enumerate(zs)]
 
 

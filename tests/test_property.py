@@ -264,7 +264,7 @@ def truths(spec, observation, x):
         inputs, zs = [], []
         for segment, shift in zip(segments, shifts, strict=True):
             inputs.append(x)
-            zs.append(segment.affine(variables, x))
+            zs.append(segment.function(variables, x))
             x = segment.activation.function(variables, zs[-1]) + shift
         return x, (inputs, zs)
 

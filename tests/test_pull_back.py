@@ -82,11 +82,11 @@ def test_the_residual_vanishes_at_the_truth_alone():
         first, second, head = read_segments(observation.model, SHAPE, jnp.float64).segments
         variables = dict(observation.model.variables)
         x, dx = jnp.asarray(image), None
-        z1 = first.affine(variables, x)
-        z2 = second.affine(variables, jnp.tanh(z1))
-        z3 = head.affine(variables, jnp.tanh(z2))
+        z1 = first.function(variables, x)
+        z2 = second.function(variables, jnp.tanh(z1))
+        z3 = head.function(variables, jnp.tanh(z2))
         dz3 = jax.nn.softmax(z3) - jax.nn.one_hot(3, 5)[None]
-        dx = jax.vjp(lambda x: head.affine(variables, x), jnp.tanh(z2))[1](dz3)[0]
+        dx = jax.vjp(lambda x: head.function(variables, x), jnp.tanh(z2))[1](dz3)[0]
         gradients = {p: jnp.asarray(g[0]) for p, g in observation.gradients.items()}
         preimage = second.activation.preimage(variables, jnp.tanh(z2))
         residual = pulled_back(

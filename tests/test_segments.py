@@ -1,4 +1,4 @@
-"""Reading models: a chain of affine maps and activations is read exactly, everything else is refused by name."""
+"""Reading models: maps and activations are read exactly, and what no derivative can follow is refused by name."""
 
 import re
 from pathlib import Path
@@ -26,8 +26,9 @@ def close(a, b):
     return a.shape == b.shape and np.linalg.norm(a - b) <= 1e-12 * np.linalg.norm(b)
 
 
-def check(model, input_shape, activations, *, slack=1.0):
-    """The chain evaluates to the model's logits, every map is affine, and the activations have these names."""
+def check(model, input_shape, activations, *, nonlinear=()):
+    """The chain evaluates to the model's logits, the activations have these names, and the maps at the positions
+    `nonlinear`, and no others, are not affine."""
     model, chain = read(model, input_shape)
     rng = np.random.default_rng(5)
     x, u = (jnp.asarray(rng.normal(size=(1, *input_shape))) for _ in range(2))
@@ -38,17 +39,17 @@ def check(model, input_shape, activations, *, slack=1.0):
         for segment in chain.segments:
             other = u.ravel()[: value.size]
             other = jnp.resize(other, value.shape) + 0.5 * value
-            halfway = segment.affine(variables, 0.5 * (value + other))
-            mean = 0.5 * (segment.affine(variables, value) + segment.affine(variables, other))
+            halfway = segment.function(variables, 0.5 * (value + other))
+            mean = 0.5 * (segment.function(variables, value) + segment.function(variables, other))
             pairs.append((halfway, mean))
-            value = segment.activation.function(variables, segment.affine(variables, value))
+            value = segment.activation.function(variables, segment.function(variables, value))
         return model.apply(variables, x), value, pairs
 
     logits, value, pairs = everything(model.variables, x, u)
     assert float(jnp.linalg.norm(logits)) > 0
     assert close(value, logits)
-    for segment, (halfway, mean) in zip(chain.segments, pairs, strict=True):
-        assert close(halfway, mean), segment.name
+    for k, (segment, (halfway, mean)) in enumerate(zip(chain.segments, pairs, strict=True)):
+        assert segment.linear == close(halfway, mean) == (k not in nonlinear), segment.name
         assert halfway.shape == segment.output.shape
     assert [segment.activation.name for segment in chain.segments] == activations
     assert chain.segments[0].input.shape == (1, *input_shape)
@@ -284,6 +285,116 @@ def test_scopes_without_data_are_harmless(rng):
     check((apply, params), (2, 2, 1), ["tanh"])
 
 
+# --- nonlinear maps ---------------------------------------------------------------------------------------------------
+
+
+def named(chain, k, primitive, marker):
+    """Segment k is nonlinear for this primitive, at the marked line."""
+    where = chain.segments[k].nonlinearity
+    assert re.match(rf"`({primitive})` at ", where), where
+    assert f"{HERE}:{line_of(marker)}" in where, where
+
+
+def test_residual_blocks_are_segments_of_their_own(rng):
+    """Parameters, name, line; the activation after the sum is the block's; what follows is affine again."""
+
+    def apply(p, x):
+        x = jnp.tanh(conv(x, p["stem"]["k"], padding="SAME"))
+        y = jax.nn.relu(conv(x, p["block"]["a"], padding="SAME"))  # here: residual
+        x = jnp.tanh(x + conv(y, p["block"]["b"], padding="SAME"))
+        return jnp.mean(x, (1, 2)) @ p["head"]["w"]
+
+    params = {
+        "stem": params_of(rng, k=(3, 3, 2, 3)),
+        "block": params_of(rng, a=(3, 3, 3, 4), b=(3, 3, 4, 3)),
+        "head": params_of(rng, w=(3, 2)),
+    }
+    _, chain = check((apply, params), (4, 5, 2), ["tanh", "tanh", "identity"], nonlinear=[1])
+    assert [s.name for s in chain.segments] == ["stem", "block", "head"]
+    assert set(chain.segments[1].paths) == {"block/a", "block/b"}
+    named(chain, 1, "custom_jvp_call|max", "here: residual")
+
+
+def test_blocks_in_a_row_stay_apart(rng):
+    def apply(p, x):
+        x = conv(x, p["stem"], padding="SAME")
+        x = x + conv(jnp.tanh(x), p["a"], padding="SAME")
+        x = x + conv(jnp.tanh(x), p["b"], padding="SAME")
+        return jnp.mean(x, (1, 2)) @ p["w"]
+
+    params = params_of(rng, stem=(1, 1, 2, 3), a=(3, 3, 3, 3), b=(3, 3, 3, 3), w=(3, 2))
+    _, chain = check((apply, params), (4, 4, 2), ["identity"] * 4, nonlinear=[1, 2])
+    assert [s.paths for s in chain.segments] == [("stem",), ("a",), ("b",), ("w",)]
+
+
+def test_max_pooling_is_a_nonlinear_segment_without_parameters(rng):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+
+        def __call__(self, x):
+            x = jnp.tanh(self.conv(x))
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2))  # here: max pool
+            return jnp.mean(x, (1, 2))
+
+    _, chain = check(Net(nnx.Rngs(0)), (4, 4, 2), ["tanh", "identity", "identity"], nonlinear=[1])
+    assert [s.paths for s in chain.segments] == [("conv/kernel", "conv/bias"), (), ()]
+    assert chain.segments[1].output.shape == (1, 2, 2, 3)
+    named(chain, 1, "reduce_window_max", "here: max pool")
+
+
+def test_train_mode_batch_norm_is_nonlinear_and_eval_mode_affine(rng):
+    """One example a gradient: its statistics are a function of the example like any other."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+            self.bn = nnx.BatchNorm(3, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.conv(x)
+            x = self.bn(x)  # here: batch norm
+            return jnp.mean(jnp.tanh(x), (1, 2))
+
+    net = Net(nnx.Rngs(0))
+    net.train()
+    _, chain = check(net, (4, 4, 2), ["identity", "identity", "tanh", "identity"], nonlinear=[1])
+    assert [s.paths for s in chain.segments][1:3] == [("bn/scale",), ("bn/bias",)]
+    named(chain, 1, r"\w+", "here: batch norm")
+    net.eval()
+    check(net, (4, 4, 2), ["tanh", "identity"])
+
+
+def test_layer_norm_and_attention_are_nonlinear(rng):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(2, 4, (2, 2), strides=(2, 2), rngs=rngs)
+            self.norm = nnx.LayerNorm(4, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 4, decode=False, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.norm(self.conv(x)).reshape(1, -1, 4)
+            x = x + self.attention(x)  # here: attention
+            return jnp.mean(x, 1)
+
+    _, chain = check(Net(nnx.Rngs(0)), (4, 4, 2), ["identity"] * 5, nonlinear=[1, 3])
+    assert [s.name for s in chain.segments][:3] == ["conv", "norm", "norm"]  # the bias is affine again
+    assert {p.split("/")[0] for p in chain.segments[3].paths} == {"attention"}
+
+
+def test_bypasses_that_never_reach_the_logits_cut_nothing(rng):
+    """Dead code, such as the running statistics of batch norm, is no part of the model."""
+
+    def apply(p, x):
+        x = conv(x, p["k"])
+        del_me = jnp.mean(x**2)
+        x = jnp.tanh(x)
+        del del_me
+        return jnp.mean(x, (1, 2)) @ p["w"]
+
+    check((apply, params_of(rng, k=(3, 3, 2, 3), w=(3, 2))), (5, 5, 2), ["tanh", "identity"])
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -305,24 +416,6 @@ def refused(model, input_shape, primitive, marker, *words):
         assert word in message, message
 
 
-def test_train_mode_batch_norm_is_refused():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
-            self.bn = nnx.BatchNorm(3, rngs=rngs)
-
-        def __call__(self, x):
-            x = self.conv(x)
-            x = self.bn(x)  # here: batch norm
-            return jnp.mean(x, (1, 2))
-
-    net = Net(nnx.Rngs(0))
-    net.train()
-    refused(net, (4, 4, 2), r"\w+", "here: batch norm", "batch norm", "eval()")
-    net.eval()
-    read(net, (4, 4, 2))
-
-
 def test_dropout_in_train_mode_is_refused():
     class Net(nnx.Module):
         def __init__(self, rngs):
@@ -341,58 +434,48 @@ def test_dropout_in_train_mode_is_refused():
     read(net, (4, 4, 2))
 
 
-def test_max_pooling_is_refused():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
+def test_softmax_behind_a_stopped_gradient_is_refused(rng):
+    """Its derivative would be right only together with the exponential that follows."""
 
-        def __call__(self, x):
-            x = jnp.tanh(self.conv(x))
-            x = nnx.max_pool(x, (2, 2))  # here: max pool
-            return jnp.mean(x, (1, 2))
-
-    refused(Net(nnx.Rngs(0)), (4, 4, 2), "reduce_window_max", "here: max pool", "max-pooling")
-
-
-def test_layer_norm_is_refused():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(2, 3, (3, 3), rngs=rngs)
-            self.norm = nnx.LayerNorm(3, rngs=rngs)
-
-        def __call__(self, x):
-            x = self.conv(x)
-            x = self.norm(x)  # here: layer norm
-            return jnp.mean(x, (1, 2))
-
-    refused(Net(nnx.Rngs(0)), (4, 4, 2), r"\w+", "here: layer norm", "layer norm")
-
-
-def test_softmax_is_refused(rng):
     def apply(p, x):
         z = x.reshape(x.shape[0], -1) @ p["w"]
-        return jax.nn.softmax(z)  # here: softmax
+        z = z - jax.lax.stop_gradient(jnp.max(z))  # here: stopped
+        return z @ p["v"]
 
-    refused((apply, params_of(rng, w=(8, 3))), (2, 2, 2), r"\w+", "here: softmax", "softmax")
+    refused((apply, params_of(rng, w=(8, 3), v=(3, 2))), (2, 2, 2), "reduce_max", "here: stopped", "derivative")
 
 
-def test_a_residual_block_around_relu_is_refused(rng):
+def test_a_straight_through_estimator_is_refused(rng):
     def apply(p, x):
-        y = conv(x, p["k"], padding="SAME")
-        y = jax.nn.relu(y)  # here: residual
-        return jnp.mean(x + conv(y, p["l"], padding="SAME"), (1, 2))
+        z = x.reshape(x.shape[0], -1) @ p["w"]
+        z = z + jax.lax.stop_gradient(jnp.flip(jnp.tanh(z), 1) - z)  # here: straight through
+        return z @ p["v"]
 
-    params = params_of(rng, k=(3, 3, 2, 2), l=(3, 3, 2, 2))
-    refused((apply, params), (4, 4, 2), "custom_jvp_call|max", "here: residual", "residual")
+    params = params_of(rng, w=(8, 3), v=(3, 2))
+    refused((apply, params), (2, 2, 2), "tanh|rev|stop_gradient", "here: straight through", "derivative")
 
 
-def test_attention_is_refused(rng):
+def test_an_index_of_the_greatest_is_refused(rng):
     def apply(p, x):
-        tokens = x.reshape(1, -1, 2) @ p["w"]
-        scores = jnp.einsum("nte,nse->nts", tokens, tokens)  # here: attention
-        return jnp.mean(scores @ tokens, 1)
+        z = x.reshape(x.shape[0], -1) @ p["w"]
+        return p["v"][jnp.argmax(z[0])][None]  # here: argmax
 
-    refused((apply, params_of(rng, w=(2, 3))), (3, 3, 2), "dot_general", "here: attention", "attention")
+    refused((apply, params_of(rng, w=(8, 3), v=(3, 2))), (2, 2, 2), "argmax", "here: argmax", "floating point")
+
+
+def test_random_numbers_inside_a_custom_derivative_are_refused(rng):
+    @jax.custom_jvp
+    def noisy(x):
+        return jnp.flip(x, -1) * jax.random.normal(jax.random.key(0), x.shape)
+
+    @noisy.defjvp
+    def _(primals, tangents):
+        return noisy(primals[0]), noisy(tangents[0])
+
+    def apply(p, x):
+        return noisy(x.reshape(1, -1) @ p["w"])  # here: noisy
+
+    refused((apply, params_of(rng, w=(4, 2))), (2, 2, 1), "custom_jvp_call", "here: noisy", "random")
 
 
 def test_a_scan_is_refused(rng):
@@ -453,7 +536,7 @@ def test_a_vanishing_derivative_is_not_affine(function, rng):
     assert len(chain.segments) == 2  # its own activation, never part of an affine map
     first = chain.segments[0]
     x = jnp.asarray(rng.normal(size=(1, 2, 2, 1)))
-    assert close(first.affine(model.variables, x), 3.0 * (x.reshape(1, -1) @ params["a"]))
+    assert close(first.function(model.variables, x), 3.0 * (x.reshape(1, -1) @ params["a"]))
     z = jnp.asarray(rng.normal(size=(1, 4)))
     assert close(first.activation.function(model.variables, z), function(z))
     assert not np.any(first.activation.slope(model.variables, z))

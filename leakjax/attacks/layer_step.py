@@ -54,7 +54,7 @@ def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
         solution = solve_side(
             system.operator, system.vector, random, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
         )
-        pulled = jax.vjp(lambda x: segment.affine(variables, x), solution.x)[1](dz)[0]
+        pulled = jax.vjp(lambda x: segment.function(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
     return jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)))
@@ -147,4 +147,4 @@ def workers() -> int:
 
 def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:
     """dL/dx = (df/dx)^T dz."""
-    return np.asarray(jax.vjp(lambda x: segment.affine(variables, x), jnp.asarray(x))[1](jnp.asarray(dz))[0])
+    return np.asarray(jax.vjp(lambda x: segment.function(variables, x), jnp.asarray(x))[1](jnp.asarray(dz))[0])

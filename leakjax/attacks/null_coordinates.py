@@ -42,7 +42,7 @@ def applies(problem: Problem, before: Segment, segment: Segment, rows: int) -> b
     """Whether `before`'s activation is piecewise linear and the matrices of both segments are small enough."""
     n, inputs = int(np.prod(segment.input.shape)), int(np.prod(before.input.shape))
     small = max(n, inputs) <= LARGEST and fits_in_memory(8 * (2 * n * (n + rows) + 2 * n * (n + inputs)))
-    return small and before.activation.is_piecewise_linear(problem.variables, problem.dtype)
+    return small and before.linear and before.activation.is_piecewise_linear(problem.variables, problem.dtype)
 
 
 def close_null_space(problem: Problem, before: Segment, null: np.ndarray, x: np.ndarray, noise: float) -> Closed | None:
@@ -112,7 +112,7 @@ def _left_null_space(problem: Problem, segment: Segment) -> tuple[np.ndarray | N
 def _affine_matrix(segment: Segment) -> Any:
     def build(variables: Any) -> Any:
         zero = jnp.zeros(segment.input.shape, segment.input.dtype)
-        bias, tangent = jax.linearize(lambda u: segment.affine(variables, u), zero)
+        bias, tangent = jax.linearize(lambda u: segment.function(variables, u), zero)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(zero.shape, zero.dtype))
         return bias, materialize(operator, bias)[0]
 

@@ -1,7 +1,7 @@
 """The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Problem
 from leakjax.residuals import pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
-from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
+from leakjax.solvers.full_steps import full_steps
+from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
-OUTER, INNER = 60, 1500
-SMOOTHING, SHARPEST = 0.5, 1e-6
+OUTER, INNER, FULL_INNER = 60, 1500, 400
+SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
 
 
 class PullBack(NamedTuple):
@@ -39,28 +40,47 @@ class Known(NamedTuple):
     victim: int
 
 
-def pull_back(problem: Problem, segments: Sequence[Segment], known: Known, start: np.ndarray) -> PullBack:
-    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`, beginning at `start`.
+def pull_back(
+    problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray], *, quick: bool = False
+) -> PullBack:
+    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
-    Levenberg-Marquardt; where it stalls (kinks), continuation from smoothed activations, then Levenberg-Marquardt.
+    From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
+    Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
     """
-    plain, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
+    plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
     given = _arrays(problem, segments, known)
-    found = plain(*given, jnp.asarray(start))
-    steps = int(found.inner_steps)
-    if not float(found.residual) <= problem.matched:
+    tried: list[NewtonSolution] = []
+
+    def attempt(solve: Any, start: Any) -> bool:
+        tried.append(solve(*given, jnp.asarray(start)))
+        return float(tried[-1].residual) <= problem.matched
+
+    def attempt_smoothed(solve: Any, start: Any) -> bool:
         smoothed = smooth(*given, jnp.asarray(start))
-        again = plain(*given, smoothed.x)
-        steps += int(smoothed.inner_steps) + int(again.inner_steps)
-        if float(again.residual) < float(found.residual):
-            found = again
+        matched = attempt(solve, smoothed.x)
+        tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
+        return matched
+
+    for start in starts:
+        if quick:
+            attempt(full, start)
+            break
+        if all(segment.linear for segment in segments):
+            matched = attempt(plain, start) or attempt_smoothed(plain, start)
+        else:
+            matched = attempt(full, start) or attempt_smoothed(full, start) or attempt(plain, start)
+        if matched:
+            break
+    found = min(tried, key=lambda trial: float(trial.residual))
+    steps = sum(int(trial.inner_steps) for trial in tried)
     probe, dx = look(*given, found.x)
     return PullBack(found.x, dx, found.residual, steps, probe)
 
 
 def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
     """J^T J of the pulled-back residual at x, (n, n)."""
-    build = _steps(tuple(segments), float(problem.tolerance))[3]
+    build = _steps(tuple(segments), float(problem.tolerance))[4]
     return np.asarray(build(*_arrays(problem, segments, known), jnp.asarray(x)))
 
 
@@ -90,13 +110,25 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
             max_inner=INNER,
         )
 
+    def full(*given: Any) -> Any:
+        *known, start = given
+        _, residual = read(*known)
+        return full_steps(
+            lambda u: residual.function(u, None),
+            start,
+            size=residual.size,
+            tolerance=10 * tolerance,
+            max_steps=OUTER,
+            max_inner=FULL_INNER,
+        )
+
     def smooth(*given: Any) -> Any:
         *known, start = given
         _, residual = read(*known)
         return continuation(
             residual.function,
             start,
-            smoothing=SMOOTHING,
+            smoothing=SMOOTHING if all(segment.linear for segment in segments) else SMOOTHING_INSIDE,
             sharpest=SHARPEST,
             size=residual.size,
             tolerance=1e-8,
@@ -126,4 +158,4 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
 
         return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
 
-    return tuple(jax.jit(f) for f in (plain, smooth, look, build))
+    return tuple(jax.jit(f) for f in (plain, full, smooth, look, build))

@@ -4,6 +4,7 @@ Candidates of the head (two roots, two signs) are followed side by side and drop
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from leakjax.attacks.path import (
     solve_tolerance,
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.pulling import pull
+from leakjax.attacks.pulling import pull, wait
 from leakjax.attacks.ranks import NULL_SPACE, head_rank, layer_null_space, matrix_shape, solve_layer_densely
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
@@ -45,21 +46,41 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
             "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
             "model with a parameterized layer"
         )
+    _refuse_nonlinear(problem.segments, pulling)
     size = min(problem.victims, problem.chunk)
     _check_memory(problem, size)
-    monitor.tell(f"compiling {len(segments)} layers")
-    steps = compile_steps(problem, segments, size, monitor)
+    linear = [k for k, segment in enumerate(segments) if segment.linear]
+    monitor.tell(f"compiling {len(linear)} layers")
+    steps = dict(zip(linear, compile_steps(problem, [segments[k] for k in linear], size, monitor), strict=True))
     monitor.tell("reading the head")
-    paths, position = _start(problem, head), len(segments)
-    for segment, step in zip(reversed(segments), reversed(steps), strict=True):
+    paths = _start(problem, head)
+    for position in reversed(range(len(segments))):
         if not paths:
             break
-        monitor.tell(f"solving {segment.name}")
-        position -= 1
-        paths = drop_impossible(problem, segment, paths)
-        paths = drop_misfits(problem, _advance(problem, position, step, size, paths, pulling and position > 0))
-        paths = [pull(problem, monitor, position, path) for path in paths]
+        monitor.tell(f"solving {segments[position].name}")
+        paths = drop_impossible(problem, segments[position], paths)
+        if position in steps:
+            paths = _advance(problem, position, steps[position], size, paths, pulling and position > 0)
+        else:
+            paths = [wait(problem, position, path) for path in paths]
+        paths = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
     return outcomes(problem, paths)
+
+
+def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
+    """The head must be affine, and without pulling back every segment."""
+    *segments, head = chain
+    if not head.linear:
+        raise UnreadableModelError(
+            f"the model's last map is nonlinear ({head.nonlinearity}): the recursion has no head to start from; end "
+            "the model with an affine layer"
+        )
+    found = next((s for s in segments if not s.linear), None)
+    if found is not None and not pulling:
+        raise UnreadableModelError(
+            f"{found.name} is no affine map ({found.nonlinearity}): attack 'rgap' solves linear systems alone; use "
+            'attack="copa" (--attack copa), or model.eval() if this is batch norm that the client ran in eval mode'
+        )
 
 
 def _start(problem: Problem, head: Segment) -> list[Path]:
@@ -170,7 +191,7 @@ def _check_memory(problem: Problem, size: int) -> None:
     itemsize = np.dtype(problem.dtype).itemsize
     for segment in problem.segments[:-1]:
         rows, columns = matrix_shape(problem, segment)
-        if problem.solver == "dense":
+        if problem.solver == "dense" and segment.linear:
             needed, remedy = dense_bytes(rows, columns), 'the matrix-free solver="lsmr" (--solver lsmr)'
         else:
             needed = 12 * min(workers() * size, 2 * problem.victims) * itemsize * segment.work

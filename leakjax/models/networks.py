@@ -21,7 +21,10 @@ class Conv(NamedTuple):
 
 
 class ConvNet(nnx.Module):
-    """Convolutions `conv1`, `conv2`, ... with an activation after each, then a dense `head` on the flattened map."""
+    """Convolutions `conv1`, `conv2`, ... with an activation after each, then a dense `head` on the flattened map.
+
+    Behind the activations of the first `pools` of them comes a max-pooling of 2x2 windows.
+    """
 
     def __init__(
         self,
@@ -34,6 +37,7 @@ class ConvNet(nnx.Module):
         conv_bias: bool = False,
         head_bias: bool = True,
         logits: Callable[[Any], Any] | None = None,
+        pools: int = 0,
         init: str = "torch",
     ):
         initializer = INITIALIZATIONS[init]
@@ -41,6 +45,7 @@ class ConvNet(nnx.Module):
         self.depth = len(convolutions)
         self.activations = tuple(activations)
         self.logits = logits
+        self.pools = pools
         for k, conv in enumerate(convolutions, 1):
             draw = initializer(channels * conv.kernel**2)
             layer = nnx.Conv(
@@ -56,6 +61,7 @@ class ConvNet(nnx.Module):
             )
             setattr(self, f"conv{k}", layer)
             side = [(s + 2 * conv.padding - conv.kernel) // conv.stride + 1 for s in side]
+            side = [s // 2 for s in side] if k <= pools else side
             channels = conv.filters
         features = math.prod(side) * channels
         draw = initializer(features)
@@ -65,6 +71,7 @@ class ConvNet(nnx.Module):
         """Logits (N, outputs) of images (N, H, W, C)."""
         for k in range(1, self.depth + 1):
             x = self.activations[k - 1](getattr(self, f"conv{k}")(x))
+            x = nnx.max_pool(x, (2, 2), strides=(2, 2)) if k <= self.pools else x
         x = self.head(jnp.reshape(x, (x.shape[0], -1)))
         return x if self.logits is None else self.logits(x)
 

@@ -15,6 +15,7 @@ from leakjax.activations import parse_activation
 from leakjax.errors import InputError, unknown_name
 from leakjax.models.initialization import INITIALIZATIONS
 from leakjax.models.networks import Conv, ConvNet, DenseNet
+from leakjax.models.residual import ResNet
 
 Build = Callable[[nnx.Rngs, str, str], Any]
 
@@ -83,6 +84,13 @@ def _rconv(*layers: tuple[int, int, int, int], leaky: int, outputs: int, summary
     )
 
 
+def _resnet(blocks: int, summary: str, *, pooled: bool = False) -> ModelSpec:
+    def build(rngs: nnx.Rngs, activation: str, init: str) -> ResNet:
+        return ResNet(blocks, rngs=rngs, activation=parse_activation(activation), pooled=pooled, init=init)
+
+    return ModelSpec(build, f"He et al.: {summary}", "relu")
+
+
 def _fcn3(rngs: nnx.Rngs, activation: str, init: str) -> DenseNet:
     logits = parse_activation("leaky_relu:0.2")
     return DenseNet((784, 1000, 100, 1), rngs=rngs, activation=parse_activation(activation), logits=logits, init=init)
@@ -93,6 +101,7 @@ def _cnn6(second: int) -> list[tuple[int, int, int, int]]:
 
 
 _LENET = ((12, 5, 2, 2), (12, 5, 2, 2), (12, 5, 1, 2))
+_LENET_MAX = ((12, 5, 1, 2), (12, 5, 1, 2), (12, 5, 1, 2))
 _START = ((12, 5, 2, 2), (16, 5, 2, 2))
 
 MODELS: Mapping[str, ModelSpec] = {
@@ -113,6 +122,14 @@ MODELS: Mapping[str, ModelSpec] = {
         summary="a wide lenet, (24,5,2,2)(48,5,2,2)(48,5,1,2): determined with ReLU too",
         input_range=(0.0, 1.0),
     ),
+    "lenet_max": ModelSpec(
+        _convolutions(_LENET_MAX, {}, {"conv_bias": True, "pools": 2}),
+        "lenet with 2x2 max-pooling in place of its two strides",
+        "tanh",
+    ),
+    "resnet8": _resnet(1, "three stages of one basic block, eval-mode batch norm, dense head on the flattened map"),
+    "resnet20": _resnet(3, "three stages of three basic blocks, eval-mode batch norm, dense head on the flattened map"),
+    "resnet8_gap": _resnet(1, "resnet8 with global average pooling before its head", pooled=True),
     "cnn2_c0": _hybrid((1, 3, 2, 0), logits="tanh"),
     "cnn2_c1": _hybrid((6, 3, 1, 0)),
     "cnn2_c2": _hybrid((6, 4, 2, 0)),

@@ -1,6 +1,7 @@
 """Null spaces of matrices, by the shifted Gram matrix: several times as fast as singular values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -83,7 +84,7 @@ def _components(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(r, c) for r, c in split if len(c)]
 
 
-def _inverse(gram: np.ndarray | scipy.sparse.csr_array, shift: float) -> Callable[[np.ndarray], np.ndarray]:
+def _inverse(gram: Any, shift: float) -> Callable[[np.ndarray], np.ndarray]:
     """b -> (gram + shift)^-1 b."""
     if isinstance(gram, np.ndarray):
         gram[np.diag_indices(len(gram))] += shift
@@ -93,7 +94,7 @@ def _inverse(gram: np.ndarray | scipy.sparse.csr_array, shift: float) -> Callabl
     return scipy.sparse.linalg.splu(shifted, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve
 
 
-def _largest_eigenvalue(gram: np.ndarray | scipy.sparse.csr_array) -> float:
+def _largest_eigenvalue(gram: Any) -> float:
     vector = np.random.default_rng(1).normal(size=gram.shape[0])
     for _ in range(20):
         vector = gram @ (vector / np.linalg.norm(vector))

@@ -1,0 +1,77 @@
+"""Full Gauss-Newton steps: for piecewise linear residuals, each step solves the linear piece that the last one reached.
+
+Where Levenberg-Marquardt refuses every step that raises the residual, and so stalls at kinks and jumps, this goes on:
+the pattern of pieces settles, and the step on the right one is exact. On smooth residuals it is Newton's speed without
+its safeguards.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.solvers.gauss_newton import NewtonSolution
+from leakjax.solvers.lsmr import lsmr
+
+_PATIENCE = 8  # steps without a new best before it is given up
+
+
+class _State(NamedTuple):
+    x: Array
+    best: Array
+    least: Array
+    waited: Array
+    steps: Array
+    inner_steps: Array
+
+
+def full_steps(
+    residual: Callable[[Array], Any],
+    x: Float[Array, "..."],
+    *,
+    size: Float[Array, ""],
+    tolerance: float,
+    max_steps: int,
+    max_inner: int,
+    forcing: float = 1e-2,
+) -> NewtonSolution:
+    """x <- x - J^+ r from x, whatever becomes of ||r||; the best x met is returned.
+
+    Arguments as for `levenberg_marquardt`. Stops at ||r|| <= tolerance * size, after `max_steps`, or after a few steps
+    in a row without a new best.
+    """
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    def step(s: _State) -> _State:
+        r, tangent = jax.linearize(residual, s.x)
+        relative = optax.tree.norm(r) / size
+        inner = lsmr(
+            lx.FunctionLinearOperator(tangent, struct),
+            jax.tree.map(jnp.negative, r),
+            tolerance=jnp.clip(forcing * relative, 10 * jnp.finfo(x.dtype).eps, 1e-4),
+            max_steps=max_inner,
+        )
+        new = s.x + inner.x
+        norm = optax.tree.norm(residual(new))
+        better = norm < 0.9 * s.least
+        return _State(
+            new,
+            jnp.where(norm < s.least, new, s.best),
+            jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), s.least),
+            jnp.where(better, 0, s.waited + 1),
+            s.steps + 1,
+            s.inner_steps + inner.steps,
+        )
+
+    def going(s: _State) -> Array:
+        finite = jnp.all(jnp.isfinite(s.x))
+        return (s.least > tolerance * size) & (s.waited < _PATIENCE) & (s.steps < max_steps) & finite
+
+    zero = jnp.zeros((), jnp.int32)
+    start = _State(x, x, optax.tree.norm(residual(x)), zero, zero, zero)
+    end = jax.lax.while_loop(going, step, start)
+    return NewtonSolution(end.best, end.least / size, end.steps, end.inner_steps)
