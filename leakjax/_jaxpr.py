@@ -23,6 +23,7 @@ from jax.interpreters import ad, batching, mlir
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 RANDOM = ("random_", "threefry", "rng_")
+_CHOICES = frozenset({"abs", "argmax", "clamp", "max", "min", "reduce_max", "reduce_window_max", "select_n", "sort"})
 _ELEMENTWISE = frozenset(
     [
         "abs",
@@ -287,6 +288,17 @@ def linear_primitive(
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(lambda x, *, static: function(x, static), multiple_results=False))
     return apply
+
+
+def has_choices(graph: Graph) -> bool:
+    """Whether any value that depends on the input is chosen between others: where kinks come from."""
+    live = graph.dependents([graph.input])
+
+    def names(equation: Equation) -> set[str]:
+        body = body_of(equation.params)
+        return {equation.name} | (set() if body is None else {e.primitive.name for e in all_equations(body)})
+
+    return any(names(e) & _CHOICES for e in graph.equations if any(o in live for o in e.outputs))
 
 
 def dtype_of_least_precision(graph: Graph) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.errors import InputError, unknown_name
+from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
 from leakjax.model import Model
 from leakjax.network import read_network
@@ -73,14 +73,14 @@ def invert(
     with compute_in(dtype) as floating:
         model = _cast(observation.model, dtype)
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
-        chain = _read(model, tuple(observation.input_shape), dtype) if chosen.layerwise else None
+        chain = _chain(model, observation, dtype, chosen.layerwise)
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
         precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(network.precision).eps))
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         problem = Problem(
             chain,
-            network.logits,
+            network,
             model.variables,
             gradients,
             observation.loss,
@@ -103,6 +103,18 @@ def invert(
 @functools.lru_cache(maxsize=16)
 def _cast(model: Model, dtype: str) -> Model:
     return model.astype(dtype)
+
+
+def _chain(model: Model, observation: Observation, dtype: str, needed: bool) -> Chain | None:
+    """The model as segments; None where these are not needed and it cannot be read, or batches are not segments'."""
+    if observation.examples != 1:
+        return None
+    try:
+        return _read(model, tuple(observation.input_shape), dtype)
+    except UnreadableModelError:
+        if needed:
+            raise
+        return None
 
 
 _CHAINS: dict[Any, Chain] = {}

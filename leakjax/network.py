@@ -11,21 +11,26 @@ from jaxtyping import Array, Float, Int
 
 from leakjax import _jaxpr
 from leakjax._rules import RULES
+from leakjax._smoothing import smoother
 from leakjax.losses import LOSSES
 from leakjax.model import Arrays, Model
 
-Logits = Callable[[Arrays, Float[Array, "B ..."]], Float[Array, "B K"]]
+Logits = Callable[..., Float[Array, "B K"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A model at one batch size: `logits`, and the least floating precision that its own code computes in."""
+    """A model at one batch size: `logits`, the least floating precision of its own code, whether it has kinks.
+
+    `logits(variables, x, smoothing=None)`; a smoothing s > 0 makes every kink smooth over s times what it acts on.
+    """
 
     logits: Logits
     precision: Any
+    has_kinks: bool
 
 
-Gradient = Callable[[Arrays, Float[Array, "B ..."], Int[Array, " B"]], dict[str, Array]]
+Gradient = Callable[..., dict[str, Array]]
 
 
 def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype: Any) -> Network:
@@ -45,20 +50,31 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
     graph = _jaxpr.trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
     equations = graph.needed(graph.output, [*graph.variables, graph.input])
 
-    def logits(variables: Arrays, x: Float[Array, "B ..."]) -> Float[Array, "B K"]:
+    smooth = smoother(graph, graph.input, graph.output)
+
+    def logits(variables: Arrays, x: Float[Array, "B ..."], smoothing: Any = None) -> Float[Array, "B K"]:
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
+        if smoothing is not None:
+            return smooth({**env, graph.input: x}, smoothing)
         return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
-    return Network(logits, _jaxpr.dtype_of_least_precision(graph))
+    return Network(logits, _jaxpr.dtype_of_least_precision(graph), _jaxpr.has_choices(graph))
 
 
 @functools.lru_cache(maxsize=32)
 def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
-    """(variables, x, labels) -> {path: d/dtheta (1/B) sum_b loss(logits(x)_b, y_b)} for the parameters `paths`."""
+    """(variables, x, labels) -> {path: d/dtheta (1/B) sum_b loss(logits(x)_b, y_b)} for the parameters `paths`.
 
-    def gradient(variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"]) -> dict[str, Array]:
+    A fourth argument, where given, is the smoothing of `logits`.
+    """
+
+    def gradient(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+    ) -> dict[str, Array]:
         def mean_loss(params: Arrays) -> Array:
-            return jnp.mean(jax.vmap(LOSSES[loss])(logits({**variables, **params}, x), labels))
+            weights = {**variables, **params}
+            z = logits(weights, x) if smoothing is None else logits(weights, x, smoothing)
+            return jnp.mean(jax.vmap(LOSSES[loss])(z, labels))
 
         return jax.grad(mean_loss)({path: variables[path] for path in paths})
 

@@ -6,8 +6,10 @@ from noise, several starts at once, labels recovered as counts. The peers match 
 2019; Geiping et al. 2020); full Gauss-Newton steps reach machine precision where the gradient determines the batch.
 """
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +19,19 @@ import numpy as np
 
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
+from leakjax.attacks.recursion import recurse
 from leakjax.attacks.symmetries import twins
+from leakjax.errors import UnreadableModelError
 from leakjax.labels import rank_labels
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
 from leakjax.reconstruction import Candidate, LayerInfo
-from leakjax.solvers.gauss_newton import levenberg_marquardt
+from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 
 OUTER, INNER = 80, 3000
-TRIALS = 8  # labelings and fresh starts of each, tried until one matches
+SMOOTHING, SHARPEST = 0.5, 1e-6
+TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 
 
@@ -39,30 +44,65 @@ class _Found(NamedTuple):
     steps: int
 
 
-def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
-    """Match every victim's gradient from noise; any number of examples a gradient, any differentiable model.
+class _Start(NamedTuple):
+    """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name."""
 
+    xs: np.ndarray
+    labels: np.ndarray
+    smoothed: bool
+    name: str
+
+
+def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
+    """Match every victim's gradient; any number of examples a gradient, any differentiable model.
+
+    From noise; a lone example of a readable model also from the layer-wise answer, first where the model has kinks.
     Returns an `Outcome` an example, in groups of one gradient each.
     """
     found = []
     for victim in range(problem.victims):
         best: _Found | None = None
-        labelings = _labelings(problem, victim)
-        order = sorted(itertools.product(range(len(labelings)), range(TRIALS)), key=sum)
         steps = 0
-        for choice, attempt in order[:TRIALS]:
-            labels = labelings[choice]
-            monitor.tell(f"matching gradient {victim}, labels {labels.tolist()}, start {attempt}")
-            trial = _solve(problem, victim, labels, attempt)
+        for start in _order(problem, monitor, victim):
+            monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
+            trial = _solve(problem, victim, start)
             steps += trial.steps
             best = trial if best is None or trial.residual < best.residual else best
             if best.residual <= problem.matched:
                 break
         assert best is not None
-        best = best._replace(steps=steps)
         monitor.tell(f"looking at gradient {victim}")
-        found += _outcomes(problem, victim, best)
+        found += _outcomes(problem, victim, best._replace(steps=steps))
     return found
+
+
+def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
+    """All starts of one victim in the order in which they are tried; made when they are asked for."""
+    kinked, layers = problem.network.has_kinks, problem.chain is not None and problem.examples == 1
+    if layers and kinked:
+        yield from _layerwise(problem, monitor, victim)
+    labelings = _labelings(problem, victim)
+    order = sorted(itertools.product(range(len(labelings)), range(TRIALS)), key=sum)
+    for turn, (choice, attempt) in enumerate(order[: KINKED_TRIALS if kinked else TRIALS]):
+        yield _Start(_noise(problem, attempt), labelings[choice], kinked, f"noise {attempt}")
+        if turn == 1 and layers and not kinked:
+            yield from _layerwise(problem, monitor, victim)
+
+
+def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
+    """What `copa` finds for this victim alone; nothing where the model has no head to start from."""
+    alone = dataclasses.replace(
+        problem,
+        gradients={p: g[victim : victim + 1] for p, g in problem.gradients.items()},
+        labels=None if problem.labels is None else problem.labels[victim : victim + 1],
+    )
+    try:
+        (outcome,) = recurse(alone, monitor, pulling=True)
+    except UnreadableModelError:
+        return
+    for candidate in outcome.candidates:
+        if np.all(np.isfinite(candidate.image)):
+            yield _Start(candidate.image[None, None], np.array([candidate.label]), False, "the layer-wise answer")
 
 
 def _labelings(problem: Problem, victim: int) -> list[np.ndarray]:
@@ -71,15 +111,15 @@ def _labelings(problem: Problem, victim: int) -> list[np.ndarray]:
     gradient = _gradient(problem)
     sent = {p: problem.gradients[p][victim] for p in problem.gradients}
     return rank_labels(
-        problem.network, gradient, problem.variables, sent, problem.batch_shape, problem.input_range, TRIALS
+        problem.network.logits, gradient, problem.variables, sent, problem.batch_shape, problem.input_range, TRIALS
     )
 
 
 def _gradient(problem: Problem) -> Any:
-    return batch_gradient(problem.network, problem.loss, tuple(problem.gradients))
+    return batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
 
 
-def _starts(problem: Problem, attempt: int) -> np.ndarray:
+def _noise(problem: Problem, attempt: int) -> np.ndarray:
     """(S, B, ...): the middle of the range, disturbed."""
     low, high = problem.input_range
     noise = np.random.default_rng(attempt).normal(size=(problem.starts, *problem.batch_shape))
@@ -87,14 +127,20 @@ def _starts(problem: Problem, attempt: int) -> np.ndarray:
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
-def _solve(problem: Problem, victim: int, labels: np.ndarray, attempt: int) -> _Found:
-    solve, _, _ = _programs(_gradient(problem), float(problem.tolerance))
+def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
+    solve, smooth, _, _ = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
-    starts = jnp.asarray(_starts(problem, attempt))
-    solution = solve(dict(problem.variables), sent, jnp.asarray(labels), starts)
+    given = dict(problem.variables), sent, jnp.asarray(start.labels)
+    starts = jnp.asarray(start.xs, problem.dtype)
+    solution = solve(*given, starts)
+    steps = int(jnp.sum(solution.inner_steps))
+    if not float(jnp.nanmin(solution.residual)) <= problem.matched and start.smoothed:
+        blurred = smooth(*given, starts)
+        again = solve(*given, blurred.x)
+        steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
+        solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
     best = int(np.nanargmin(np.asarray(solution.residual)))
-    x, residual = np.asarray(solution.x[best]), float(solution.residual[best])
-    return _Found(x, labels, residual, int(jnp.sum(solution.inner_steps)))
+    return _Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
 
 
 def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
@@ -119,7 +165,9 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
     slack = 5e-3 * (high - low)
     others = []
     if matched:
-        pairs = twins(problem.network, _gradient(problem), problem.loss, problem.variables, x, labels, problem.matched)
+        pairs = twins(
+            problem.network.logits, _gradient(problem), problem.loss, problem.variables, x, labels, problem.matched
+        )
         others = [(a, tags) for a, tags in [(x, labels), *pairs] if a.min() >= low - slack and a.max() <= high + slack]
     others = others or [(x, labels)]
     outcomes = []
@@ -134,7 +182,7 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, look, gram = _programs(_gradient(problem), float(problem.tolerance))
+    _, _, look, gram = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = look(*given)
@@ -152,13 +200,14 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
 
 @functools.lru_cache(maxsize=16)
 def _programs(gradient: Any, tolerance: float) -> Any:
-    """Compiled: the solve from several starts, the probe of the Jacobian at x, and its Gram matrix."""
+    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
+    Jacobian at x, and its Gram matrix."""
 
     def residual(variables: Any, sent: Any, labels: Any) -> Any:
         over = jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny), sent)
 
-        def function(x: Any) -> Any:
-            return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels), sent)
+        def function(x: Any, smoothing: Any = None) -> Any:
+            return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)
 
         return function, jnp.sqrt(float(len(sent)))
 
@@ -170,9 +219,16 @@ def _programs(gradient: Any, tolerance: float) -> Any:
                 function, start, size=size, tolerance=10 * tolerance, max_steps=OUTER, max_inner=INNER
             )
 
-        if len(starts) == 1:
-            return jax.tree.map(lambda a: a[None], one(starts[0]))
-        return jax.vmap(one)(starts)
+        return _over(one, starts)
+
+    def smooth(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
+        function, size = residual(variables, sent, labels)
+
+        def one(start: Any) -> Any:
+            options = {"smoothing": SMOOTHING, "sharpest": SHARPEST, "tolerance": 1e-8, "size": size}
+            return continuation(function, start, max_steps=2 * OUTER, max_inner=INNER, **options)
+
+        return _over(one, starts)
 
     def look(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
         rows, tangent = jax.linearize(residual(variables, sent, labels)[0], x)
@@ -185,4 +241,11 @@ def _programs(gradient: Any, tolerance: float) -> Any:
         columns = jnp.eye(x.size, dtype=x.dtype)
         return jax.lax.map(lambda e: jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0]), columns, batch_size=16)
 
-    return jax.jit(solve), jax.jit(look), jax.jit(gram)
+    return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(gram)
+
+
+def _over(one: Any, starts: Any) -> Any:
+    """`one` of every start, by `vmap` where there are several."""
+    if len(starts) == 1:
+        return jax.tree.map(lambda a: a[None], one(starts[0]))
+    return jax.vmap(one)(starts)

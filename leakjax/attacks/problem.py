@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from leakjax.model import Arrays
-from leakjax.network import Logits
+from leakjax.network import Network
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.segments import Chain, Segment
 
@@ -17,7 +17,7 @@ from leakjax.segments import Chain, Segment
 class Problem:
     """An observation made ready to solve in `dtype`; gradients have a leading victim axis.
 
-    - `chain`: the model as segments, None where the attack needs none; `network`: its logits for a whole batch;
+    - `chain`: the model as segments, None where the attack needs none; `network`: itself for a whole batch;
     - `labels`: the given ones or None; `examples`: B of every gradient; `starts`: tried at once where an attack begins
       from noise.
 
@@ -26,7 +26,7 @@ class Problem:
     """
 
     chain: Chain | None
-    network: Logits
+    network: Network
     variables: Arrays
     gradients: Mapping[str, Float[np.ndarray, "V ..."]]
     loss: str
