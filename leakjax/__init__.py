@@ -1,5 +1,6 @@
 """leakjax: what a gradient gives away about the image that produced it."""
 
+from leakjax.directions import undetermined_directions
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.inversion import invert
 from leakjax.model import Model, read_model
@@ -18,4 +19,5 @@ __all__ = [
     "invert",
     "observe",
     "read_model",
+    "undetermined_directions",
 ]

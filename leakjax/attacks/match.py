@@ -22,6 +22,7 @@ from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import recurse
 from leakjax.attacks.symmetries import twins
 from leakjax.errors import UnreadableModelError
+from leakjax.jacobian import jacobian_gram
 from leakjax.labels import rank_labels
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
@@ -128,7 +129,7 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
 
 
 def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
-    solve, smooth, _, _ = _programs(_gradient(problem), float(problem.tolerance))
+    solve, smooth, _ = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(start.labels)
     starts = jnp.asarray(start.xs, problem.dtype)
@@ -182,7 +183,7 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, gram = _programs(_gradient(problem), float(problem.tolerance))
+    _, _, look = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = look(*given)
@@ -191,7 +192,10 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
         return n, np.ones(found.x.shape), condition
     if n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
-    values, vectors = np.linalg.eigh(np.asarray(gram(*given)))
+    gram = jacobian_gram(_gradient(problem))
+    values, vectors = np.linalg.eigh(
+        np.asarray(gram(dict(problem.variables), jnp.asarray(found.x), jnp.asarray(found.labels)))
+    )
     kept = values > 1e-13 * values[-1]
     seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
     condition = float(np.sqrt(values[-1] / values[kept][0]))
@@ -200,8 +204,8 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
 
 @functools.lru_cache(maxsize=16)
 def _programs(gradient: Any, tolerance: float) -> Any:
-    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
-    Jacobian at x, and its Gram matrix."""
+    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, and the probe
+    of the Jacobian at x."""
 
     def residual(variables: Any, sent: Any, labels: Any) -> Any:
         over = jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny), sent)
@@ -235,13 +239,7 @@ def _programs(gradient: Any, tolerance: float) -> Any:
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=2 * INNER)
 
-    def gram(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
-        _, tangent = jax.linearize(residual(variables, sent, labels)[0], x)
-        adjoint = jax.linear_transpose(tangent, x)
-        columns = jnp.eye(x.size, dtype=x.dtype)
-        return jax.lax.map(lambda e: jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0]), columns, batch_size=16)
-
-    return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(gram)
+    return jax.jit(solve), jax.jit(smooth), jax.jit(look)
 
 
 def _over(one: Any, starts: Any) -> Any:

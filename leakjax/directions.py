@@ -1,0 +1,42 @@
+"""Which directions of an image its gradient does not determine: a basis, on request."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from leakjax.errors import InputError
+from leakjax.jacobian import jacobian_gram
+from leakjax.memory import fits_in_memory
+from leakjax.network import batch_gradient, read_network
+from leakjax.observation import Observation
+from leakjax.precision import compute_in
+from leakjax.reconstruction import Reconstruction
+
+LARGEST = 6000
+_RANK = 1e-13  # of the largest eigenvalue of J^T J
+
+
+def undetermined_directions(
+    observation: Observation, reconstruction: Reconstruction, index: int = 0
+) -> Float[np.ndarray, "k B H W C"]:
+    """Orthonormal directions d with (dg/dx) d = 0 at one gradient's reconstruction, in the model's input range.
+
+    Arguments: `index`, which gradient; with B examples each, all B images move together. Along every direction, and
+    their combinations, the image can change without a trace in the gradient (to first order; exactly where the first
+    layer alone leaves them open). Their number is `unknowns - leaked_dimensions` of the certificate.
+
+    Raises `InputError` for an unknown index, or for more unknowns than a dense Jacobian can hold.
+    """
+    if not 0 <= index < observation.victims:
+        raise InputError(f"index must be in 0..{observation.victims - 1}, got {index}")
+    rows = slice(index * observation.examples, (index + 1) * observation.examples)
+    x, labels = reconstruction.images[rows], reconstruction.labels[rows]
+    if x.size > LARGEST or not fits_in_memory(32 * x.size**2):
+        raise InputError(f"a basis of {x.size} unknowns is too large; at most {LARGEST} fit")
+    with compute_in("float64"):
+        model = observation.model.astype("float64")
+        network = read_network(model, observation.input_shape, observation.examples, jnp.float64)
+        gradient = batch_gradient(network.logits, observation.loss, tuple(observation.gradients))
+        gram = jacobian_gram(gradient)(model.variables, jnp.asarray(x, float), jnp.asarray(labels))
+        values, vectors = np.linalg.eigh(np.asarray(gram))
+    return vectors[:, values <= _RANK * values[-1]].T.reshape(-1, *x.shape)
