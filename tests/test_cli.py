@@ -235,7 +235,7 @@ def test_report_says_what_ran(zoo_run):
     assert facts == {
         "model": "cnn2_c1",
         "activation": "tanh",
-        "attack": "rgap",
+        "attack": "copa",
         "loss": "softmax_cross_entropy",
         "dtype": "float64",
         "seed": 0,

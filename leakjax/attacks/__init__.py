@@ -30,4 +30,4 @@ ATTACKS: Mapping[str, Attack] = {
 }
 """Attacks by name."""
 
-DEFAULT_ATTACK = "rgap"
+DEFAULT_ATTACK = "copa"
