@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from leakjax.attacks.choosing import choose
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
 from leakjax.attacks.null_coordinates import applies, close_null_space
@@ -59,6 +60,8 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
         paths = drop_impossible(problem, segment, paths)
         paths = drop_misfits(problem, _advance(problem, position, step, size, paths, pulling and position > 0))
         paths = [pull(problem, monitor, position, path) for path in paths]
+    if pulling:
+        paths = [choose(problem, monitor, path) for path in paths]
     return outcomes(problem, paths)
 
 
@@ -130,7 +133,11 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
                 pulled = pull_back_cotangent(segment, problem.variables, x, dz)
     info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
     noise = noise_level(problem, x, residual)
-    return dataclasses.replace(path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor)
+    alone = position == 0 and anchor is None and info.status == "deficient"
+    source = Anchor(0, path.x, path.dx, float(state.noise[k])) if alone else None
+    return dataclasses.replace(
+        path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
+    )
 
 
 def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) -> Path | None:
