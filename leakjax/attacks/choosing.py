@@ -34,6 +34,7 @@ from leakjax.solvers.row_space import RowSpace, row_space
 LARGEST = 4000
 ROUNDS, STEPS = 12, 150
 SETTLING, RETURNING, HALVINGS = 12, 6, 6
+ROUNDED = 1e-12  # a residual below it is rounding
 _ENOUGH = 1e-3  # of the prior, gained in a round
 OPTIMIZER = optax.lbfgs(memory_size=10)
 
@@ -44,7 +45,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     The image stays as it is where it is too large for dense matrices, or no image is found that matches.
     """
     anchor, n = path.source, path.x.size
-    if anchor is None or PRIORS[problem.prior] is None:
+    if anchor is None or path.layers[0].status != "deficient" or PRIORS[problem.prior] is None:
         return path
     segments = problem.segments[: anchor.position + 1]
     rows = sum(problem.gradients[p][0].size for s in segments for p in s.paths) + int(
@@ -57,19 +58,16 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     own = np.asarray(path.x, float).ravel()
     starts = [own] if len(segments) == 1 else [np.full(n, np.mean(problem.input_range)), own]
     found = next((point for start in starts if (point := surface.settle(start, problem.matched)) is not None), None)
-    for _ in range(ROUNDS if len(segments) > 1 else 1):
-        moved = None if found is None else surface.walk(found)
-        if moved is None:
-            break
-        settled = surface.settle(moved, problem.matched)
-        if settled is None:
-            break
-        gained = found.prior - settled.prior
-        found = settled if gained > 0 else found
-        if gained <= _ENOUGH * found.prior:
-            break
     if found is None:
         return path
+    for _ in range(ROUNDS if len(segments) > 1 else 1):
+        moved = surface.walk(found)
+        settled = None if moved is None else surface.settle(moved, problem.matched)
+        if settled is None or not settled.prior < found.prior:
+            break
+        gained, found = 1 - settled.prior / found.prior, settled
+        if gained <= _ENOUGH:
+            break
     layers = (dataclasses.replace(path.layers[0], residual=found.residual), *path.layers[1:])
     x, seen = (a.reshape(path.x.shape) for a in (found.x, found.space.seen))
     return dataclasses.replace(path, x=x.astype(path.x.dtype), layers=layers, seen=None if path.seen is None else seen)
@@ -94,12 +92,12 @@ class _Surface(NamedTuple):
 
     def settle(self, x: np.ndarray, matched: float) -> _Point | None:
         """The point that Newton steps of least norm reach from x; None where they do not match."""
-        r = self.residual(x)
+        r, space = self.residual(x), row_space(self.jacobian(x))
         for _ in range(SETTLING):
-            space = row_space(self.jacobian(x))
             x, r, fell = self._return(x, r, space)
-            if np.linalg.norm(r) <= 1e-9 or not fell:
+            if np.linalg.norm(r) <= ROUNDED or not fell:
                 break
+            space = row_space(self.jacobian(x))
         size = float(np.linalg.norm(r))
         return _Point(x, size, self.prior(x), space) if size <= matched else None
 

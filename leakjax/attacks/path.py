@@ -26,7 +26,7 @@ class Path:
     """One candidate: x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
-    whose constraints left the image itself open.
+    whose constraints gave the image itself.
     """
 
     victim: int

@@ -50,7 +50,7 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
         layers=tuple(layers),
         seen=seen,
         anchor=None,
-        source=anchor if matched and rank != n else None,
+        source=anchor,
     )
 
 

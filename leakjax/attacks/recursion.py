@@ -40,6 +40,11 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
     bad conditioning; the rank of a layer too large for that stays None. With `pulling` a layer with a null space waits
     for the layers before it (`pull_back`).
     """
+    return outcomes(problem, follow(problem, monitor, pulling=pulling))
+
+
+def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
+    """`recurse`, up to the images that were reached; several candidates a victim."""
     *segments, head = problem.segments
     if not head.paths:
         raise UnreadableModelError(
@@ -60,9 +65,7 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
         paths = drop_impossible(problem, segment, paths)
         paths = drop_misfits(problem, _advance(problem, position, step, size, paths, pulling and position > 0))
         paths = [pull(problem, monitor, position, path) for path in paths]
-    if pulling:
-        paths = [choose(problem, monitor, path) for path in paths]
-    return outcomes(problem, paths)
+    return [choose(problem, monitor, path) for path in paths] if pulling else paths
 
 
 def _start(problem: Problem, head: Segment) -> list[Path]:
@@ -133,8 +136,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
                 pulled = pull_back_cotangent(segment, problem.variables, x, dz)
     info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
     noise = noise_level(problem, x, residual)
-    alone = position == 0 and anchor is None and info.status == "deficient"
-    source = Anchor(0, path.x, path.dx, float(state.noise[k])) if alone else None
+    source = Anchor(0, path.x, path.dx, float(state.noise[k])) if position == 0 and anchor is None else None
     return dataclasses.replace(
         path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
     )

@@ -33,7 +33,7 @@ def row_space(matrix: np.ndarray) -> RowSpace:
     """
     matrix, rotation = np.asarray(matrix, np.float64), None
     if len(matrix) > matrix.shape[1]:
-        rotation, matrix = scipy.linalg.qr(matrix, mode="economic", check_finite=False)
+        rotation, matrix = np.linalg.qr(matrix)
     gram = matrix @ matrix.T
     gram[np.diag_indices(len(gram))] += max(_SHIFT * np.trace(gram), np.finfo(float).tiny)
     factor = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
