@@ -8,24 +8,31 @@ from jaxtyping import Array, Float
 
 Prior = Callable[[Float[Array, "*space C"]], Float[Array, ""]]
 
-SMOOTH = 1e-2  # differences below it, for pixels in [0, 1], count as squares
+SMOOTH = 0.02  # differences below it, for pixels in [0, 1], count as squares
 CHROMA = 4.0  # edges of color are rarer than edges of lightness
+CURVATURE = 0.5  # of second differences, beside first ones: shading is no stairs
 BOX = 30.0
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 
-def total_variation(x: Float[Array, "*space C"], smooth: float = SMOOTH) -> Float[Array, ""]:
-    """sum_p (sqrt(||(grad M x)_p||^2 + smooth^2) - smooth), its norm over spatial directions and channels together.
+def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
+    """sum_p h(||(grad M x)_p||) + CURVATURE sum_axes sum_p h(||(d^2 M x / d axis^2)_p||), h(t) = sqrt(t^2 + s^2) - s.
 
-    M turns three channels into lightness and two opponent colors, the latter times `CHROMA`; else it is the identity.
+    Norms are over channels together. M turns three channels into lightness and two opponent colors, the latter times
+    `CHROMA`; else it is the identity.
     """
     if x.shape[-1] == 3:
         x = x @ jnp.asarray((_OPPONENT * np.array([[1], [CHROMA], [CHROMA]])).T, x.dtype)
-    squares = jnp.zeros(x.shape[:-1], x.dtype)
+    squares, bent = jnp.zeros(x.shape[:-1], x.dtype), jnp.zeros((), x.dtype)
     for axis in range(x.ndim - 1):
         ends = [(0, int(k == axis)) for k in range(x.ndim)]
         squares += jnp.sum(jnp.pad(jnp.diff(x, axis=axis), ends) ** 2, axis=-1)
-    return jnp.sum(jnp.sqrt(squares + smooth**2) - smooth)
+        bent += _huber(jnp.sum(jnp.diff(x, n=2, axis=axis) ** 2, axis=-1))
+    return _huber(squares) + CURVATURE * bent
+
+
+def _huber(squares: Array) -> Array:
+    return jnp.sum(jnp.sqrt(squares + SMOOTH**2) - SMOOTH)
 
 
 def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:

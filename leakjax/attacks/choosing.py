@@ -29,13 +29,12 @@ from leakjax.priors import PRIORS
 from leakjax.segments import Segment
 from leakjax.solvers.descent import descend
 from leakjax.solvers.linear import materialize
-from leakjax.solvers.row_space import RowSpace, row_space
+from leakjax.solvers.null_projection import NullProjection, null_projection
 
 LARGEST = 4000
-ROUNDS, STEPS = 12, 150
-SETTLING, RETURNING, HALVINGS = 12, 6, 6
-ROUNDED = 1e-12  # a residual below it is rounding
-_ENOUGH = 1e-3  # of the prior, gained in a round
+ROUNDS, STEPS = 8, 300
+RETURNING, HALVINGS = 60, 6
+_ENOUGH = 3e-3  # of the prior, gained in a round
 OPTIMIZER = optax.lbfgs(memory_size=10)
 
 
@@ -55,71 +54,69 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
         return path
     monitor.tell(f"choosing what {segments[-1].name} leaves open")
     surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim))
-    own = np.asarray(path.x, float).ravel()
-    starts = [own] if len(segments) == 1 else [np.full(n, np.mean(problem.input_range)), own]
-    found = next((point for start in starts if (point := surface.settle(start, problem.matched)) is not None), None)
-    if found is None:
-        return path
+    x, guess = np.asarray(path.x, float).ravel(), n - (path.layers[0].rank or n)
+    low, high = problem.input_range
+    if max(low - x.min(), x.max() - high) > high - low:  # a start that far out is no image
+        x = np.full(n, 0.5 * (low + high))
+    tight = max(10 * path.layers[0].residual, 1e-12)  # as well as the image that was there
+    best: _Point | None = None
     for _ in range(ROUNDS if len(segments) > 1 else 1):
-        moved = surface.walk(found)
-        settled = None if moved is None else surface.settle(moved, problem.matched)
-        if settled is None or not settled.prior < found.prior:
+        space = null_projection(surface.jacobian(x), guess)
+        point = None if space is None else surface.settle(x, space)
+        if point is None:
             break
-        gained, found = 1 - settled.prior / found.prior, settled
-        if gained <= _ENOUGH:
+        if point.residual > tight:  # too far for one Jacobian
+            x = point.x
+            continue
+        moved = surface.walk(point, tight)
+        worse = best is not None and not moved.prior < (1 - _ENOUGH) * best.prior
+        best = moved if best is None or moved.prior < best.prior else best
+        if worse:
             break
-    layers = (dataclasses.replace(path.layers[0], residual=found.residual), *path.layers[1:])
-    x, seen = (a.reshape(path.x.shape) for a in (found.x, found.space.seen))
+        x = best.x
+    if best is None:
+        return path
+    layers = (dataclasses.replace(path.layers[0], residual=best.residual), *path.layers[1:])
+    x, seen = (a.reshape(path.x.shape) for a in (best.x, best.space.seen))
     return dataclasses.replace(path, x=x.astype(path.x.dtype), layers=layers, seen=None if path.seen is None else seen)
 
 
 class _Point(NamedTuple):
-    """u with r(u) = 0, the relative residual that is left, its prior, and the row space of dr/du there."""
+    """u with r(u) = 0, the relative residual that is left, its prior, and what dr/du leaves open there, or near."""
 
     x: np.ndarray
     residual: float
     prior: float
-    space: RowSpace
+    space: NullProjection
 
 
 class _Surface(NamedTuple):
-    """The set r(u) = 0: r(u) / size, dr/du / size, the prior, and the least prior within a tangent space."""
+    """The set r(u) = 0: r(u) / size, dr/du / size, the prior, and the way to its least value in a null space."""
 
     residual: Callable[[np.ndarray], np.ndarray]
     jacobian: Callable[[np.ndarray], np.ndarray]
     prior: Callable[[np.ndarray], float]
-    fall: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    fall: Callable[[np.ndarray, NullProjection], np.ndarray]
 
-    def settle(self, x: np.ndarray, matched: float) -> _Point | None:
-        """The point that Newton steps of least norm reach from x; None where they do not match."""
-        r, space = self.residual(x), row_space(self.jacobian(x))
-        for _ in range(SETTLING):
-            x, r, fell = self._return(x, r, space)
-            if np.linalg.norm(r) <= ROUNDED or not fell:
-                break
-            space = row_space(self.jacobian(x))
-        size = float(np.linalg.norm(r))
-        return _Point(x, size, self.prior(x), space) if size <= matched else None
-
-    def walk(self, point: _Point) -> np.ndarray | None:
-        """Along the tangent space to the least prior, as far as steps back with the same row space find a lower one."""
-        move = self.fall(point.x, point.space.rows)
-        for halving in range(HALVINGS):
-            x = point.x + 0.5**halving * move
-            x, r, _ = self._return(x, self.residual(x), point.space)
-            if np.linalg.norm(r) < 1e-3 and self.prior(x) < point.prior:
-                return x
-        return None
-
-    def _return(self, x: np.ndarray, r: np.ndarray, space: RowSpace) -> tuple[np.ndarray, np.ndarray, bool]:
-        """Steps of least norm with one row space, as long as the residual falls at least by a fourth."""
-        for step in range(RETURNING):
+    def settle(self, x: np.ndarray, space: NullProjection) -> _Point:
+        """Steps of least norm with one Jacobian, as long as the residual falls by a fourth."""
+        r = self.residual(x)
+        for _ in range(RETURNING):
             trial = x - space.solve(r)
             new = self.residual(trial)
             if not np.linalg.norm(new) < 0.75 * np.linalg.norm(r):
-                return x, r, step > 0
+                break
             x, r = trial, new
-        return x, r, True
+        return _Point(x, float(np.linalg.norm(r)), self.prior(x), space)
+
+    def walk(self, point: _Point, matched: float) -> _Point:
+        """Towards the least prior in the null space, as far as there is a way back to r = 0 that leaves it lower."""
+        move = self.fall(point.x, point.space)
+        for halving in range(HALVINGS):
+            moved = self.settle(point.x + 0.5**halving * move, point.space)
+            if moved.residual <= matched and moved.prior < point.prior:
+                return moved
+        return point
 
 
 def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _Surface:
@@ -129,7 +126,7 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _
         lambda x: np.asarray(residual(given, x)),
         lambda x: np.asarray(jacobian(given, x)),
         lambda x: float(prior(x)),
-        lambda x, rows: np.asarray(fall(x, rows)),
+        lambda x, space: np.asarray(fall(x, space.basis, space.null)),
     )
 
 
@@ -152,11 +149,13 @@ def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tup
     def prior(x: Array) -> Array:
         return likely((x.reshape(shape) - low) / (high - low))
 
-    def fall(x: Array, rows: Array) -> Array:
+    def fall(x: Array, basis: Array, null: bool) -> Array:
         def within(y: Array) -> Array:
-            return y - rows.T @ (rows @ y)
+            return basis.T @ y if null else y - basis.T @ (basis @ y)
 
-        found = descend(lambda y: prior(x + within(y)), jnp.zeros_like(x), OPTIMIZER, steps=STEPS)
+        found = descend(
+            lambda y: prior(x + within(y)), jnp.zeros(len(basis) if null else x.size, x.dtype), OPTIMIZER, steps=STEPS
+        )
         return within(found.x)
 
-    return tuple(jax.jit(f) for f in (residual, jacobian, prior, fall))
+    return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=2)
