@@ -54,31 +54,39 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
         return path
     monitor.tell(f"choosing what {segments[-1].name} leaves open")
     surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim))
-    x, guess = np.asarray(path.x, float).ravel(), n - (path.layers[0].rank or n)
+    own, guess = np.asarray(path.x, float).ravel(), n - (path.layers[0].rank or n)
     low, high = problem.input_range
-    if max(low - x.min(), x.max() - high) > high - low:  # a start that far out is no image
-        x = np.full(n, 0.5 * (low + high))
+    far = max(low - own.min(), own.max() - high) > high - low  # no image: the middle of the range is a better start
     tight = max(10 * path.layers[0].residual, 1e-12)  # as well as the image that was there
-    best: _Point | None = None
-    for _ in range(ROUNDS if len(segments) > 1 else 1):
-        space = null_projection(surface.jacobian(x), guess)
-        point = None if space is None else surface.settle(x, space)
-        if point is None:
-            break
-        if point.residual > tight:  # too far for one Jacobian
-            x = point.x
-            continue
-        moved = surface.walk(point, tight)
-        worse = best is not None and not moved.prior < (1 - _ENOUGH) * best.prior
-        best = moved if best is None or moved.prior < best.prior else best
-        if worse:
-            break
-        x = best.x
+    rounds = ROUNDS if len(segments) > 1 else 1
+    starts = [np.full(n, 0.5 * (low + high)), own] if far else [own]
+    found = (_best(surface, start, guess, tight, rounds) for start in starts)
+    best = next((point for point in found if point is not None), None)
     if best is None:
         return path
     layers = (dataclasses.replace(path.layers[0], residual=best.residual), *path.layers[1:])
     x, seen = (a.reshape(path.x.shape) for a in (best.x, best.space.seen))
     return dataclasses.replace(path, x=x.astype(path.x.dtype), layers=layers, seen=None if path.seen is None else seen)
+
+
+def _best(surface: "_Surface", x: np.ndarray, guess: int, tight: float, rounds: int) -> "_Point | None":
+    """The likeliest point that the rounds reach from x; None where none of them meets r = 0 as tightly as asked."""
+    best, residual = None, np.inf
+    for _ in range(rounds):
+        space = null_projection(surface.jacobian(x), guess)
+        if space is None:
+            break
+        point = surface.settle(x, space)
+        if point.residual > tight:  # too far for one Jacobian
+            if best is not None or point.residual > 0.5 * residual:
+                break
+            x, residual = point.x, point.residual
+            continue
+        moved = surface.walk(point, tight)
+        if best is not None and not moved.prior < (1 - _ENOUGH) * best.prior:
+            return moved if moved.prior < best.prior else best
+        best, x = moved, moved.x
+    return best
 
 
 class _Point(NamedTuple):

@@ -2,7 +2,7 @@
 
 With A x = b the first layer's system, as the layers after it left it, and w falling to 0,
 
-    min_x  sum_p ||g_p(x) - g_p||^2 / ||g_p||^2  +  ||A x - b||^2 / ||b||^2  +  w prior(x) / n
+    min_x  sum_p ||g_p(x) - g_p||^2 / ||g_p||^2  +  w ||A x - b||^2 / ||b||^2  +  w prior(x) / n
 
 Nothing is exact here: the system is a soft constraint, for it is as wrong as the layers that led to it.
 """
@@ -28,7 +28,7 @@ from leakjax.segments import Segment
 from leakjax.solvers.descent import descend
 
 OPTIMIZER = optax.lbfgs(memory_size=20)
-WEIGHTS = (1e-1, 1e-3, 1e-5)  # of the prior, one descent each
+WEIGHTS = (1e-1, 1e-3, 1e-5)  # of the system and the prior, one descent each
 STEPS = 400
 
 
@@ -47,7 +47,7 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
     known = Known(path.source.x, path.source.dx, path.source.noise, path.victim)
     low, high = problem.input_range
     x = jnp.clip(jnp.asarray(path.x, problem.dtype), low, high)
-    for weight in WEIGHTS if PRIORS[problem.prior] is not None else (0.0,):
+    for weight in WEIGHTS:
         x = program(sent, arrays(problem, problem.segments[:1], known), jnp.asarray([path.label]), weight, x)
     return dataclasses.replace(path, x=np.asarray(x))
 
@@ -67,7 +67,7 @@ def _program(gradient: Gradient, first: Segment, limits: tuple[float, float], na
         def objective(x: Array) -> Array:
             found = gradient(given[0], x, labels)
             matching = sum(squares(found[p] - sent[p], sizes[p]) for p in sent)
-            value = matching + squares(system.function(x, None), system.size**2)
+            value = matching + weight * squares(system.function(x, None), system.size**2)
             return value if prior is None else value + weight * prior((x[0] - low) / (high - low)) / x.size
 
         return descend(objective, start, OPTIMIZER, steps=STEPS).x
