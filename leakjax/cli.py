@@ -90,6 +90,9 @@ def invert(
     input_range: Range = None,
     init: Init = None,
     solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
+    prior: Annotated[
+        str | None, typer.Option("--prior", metavar="tv|none", help="What chooses where information is missing.")
+    ] = None,
     starts: Annotated[int, typer.Option("--starts", help="Random starts that `match` solves at once.")] = 1,
     seed: Seed = 0,
     dtype: Dtype = "float64",
@@ -100,6 +103,7 @@ def invert(
     with _session() as console:
         from leakjax import inversion
         from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+        from leakjax.priors import DEFAULT_PRIOR, PRIORS
         from leakjax.report.figure import draw_figure
         from leakjax.report.pairing import pair_with_truth
         from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
@@ -109,6 +113,9 @@ def invert(
         attack = DEFAULT_ATTACK if attack is None else attack
         if attack not in ATTACKS:
             raise unknown_name("attack", attack, ATTACKS)
+        prior = DEFAULT_PRIOR if prior is None else prior
+        if prior not in PRIORS:
+            raise unknown_name("prior", prior, PRIORS)
         if truth is not None and capture is None and torch_capture is None:
             raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
         if sum(source is not None for source in (images, capture, torch_capture)) > 1:
@@ -125,7 +132,14 @@ def invert(
         given = None if labels is None else _integers("--labels", labels)
         with _progress(console) as tell:
             result = inversion.invert(
-                observation, attack=attack, dtype=dtype, labels=given, solver=solver, starts=starts, progress=tell
+                observation,
+                attack=attack,
+                dtype=dtype,
+                labels=given,
+                solver=solver,
+                starts=starts,
+                prior=prior,
+                progress=tell,
             )
         pictures = unit_scale(result.images, observation.input_range)
         if shown is not None:

@@ -16,6 +16,7 @@ from leakjax.model import Model
 from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
 from leakjax.precision import compute_in
+from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
 
@@ -32,6 +33,7 @@ def invert(
     solver: str = "auto",
     chunk: int | None = None,
     starts: int = 1,
+    prior: str = DEFAULT_PRIOR,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -45,6 +47,8 @@ def invert(
     - `solver`: "lsmr" is matrix-free, "dense" factorizes every layer's matrix, "auto" does the latter only where LSMR
       met a null space or bad conditioning and the matrix is small;
     - `starts`: how many random starts `match` solves at once, the best by residual kept;
+    - `prior`: a name of `priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
+      is the one of minimum norm);
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own.
@@ -65,6 +69,8 @@ def invert(
         )
     if not (isinstance(starts, int) and starts >= 1):
         raise InputError(f"starts must be a positive integer, got {starts!r}")
+    if prior not in PRIORS:
+        raise unknown_name("prior", prior, PRIORS)
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
@@ -93,6 +99,7 @@ def invert(
             solver,
             observation.examples,
             starts,
+            prior,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)

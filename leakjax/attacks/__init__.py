@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from leakjax.attacks.copa import copa
+from leakjax.attacks.hybrid import hybrid
 from leakjax.attacks.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.rgap import rgap
@@ -24,6 +25,9 @@ class Attack(NamedTuple):
 ATTACKS: Mapping[str, Attack] = {
     "copa": Attack(
         copa, "rgap, with deficient layers pulled back through the ones before (COPA, arXiv 2111.10178)", True
+    ),
+    "hybrid": Attack(
+        hybrid, "rgap, then gradient matching with the first layer's system and a prior (arXiv 2210.13231)", True
     ),
     "match": Attack(match, "full gradient matching from noise by Levenberg-Marquardt; any batch, any model", False),
     "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)", True),

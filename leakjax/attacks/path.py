@@ -25,7 +25,8 @@ class Anchor:
 class Path:
     """One candidate: x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
 
-    `seen`: share of each entry of x that the last solved layer determines; None where that is not known.
+    `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
+    whose constraints gave the image itself.
     """
 
     victim: int
@@ -36,6 +37,7 @@ class Path:
     layers: tuple[LayerInfo, ...]
     seen: np.ndarray | None
     anchor: Anchor | None = None
+    source: Anchor | None = None
 
     @property
     def certain(self) -> bool:

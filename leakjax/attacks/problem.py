@@ -19,7 +19,7 @@ class Problem:
 
     - `chain`: the model as segments, None where the attack needs none; `network`: itself for a whole batch;
     - `labels`: the given ones or None; `examples`: B of every gradient; `starts`: tried at once where an attack begins
-      from noise.
+      from noise; `prior`: a name of `PRIORS`, that chooses where information is missing.
 
     `noise` is the relative rounding of the client's own precision; `chunk` bounds
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense".
@@ -39,6 +39,7 @@ class Problem:
     solver: str = "auto"
     examples: int = 1
     starts: int = 1
+    prior: str = "none"
 
     @property
     def segments(self) -> tuple[Segment, ...]:

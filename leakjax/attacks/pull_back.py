@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
-from leakjax.residuals import pull_gradients, pulled_back, push_forward
+from leakjax.residuals import Residual, pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
 from leakjax.solvers.full_steps import full_steps
 from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
@@ -49,7 +49,7 @@ def pull_back(
     Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
     """
     plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
-    given = _arrays(problem, segments, known)
+    given = arrays(problem, segments, known)
     tried: list[NewtonSolution] = []
 
     def attempt(solve: Any, start: Any) -> bool:
@@ -81,22 +81,28 @@ def pull_back(
 def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
     """J^T J of the pulled-back residual at x, (n, n)."""
     build = _steps(tuple(segments), float(problem.tolerance))[4]
-    return np.asarray(build(*_arrays(problem, segments, known), jnp.asarray(x)))
+    return np.asarray(build(*arrays(problem, segments, known), jnp.asarray(x)))
 
 
-def _arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
+def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
+    """What the programs of this module take before u: weights, what is known at the output, and the gradients."""
     gradient = {p: jnp.asarray(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
     return dict(problem.variables), jnp.asarray(known.x), jnp.asarray(known.dx), jnp.asarray(known.noise), gradient
 
 
+def read_known(
+    segments: Sequence[Segment], variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any
+) -> tuple[Array, Residual]:
+    """(dz at the last segment's output, the residual on the first one's input)."""
+    top = segments[-1]
+    preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
+    dz = preimage.slope * dx_next.reshape(top.output.shape)
+    return dz, pulled_back(segments, variables, preimage, dz, gradient)
+
+
 @functools.lru_cache(maxsize=32)
 def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
-    top = segments[-1]
-
-    def read(variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any) -> Any:
-        preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
-        dz = preimage.slope * dx_next.reshape(top.output.shape)
-        return dz, pulled_back(segments, variables, preimage, dz, gradient)
+    read = functools.partial(read_known, segments)
 
     def plain(*given: Any) -> Any:
         *known, start = given

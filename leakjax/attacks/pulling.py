@@ -63,7 +63,14 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
     layers[0] = dataclasses.replace(layers[0], steps=found.steps)
     noise = noise_level(problem, x, residual)
     return dataclasses.replace(
-        path, x=x, dx=np.asarray(found.dx), noise=noise, layers=tuple(layers), seen=seen, anchor=None
+        path,
+        x=x,
+        dx=np.asarray(found.dx),
+        noise=noise,
+        layers=tuple(layers),
+        seen=seen,
+        anchor=None,
+        source=anchor,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from leakjax.attacks.choosing import choose
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
 from leakjax.attacks.null_coordinates import applies, close_null_space
@@ -40,6 +41,11 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
     bad conditioning; the rank of a layer too large for that stays None. With `pulling` a layer with a null space waits
     for the layers before it (`pull_back`).
     """
+    return outcomes(problem, follow(problem, monitor, pulling=pulling))
+
+
+def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
+    """`recurse`, up to the images that were reached; several candidates a victim."""
     *segments, head = problem.segments
     if not head.paths:
         raise UnreadableModelError(
@@ -64,7 +70,7 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
         else:
             paths = [wait(problem, position, path) for path in paths]
         paths = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
-    return outcomes(problem, paths)
+    return [choose(problem, monitor, path) for path in paths] if pulling else paths
 
 
 def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
@@ -151,7 +157,10 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
                 pulled = pull_back_cotangent(segment, problem.variables, x, dz)
     info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
     noise = noise_level(problem, x, residual)
-    return dataclasses.replace(path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor)
+    source = Anchor(0, path.x, path.dx, float(state.noise[k])) if position == 0 and anchor is None else None
+    return dataclasses.replace(
+        path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
+    )
 
 
 def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) -> Path | None:

@@ -1,0 +1,50 @@
+"""Image priors by name: what is more likely of an image, where a gradient leaves directions open."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Prior = Callable[[Float[Array, "*space C"]], Float[Array, ""]]
+
+SMOOTH = 0.02  # differences below it, for pixels in [0, 1], count as squares
+CHROMA = 4.0  # edges of color are rarer than edges of lightness
+CURVATURE = 0.5  # of second differences, beside first ones: shading is no stairs
+BOX = 30.0
+_OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+
+
+def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
+    """sum_p h(||(grad M x)_p||) + CURVATURE sum_axes sum_p h(||(d^2 M x / d axis^2)_p||), h(t) = sqrt(t^2 + s^2) - s.
+
+    Norms are over channels together. M turns three channels into lightness and two opponent colors, the latter times
+    `CHROMA`; else it is the identity.
+    """
+    if x.shape[-1] == 3:
+        x = x @ jnp.asarray((_OPPONENT * np.array([[1], [CHROMA], [CHROMA]])).T, x.dtype)
+    squares, bent = jnp.zeros(x.shape[:-1], x.dtype), jnp.zeros((), x.dtype)
+    for axis in range(x.ndim - 1):
+        ends = [(0, int(k == axis)) for k in range(x.ndim)]
+        squares += jnp.sum(jnp.pad(jnp.diff(x, axis=axis), ends) ** 2, axis=-1)
+        bent += _huber(jnp.sum(jnp.diff(x, n=2, axis=axis) ** 2, axis=-1))
+    return _huber(squares) + CURVATURE * bent
+
+
+def _huber(squares: Array) -> Array:
+    return jnp.sum(jnp.sqrt(squares + SMOOTH**2) - SMOOTH)
+
+
+def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:
+    """The squared distance of x from low <= x <= high."""
+    return jnp.sum((x - jnp.clip(x, low, high)) ** 2)
+
+
+def _smooth_in_box(x: Float[Array, "*space C"]) -> Float[Array, ""]:
+    return total_variation(x) + BOX * outside_box(x)
+
+
+PRIORS: Mapping[str, Prior | None] = {"tv": _smooth_in_box, "none": None}
+"""Priors by name, of images scaled to [0, 1]: total variation with the box, and none (minimum norm)."""
+
+DEFAULT_PRIOR = "tv"
