@@ -142,6 +142,7 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _
 def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tuple[float, float], name: str) -> Any:
     low, high = limits
     likely: Any = PRIORS[name]
+    steps = STEPS if len(segments) == 1 else STEPS // 3  # a curved set is left behind soon
 
     def residual(given: Any, x: Array) -> Array:
         _, found = read_known(segments, *given)
@@ -162,7 +163,7 @@ def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tup
             return basis.T @ y if null else y - basis.T @ (basis @ y)
 
         found = descend(
-            lambda y: prior(x + within(y)), jnp.zeros(len(basis) if null else x.size, x.dtype), OPTIMIZER, steps=STEPS
+            lambda y: prior(x + within(y)), jnp.zeros(len(basis) if null else x.size, x.dtype), OPTIMIZER, steps=steps
         )
         return within(found.x)
 
