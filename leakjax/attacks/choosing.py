@@ -3,9 +3,10 @@
 The images that explain it fill a set {u: r(u) = 0}, flat where one layer's linear system is all that is known of u, and
 curved behind a pulled-back one. From a point of it the prior is minimized within the null space N of dr/du,
 
-    min_c prior(u + N c),
+    min_c prior(u + N c) + w ||h (act(f(u + N c) +- margin) - x_next)||^2 / ||x_next||^2,
 
-and Newton steps of least norm lead back to r = 0, until the prior no longer falls.
+and Newton steps of least norm lead back to r = 0, until the prior no longer falls. The second term holds what is known
+of entries h whose preimage is not: behind a ReLU's zero lies some z <= 0.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from leakjax.attacks.problem import Monitor, Problem
 from leakjax.attacks.pull_back import Known, arrays, read_known
 from leakjax.memory import fits_in_memory
 from leakjax.priors import PRIORS
+from leakjax.residuals import push_forward
 from leakjax.segments import Segment
 from leakjax.solvers.descent import descend
 from leakjax.solvers.linear import materialize
@@ -34,6 +36,7 @@ from leakjax.solvers.null_projection import NullProjection, null_projection
 LARGEST = 4000
 ROUNDS, STEPS = 8, 300
 RETURNING, HALVINGS = 60, 6
+HIDDEN, MARGIN = 300.0, 0.02  # weight of entries that a mask hides, and how far from its edge they are kept
 _ENOUGH = 3e-3  # of the prior, gained in a round
 OPTIMIZER = optax.lbfgs(memory_size=10)
 
@@ -133,8 +136,8 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _
     return _Surface(
         lambda x: np.asarray(residual(given, x)),
         lambda x: np.asarray(jacobian(given, x)),
-        lambda x: float(prior(x)),
-        lambda x, space: np.asarray(fall(x, space.basis, space.null)),
+        lambda x: float(prior(given, x)),
+        lambda x, space: np.asarray(fall(given, x, space.basis, space.null)),
     )
 
 
@@ -155,16 +158,30 @@ def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tup
             return materialize(operator, r)[0]
         return materialize(operator.transpose(), x)[0].T
 
-    def prior(x: Array) -> Array:
-        return likely((x.reshape(shape) - low) / (high - low))
+    top = segments[-1]
 
-    def fall(x: Array, basis: Array, null: bool) -> Array:
+    def hidden(given: Any, x: Array) -> Array:
+        variables, x_next, _, noise, _ = given
+        x_next = x_next.reshape(top.output.shape)
+        known = top.activation.preimage(variables, x_next, noise).known
+        z = push_forward(segments, variables, x.reshape(segments[0].input.shape))[1][-1]
+        scale = jnp.sqrt(jnp.maximum(jnp.mean(x_next**2), jnp.finfo(x.dtype).tiny))
+        inside = (top.activation.function(variables, z + side * MARGIN * scale) for side in (-1, 1))
+        return sum(jnp.sum(jnp.where(known, 0.0, x - x_next) ** 2) for x in inside) / scale**2
+
+    def prior(given: Any, x: Array) -> Array:
+        return likely((x.reshape(shape) - low) / (high - low)) + HIDDEN * hidden(given, x)
+
+    def fall(given: Any, x: Array, basis: Array, null: bool) -> Array:
         def within(y: Array) -> Array:
             return basis.T @ y if null else y - basis.T @ (basis @ y)
 
         found = descend(
-            lambda y: prior(x + within(y)), jnp.zeros(len(basis) if null else x.size, x.dtype), OPTIMIZER, steps=steps
+            lambda y: prior(given, x + within(y)),
+            jnp.zeros(len(basis) if null else x.size, x.dtype),
+            OPTIMIZER,
+            steps=steps,
         )
         return within(found.x)
 
-    return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=2)
+    return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=3)
