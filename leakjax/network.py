@@ -38,7 +38,7 @@ def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype:
 
     One function for all models of one architecture, so that what is compiled for it serves them all.
     """
-    structs = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
+    structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
     return _read(model.apply, structs, tuple(input_shape), examples, str(jnp.dtype(dtype)))
 
 

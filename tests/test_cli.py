@@ -444,7 +444,8 @@ def test_bad_input_is_one_clear_line(refused, tmp_path, words, message):
     ],
 )
 def test_an_unreadable_model_names_the_users_line(refused, folder, tmp_path, factory, advice, source):
-    line = refused("invert", "--model", f"cli_nets:{factory}", *SMALL[2:], "--out", tmp_path)
+    words = ("--model", f"cli_nets:{factory}", *SMALL[2:], "--attack", "rgap")
+    line = refused("invert", *words, "--out", tmp_path)
     number = next(k for k, text in enumerate((folder / "cli_nets.py").read_text().splitlines(), 1) if source in text)
     assert f"cli_nets.py:{number}" in line
     assert advice in line

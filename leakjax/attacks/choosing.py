@@ -34,7 +34,7 @@ from leakjax.solvers.linear import materialize
 from leakjax.solvers.null_projection import NullProjection, null_projection
 
 LARGEST = 4000
-ROUNDS, STEPS = 8, 300
+ROUNDS, STEPS, CURVED_STEPS = 8, 1500, 100
 RETURNING, HALVINGS = 60, 6
 HIDDEN, MARGIN = 300.0, 0.02  # weight of entries that a mask hides, and how far from its edge they are kept
 _ENOUGH = 3e-3  # of the prior, gained in a round
@@ -145,7 +145,7 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _
 def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tuple[float, float], name: str) -> Any:
     low, high = limits
     likely: Any = PRIORS[name]
-    steps = STEPS if len(segments) == 1 else STEPS // 3  # a curved set is left behind soon
+    steps = STEPS if len(segments) == 1 else CURVED_STEPS  # a curved set is left behind soon
 
     def residual(given: Any, x: Array) -> Array:
         _, found = read_known(segments, *given)
