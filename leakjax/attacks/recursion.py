@@ -126,10 +126,11 @@ def _advance(problem: Problem, position: int, step: Step, size: int, paths: list
     solved = Solved(*run_steps(problem, segment, step, size, state, victims), state)
     certain = np.array([p.certain for p in paths])
     solved = mend_kinks(problem, segment, step, size, victims, solved, certain)
-    return [_solved(problem, position, solved, k, path, waiting) for k, path in enumerate(paths)]
+    nulls: Nulls = {}
+    return [_solved(problem, position, solved, k, path, waiting, nulls) for k, path in enumerate(paths)]
 
 
-def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool) -> Path:
+def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool, nulls: "Nulls") -> Path:
     segment, (solution, dx, state) = problem.segments[position], solved
     n = int(np.prod(segment.input.shape))
     x, pulled, residual = np.asarray(solution.x[k]), dx[k], float(solution.residual[k])
@@ -139,7 +140,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     anchor = path.anchor
     deficient = solution.lost[k] > NULL_SPACE
     if waiting and deficient and path.certain:
-        closed = _close(problem, position, solved, k, path)
+        closed = _close(problem, position, solved, k, path, nulls)
         if closed is not None:
             return closed
     if anchor is not None or (waiting and deficient):
@@ -163,7 +164,27 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     )
 
 
-def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) -> Path | None:
+Nulls = dict[int, tuple[Path, np.ndarray | None]]
+"""By victim: a path, and the null space of its layer's system."""
+
+
+def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether a and b differ by a scale, up to rounding far above which null spaces differ."""
+    return bool(np.linalg.norm(a - np.vdot(b, a) / np.vdot(b, b) * b) <= 1e-10 * np.linalg.norm(a))
+
+
+def _null_space(
+    problem: Problem, segment: Segment, solved: Solved, k: int, path: Path, nulls: Nulls
+) -> np.ndarray | None:
+    """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone."""
+    other, null = nulls.get(path.victim, (None, None))
+    if other is None or not (_parallel(other.x, path.x) and _parallel(other.dx, path.dx)):
+        null = layer_null_space(problem, segment, solved.state, k, path.victim, float(solved.solution.lost[k]))
+        nulls[path.victim] = path, null
+    return null
+
+
+def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path, nulls: Nulls) -> Path | None:
     """The path with a deficient layer closed by the activation before it, or None where that does not close it.
 
     A layer that its own equations match, but that stays open in some directions, is returned waiting, from there.
@@ -173,7 +194,7 @@ def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path) 
     if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):
         return None
     residual = float(solution.residual[k])
-    null = layer_null_space(problem, segment, state, k, path.victim, float(solution.lost[k]))
+    null = _null_space(problem, segment, solved, k, path, nulls)
     if null is None or null.shape[1] == 0:
         return None
     x = np.asarray(solution.x[k]).ravel()
