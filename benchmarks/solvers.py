@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import leakjax
+from benchmarks.measure import environment
 from leakjax.datasets import load_dataset, to_range
 from leakjax.metrics import psnr
 from leakjax.models import MODELS, build_model
@@ -96,6 +97,7 @@ def measure(model: str, activation: str, index: int, name: str) -> dict[str, Any
         "steps": int(steps),
         "residual": float(residual),
         "psnr": quality,
+        "environment": environment(),
     }
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import leakjax
+from benchmarks.measure import environment
 from leakjax.datasets import load_dataset, to_range
 from leakjax.errors import InputError
 from leakjax.metrics import psnr
@@ -64,6 +65,7 @@ def run(case: dict[str, Any], index: list[int]) -> list[dict[str, Any]]:
                 "labels_right": sorted(answer.labels[group].tolist()) == sorted(labels[group].tolist()),
                 "gradient_residual": float(answer.gradient_residual[k]),
                 "cpu_seconds": seconds,
+                "environment": environment(),
             }
         )
     return [{k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in r.items()} for r in records]
