@@ -31,6 +31,8 @@ def undetermined_directions(
         raise InputError(f"index must be in 0..{observation.victims - 1}, got {index}")
     rows = slice(index * observation.examples, (index + 1) * observation.examples)
     x, labels = reconstruction.images[rows], reconstruction.labels[rows]
+    if labels.min() < 0:
+        raise InputError(f"gradient {index} has no reconstruction: there is no point at which to ask for directions")
     if x.size > LARGEST or not fits_in_memory(32 * x.size**2):
         raise InputError(f"a basis of {x.size} unknowns is too large; at most {LARGEST} fit")
     with compute_in("float64"):

@@ -17,7 +17,7 @@ from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
 from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
-from leakjax.reconstruction import Certificate, Reconstruction
+from leakjax.reconstruction import Certificate, LayerInfo, Reconstruction
 from leakjax.segments import Chain, read_segments
 
 SOLVERS = ("auto", "lsmr", "dense")
@@ -200,7 +200,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     """The certificate of one outcome, for `unknowns` or what its first layer says; see `Certificate`. No truth is used.
 
     A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
-    nothing is certified.
+    nothing is certified, nor where the only answer leaves the input range.
     """
     if not outcome.candidates:
         return Certificate("failed", None, unknowns, None, "head")
@@ -209,12 +209,23 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     condition = layers[0].condition
     failed = next((info.name for info in reversed(layers) if info.status == "failed"), None)
     if failed is None:
-        failed = next((i.name for i in reversed(layers) if (i.condition or np.inf) * i.residual > 1e-3), None)
-    if failed is None and outcome.candidates[0].gradient_residual > problem.matched:
+        failed = next((info.name for info in reversed(layers) if not _relative_error(info) <= 1e-3), None)
+    if failed is None and not outcome.candidates[0].gradient_residual <= problem.matched:
         failed = next((info.name for info in reversed(layers) if info.status not in _SOLVED), layers[0].name)
     if failed is None:
         failed = next((info.name for info in reversed(layers[1:]) if info.status not in _SOLVED), None)
     if failed is not None:
         return Certificate("failed", None, unknowns, condition, failed)
     whole = layers[0].status in _SOLVED and len(outcome.candidates) == 1
+    low, high = problem.input_range
+    slack = 5e-3 * (high - low)
+    x = outcome.candidates[0].image
+    if whole and (x.min() < low - slack or x.max() > high + slack):  # no image
+        return Certificate("failed", None, unknowns, condition, layers[0].name)
     return Certificate("exact" if whole else "ambiguous", layers[0].rank, unknowns, condition)
+
+
+def _relative_error(info: LayerInfo) -> float:
+    """What a layer's residual may do to its unknowns, relatively: its condition times its residual."""
+    condition = np.inf if info.condition is None else info.condition
+    return 0.0 if info.residual == 0 else float(condition * info.residual)

@@ -5,7 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array
+
+
+def inverse_norms(gradients: Any) -> Any:
+    """1 / ||g_p|| of every parameter; one whose gradient is rounding beside the others' counts as rounding."""
+    floor = 1e4 * jnp.finfo(jax.tree.leaves(gradients)[0].dtype).eps * optax.tree.norm(gradients)
+    return jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), floor), gradients)
 
 
 @functools.lru_cache(maxsize=16)
@@ -14,7 +21,7 @@ def jacobian_gram(gradient: Any) -> Any:
 
     def build(variables: Any, x: Any, labels: Any) -> Array:
         at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
-        over = jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny), at_x)
+        over = inverse_norms(at_x)
 
         def weighted(d: Array) -> Any:
             return jax.tree.map(jnp.multiply, over, tangent(d))

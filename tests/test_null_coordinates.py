@@ -97,3 +97,19 @@ def test_a_relu_layer_is_closed_by_its_zeros():
     assert all(layers[1].status == "pulled_back" for layers in pulled.layers)
     assert [c.status for c in pulled.certificates] == ["exact"]
     assert psnr(pulled.images, images) > 150
+
+
+def test_dead_layers_and_gapped_activations_end_without_an_error():
+    """A black photo kills a ReLU net without biases; soft-shrink has a gap where no slope is known."""
+    model = network(lambda z: jnp.maximum(z, 0), filters=3)
+    black = observe(model, (np.zeros((1, *SHAPE)), np.array([1])))
+    assert invert(black, attack="copa").certificates[0].status != "exact"
+    model = network(lambda z: jnp.sign(z) * jnp.maximum(jnp.abs(z) - 0.1, 0), filters=3)
+    observation = observe(model, (np.random.default_rng(0).uniform(size=(1, *SHAPE)), np.array([1])))
+    assert np.all(np.isfinite(invert(observation, attack="copa").images))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (3, 7)])
+def test_the_null_space_of_zeros_is_everything(shape):
+    np.testing.assert_array_equal(null_space(np.zeros(shape), 2), np.eye(shape[1]))
+    assert stacked_null_space(np.zeros(shape), np.zeros((2, shape[1])), 1).shape == (shape[1], shape[1])

@@ -57,7 +57,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
         return path
     monitor.tell(f"choosing what {segments[-1].name} leaves open")
     surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim))
-    own, guess = np.asarray(path.x, float).ravel(), n - (path.layers[0].rank or n)
+    own, guess = np.asarray(path.x, float).ravel(), 0 if path.layers[0].rank is None else n - path.layers[0].rank
     low, high = problem.input_range
     far = max(low - own.min(), own.max() - high) > high - low  # no image: the middle of the range is a better start
     tight = max(10 * path.layers[0].residual, 1e-12)  # as well as the image that was there

@@ -22,7 +22,7 @@ from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import recurse
 from leakjax.attacks.symmetries import twins
 from leakjax.errors import UnreadableModelError
-from leakjax.jacobian import jacobian_gram
+from leakjax.jacobian import inverse_norms, jacobian_gram
 from leakjax.labels import rank_labels
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
@@ -68,7 +68,7 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
             monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
             trial = _solve(problem, victim, start)
             steps += trial.steps
-            best = trial if best is None or trial.residual < best.residual else best
+            best = trial if best is None or not best.residual <= trial.residual else best
             if best.residual <= problem.matched:
                 break
         assert best is not None
@@ -140,7 +140,7 @@ def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
         again = solve(*given, blurred.x)
         steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
         solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
-    best = int(np.nanargmin(np.asarray(solution.residual)))
+    best = int(np.argmin(np.nan_to_num(np.asarray(solution.residual), nan=np.inf)))
     return _Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
 
 
@@ -190,7 +190,8 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
     condition, n = lsmr_condition(probe), found.x.size
     if float(probe.lost) <= NULL_SPACE:
         return n, np.ones(found.x.shape), condition
-    if n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
+    single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
+    if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
     gram = jacobian_gram(_gradient(problem))
     values, vectors = np.linalg.eigh(
@@ -208,7 +209,7 @@ def _programs(gradient: Any, tolerance: float) -> Any:
     of the Jacobian at x."""
 
     def residual(variables: Any, sent: Any, labels: Any) -> Any:
-        over = jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), jnp.finfo(g.dtype).tiny), sent)
+        over = inverse_norms(sent)
 
         def function(x: Any, smoothing: Any = None) -> Any:
             return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)

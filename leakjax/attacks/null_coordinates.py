@@ -48,9 +48,13 @@ def applies(problem: Problem, before: Segment, segment: Segment, rows: int) -> b
 def close_null_space(problem: Problem, before: Segment, null: np.ndarray, x: np.ndarray, noise: float) -> Closed | None:
     """Find c from x, a solution of the layer's system, and `null`, its null space (n, k); `noise`: absolute, of x."""
     origin = x - null @ (null.T @ x)
+    if null.shape[1] == x.size or not np.any(origin):  # a dead layer: nothing to begin with
+        return None
     low, high = before.activation.reach(problem.variables, problem.dtype)
     if np.isfinite(low) or np.isfinite(high):
         return _by_range(origin, null, low, high, noise)
+    if before.activation.has_masks:
+        return None
     return _by_preimage(problem, before, origin, null)
 
 

@@ -61,7 +61,7 @@ def layer_info(
 ) -> LayerInfo:
     """What a layer's own system gave, with the status that follows."""
     fitting = "determined" if rank == unknowns else "deficient"
-    status = "failed" if residual > problem.matched else fitting
+    status = fitting if residual <= problem.matched else "failed"
     deficiency = None if rank is None else rank - unknowns
     return LayerInfo(name, unknowns, rank, deficiency, condition, residual, 0, steps, status)
 

@@ -72,7 +72,7 @@ def pull_back(
             matched = attempt(full, start) or attempt_smoothed(full, start) or attempt(plain, start)
         if matched:
             break
-    found = min(tried, key=lambda trial: float(trial.residual))
+    found = min(tried, key=lambda trial: float(jnp.nan_to_num(trial.residual, nan=jnp.inf)))
     steps = sum(int(trial.inner_steps) for trial in tried)
     probe, dx = look(*given, found.x)
     return PullBack(found.x, dx, found.residual, steps, probe)

@@ -65,7 +65,8 @@ def pulled_rank(
     problem: Problem, segments: Sequence[Segment], given: Known, x: np.ndarray
 ) -> tuple[int | None, np.ndarray | None]:
     """Rank of the pulled-back Jacobian at x and each entry's share in its row space; None where it is too large."""
-    if x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
+    single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
+    if single or x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
         return None, None
     values, vectors = np.linalg.eigh(gram(problem, segments, given, x))
     kept = values > 1e-13 * values[-1]

@@ -145,7 +145,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
             return closed
     if anchor is not None or (waiting and deficient):
         rank, seen = (None, None) if deficient else (n, seen)
-        anchor = anchor or Anchor(position, path.x, path.dx, float(state.noise[k]))
+        anchor = anchor or Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     elif problem.solver == "dense" or not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
         dense = solve_layer_densely(problem, segment, state, k, path.victim)
         if dense is None:
@@ -158,7 +158,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
                 pulled = pull_back_cotangent(segment, problem.variables, x, dz)
     info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
     noise = noise_level(problem, x, residual)
-    source = Anchor(0, path.x, path.dx, float(state.noise[k])) if position == 0 and anchor is None else None
+    source = Anchor(0, state.x[k], state.dx[k], float(state.noise[k])) if position == 0 and anchor is None else None
     return dataclasses.replace(
         path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
     )
@@ -169,16 +169,21 @@ Nulls = dict[int, tuple[Path, np.ndarray | None]]
 
 
 def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether a and b differ by a scale, up to rounding far above which null spaces differ."""
-    return bool(np.linalg.norm(a - np.vdot(b, a) / np.vdot(b, b) * b) <= 1e-10 * np.linalg.norm(a))
+    """Whether a and b are the same but for rounding and a scale above 0."""
+    along, size = float(np.vdot(b, a)), float(np.vdot(b, b))
+    return along > 0 and bool(np.linalg.norm(a - along / size * b) <= 1e-10 * np.linalg.norm(a))
 
 
 def _null_space(
     problem: Problem, segment: Segment, solved: Solved, k: int, path: Path, nulls: Nulls
 ) -> np.ndarray | None:
-    """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone."""
+    """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone and
+    the activation's slopes are the same at any scale (on a homogeneous network the head's second root)."""
     other, null = nulls.get(path.victim, (None, None))
-    if other is None or not (_parallel(other.x, path.x) and _parallel(other.dx, path.dx)):
+    homogeneous = segment.activation.is_piecewise_linear(problem.variables, problem.dtype) and not np.isfinite(
+        segment.activation.reach(problem.variables, problem.dtype)[1]
+    )
+    if other is None or not (homogeneous and _parallel(other.x, path.x) and _parallel(other.dx, path.dx)):
         null = layer_null_space(problem, segment, solved.state, k, path.victim, float(solved.solution.lost[k]))
         nulls[path.victim] = path, null
     return null
@@ -205,7 +210,7 @@ def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path, 
     condition, residual = max(pairs, key=lambda pair: pair[0] * pair[1])
     steps = int(solution.steps[k]) + found.steps
     info = layer_info(problem, segment.name, x.size, x.size, condition, residual, steps)
-    anchor = None if found.whole else Anchor(position, path.x, path.dx, float(state.noise[k]))
+    anchor = None if found.whole else Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     info = dataclasses.replace(info, status="pulled_back" if info.status == "determined" else info.status)
     info = dataclasses.replace(info, pull_back_depth=1, rank=x.size if found.whole else None)
     x = found.x.astype(state.x.dtype).reshape(segment.input.shape)
