@@ -54,7 +54,7 @@ def invert(
       accelerator; on CPUs it is 1, and every core solves victims of its own.
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
-    Raises `InputError` for an unknown attack, more than one example a gradient, or a model that cannot be read.
+    Raises `InputError` for an unknown attack or prior, batches with a layer-wise attack, or an unreadable model.
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
