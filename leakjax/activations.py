@@ -161,6 +161,14 @@ class Activation:
         _, second = jax.jvp(lambda z: self.slope(variables, z), (grid,), (jnp.ones_like(grid),))
         return bool(jnp.all(second == 0))
 
+    def is_homogeneous(self, variables: Any, dtype: Any) -> bool:
+        """Whether act(t z) = t act(z) for t > 0, at a sample of scales and of [-40, 40]."""
+        grid = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
+        value = self.function(variables, grid)
+        tolerance = 100 * float(jnp.finfo(dtype).eps)
+        scales = (0.3, 2.0)
+        return all(bool(jnp.allclose(self.function(variables, t * grid), t * value, tolerance, 0.0)) for t in scales)
+
     def preimage(self, variables: Any, x: Float[Array, "..."], noise: Float[Array, ""] | float = 0.0) -> Preimage:
         """Invert x = act(z) within the `noise` (an absolute level of x's error, same unit as x)."""
         if self.kind is not None:

@@ -284,3 +284,20 @@ def test_bad_activation_names_say_what_to_do():
     for text in ("leaky_relu:x", "leaky_relu:-1", "elu:nan"):
         with pytest.raises(ValueError, match="parameter"):
             parse_activation(text)
+
+
+@pytest.mark.parametrize(
+    ("function", "linear", "homogeneous"),
+    [
+        (jax.nn.relu, True, True),
+        (lambda z: jnp.where(z > 0, z, 0.2 * z), True, True),
+        (lambda z: jnp.maximum(z, 0.2 * z - 1.0), True, False),
+        (jax.nn.hard_tanh, True, False),
+        (jnp.tanh, False, False),
+        (jax.nn.elu, False, False),
+    ],
+)
+def test_piecewise_linear_and_homogeneous_activations_are_known_by_their_values(function, linear, homogeneous):
+    activation = build_activation(lambda _, z: function(z), {}, jnp.float64)
+    assert activation.is_piecewise_linear({}, jnp.float64) == linear
+    assert activation.is_homogeneous({}, jnp.float64) == homogeneous

@@ -178,11 +178,9 @@ def _null_space(
     problem: Problem, segment: Segment, solved: Solved, k: int, path: Path, nulls: Nulls
 ) -> np.ndarray | None:
     """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone and
-    the activation's slopes are the same at any scale (on a homogeneous network the head's second root)."""
+    the activation is homogeneous, its slopes the same at any scale (the head's second root)."""
     other, null = nulls.get(path.victim, (None, None))
-    homogeneous = segment.activation.is_piecewise_linear(problem.variables, problem.dtype) and not np.isfinite(
-        segment.activation.reach(problem.variables, problem.dtype)[1]
-    )
+    homogeneous = segment.activation.is_homogeneous(problem.variables, problem.dtype)
     if other is None or not (homogeneous and _parallel(other.x, path.x) and _parallel(other.dx, path.dx)):
         null = layer_null_space(problem, segment, solved.state, k, path.victim, float(solved.solution.lost[k]))
         nulls[path.victim] = path, null
