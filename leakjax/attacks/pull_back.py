@@ -104,29 +104,16 @@ def read_known(
 def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
     read = functools.partial(read_known, segments)
 
-    def plain(*given: Any) -> Any:
-        *known, start = given
-        _, residual = read(*known)
-        return levenberg_marquardt(
-            lambda u: residual.function(u, None),
-            start,
-            size=residual.size,
-            tolerance=10 * tolerance,
-            max_steps=OUTER,
-            max_inner=INNER,
-        )
+    def unsmoothed(solver: Any, max_inner: int) -> Any:
+        def solve(*given: Any) -> Any:
+            *known, start = given
+            _, residual = read(*known)
+            options = {"tolerance": 10 * tolerance, "max_steps": OUTER, "max_inner": max_inner}
+            return solver(lambda u: residual.function(u, None), start, size=residual.size, **options)
 
-    def full(*given: Any) -> Any:
-        *known, start = given
-        _, residual = read(*known)
-        return full_steps(
-            lambda u: residual.function(u, None),
-            start,
-            size=residual.size,
-            tolerance=10 * tolerance,
-            max_steps=OUTER,
-            max_inner=FULL_INNER,
-        )
+        return solve
+
+    plain, full = unsmoothed(levenberg_marquardt, INNER), unsmoothed(full_steps, FULL_INNER)
 
     def smooth(*given: Any) -> Any:
         *known, start = given

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import lineax as lx
 import optax
 from jaxtyping import Array, Float
 
-from leakjax.solvers.gauss_newton import NewtonSolution
-from leakjax.solvers.lsmr import lsmr
+from leakjax.solvers.gauss_newton import NewtonSolution, gauss_newton_step
 
 _PATIENCE = 8  # steps without a new best before it is given up
 
@@ -44,18 +42,12 @@ def full_steps(
     Arguments as for `levenberg_marquardt`. Stops at ||r|| <= tolerance * size, after `max_steps`, or after a few steps
     in a row without a new best.
     """
-    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
     def step(s: _State) -> _State:
-        r, tangent = jax.linearize(residual, s.x)
-        relative = optax.tree.norm(r) / size
-        inner = lsmr(
-            lx.FunctionLinearOperator(tangent, struct),
-            jax.tree.map(jnp.negative, r),
-            tolerance=jnp.clip(forcing * relative, 10 * jnp.finfo(x.dtype).eps, 1e-4),
-            max_steps=max_inner,
+        move, _, inner_steps = gauss_newton_step(
+            residual, s.x, size=size, damping=None, forcing=forcing, max_inner=max_inner
         )
-        new = s.x + inner.x
+        new = s.x + move
         norm = optax.tree.norm(residual(new))
         better = norm < 0.9 * s.least
         return _State(
@@ -64,7 +56,7 @@ def full_steps(
             jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), s.least),
             jnp.where(better, 0, s.waited + 1),
             s.steps + 1,
-            s.inner_steps + inner.steps,
+            s.inner_steps + inner_steps,
         )
 
     def going(s: _State) -> Array:

@@ -29,6 +29,33 @@ class NewtonSolution(NamedTuple):
     inner_steps: Int[Array, ""]
 
 
+def gauss_newton_step(
+    residual: Callable[[Array], Any],
+    x: Float[Array, "..."],
+    *,
+    size: Float[Array, ""],
+    damping: Float[Array, ""] | None,
+    forcing: float,
+    max_inner: int,
+) -> tuple[Array, Any, Array]:
+    """(s, r + J s, LSMR steps) of min_s ||J s + r||^2 + damping ||s||^2 at x; no rows are added without damping.
+
+    The tolerance of the LSMR solve is `forcing` times ||r|| / size.
+    """
+    r, tangent = jax.linearize(residual, x)
+    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    against = jax.tree.map(jnp.negative, r)
+    if damping is None:
+        operator, vector = lx.FunctionLinearOperator(tangent, struct), against
+    else:
+        root = jnp.sqrt(damping)
+        operator = lx.FunctionLinearOperator(lambda v: (tangent(v), root * v), struct)
+        vector = (against, jnp.zeros_like(x))
+    tolerance = jnp.clip(forcing * optax.tree.norm(r) / size, 10 * jnp.finfo(x.dtype).eps, 1e-4)
+    inner = lsmr(operator, vector, tolerance=tolerance, max_steps=max_inner)
+    return inner.x, optax.tree.add(r, tangent(inner.x)), inner.steps
+
+
 class _State(NamedTuple):
     x: Array
     cost: Array
@@ -91,7 +118,6 @@ def _minimize(
     damping: float,
     sharpest: float,
 ) -> NewtonSolution:
-    struct = jax.ShapeDtypeStruct(x.shape, x.dtype)
     smooth = smoothing is not None
 
     def rows(x: Array, s: Array) -> Any:
@@ -101,19 +127,12 @@ def _minimize(
         return 0.5 * optax.tree.norm(rows(x, s)) ** 2
 
     def step(s: _State) -> _State:
-        r, tangent = jax.linearize(lambda x: rows(x, s.smoothing), s.x)
-        root = jnp.sqrt(s.damping)
-        operator = lx.FunctionLinearOperator(lambda v: (tangent(v), root * v), struct)
-        relative = jnp.sqrt(2 * s.cost) / size
-        inner = lsmr(
-            operator,
-            (jax.tree.map(jnp.negative, r), jnp.zeros_like(s.x)),
-            tolerance=jnp.clip(forcing * relative, 10 * jnp.finfo(x.dtype).eps, 1e-4),
-            max_steps=max_inner,
+        move, left, inner_steps = gauss_newton_step(
+            lambda x: rows(x, s.smoothing), s.x, size=size, damping=s.damping, forcing=forcing, max_inner=max_inner
         )
-        trial = s.x + inner.x
+        trial = s.x + move
         cost = cost_at(trial, s.smoothing)
-        predicted = s.cost - 0.5 * optax.tree.norm(optax.tree.add(r, tangent(inner.x))) ** 2
+        predicted = s.cost - 0.5 * optax.tree.norm(left) ** 2
         gain = (s.cost - cost) / jnp.where(predicted > 0, predicted, 1.0)
         better = cost < s.cost  # False for a trial that is not finite
         factor = jnp.where(better, jnp.where(gain > 0.75, 0.1, jnp.where(gain > 0.25, 0.5, 2.0)), 10.0)
@@ -128,7 +147,7 @@ def _minimize(
             new_cost = jnp.where(settled, cost_at(new_x, sharper), new_cost)
             new_damping = jnp.where(settled, jnp.minimum(new_damping, damping), new_damping)
             stalled = jnp.where(settled, 0, stalled)
-        return _State(new_x, new_cost, new_damping, sharper, stalled, s.steps + 1, s.inner_steps + inner.steps)
+        return _State(new_x, new_cost, new_damping, sharper, stalled, s.steps + 1, s.inner_steps + inner_steps)
 
     def going(s: _State) -> Array:
         short = jnp.sqrt(2 * s.cost) > tolerance * size
