@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.precision import compute_in
 from leakjax.segments import Segment
+from leakjax.side_by_side import cores
 from leakjax.solvers.linear import LsmrSolution, materialize, solve_side
 from leakjax.systems import layer_system
 
@@ -142,7 +142,7 @@ def workers() -> int:
     """Chunks that are solved side by side: one a core on CPUs, else one."""
     if jax.default_backend() != "cpu":
         return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:

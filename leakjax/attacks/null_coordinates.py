@@ -9,6 +9,7 @@ facts about x_i = act_{i-1}(f_{i-1}(u)) are piecewise linear in c and need no u:
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from leakjax.solvers.null_space import null_space
 
 LARGEST = 8000
 _RANK = 1e-9
+_ONCE = threading.Lock()  # victims side by side share one left null space
 
 
 class Closed(NamedTuple):
@@ -77,7 +79,8 @@ def _by_range(origin: np.ndarray, null: np.ndarray, low: float, high: float, noi
 
 
 def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np.ndarray) -> Closed | None:
-    across, bias = _left_null_space(problem, before)
+    with _ONCE:
+        across, bias = _left_null_space(problem, before)
     if across is None or across.shape[1] == 0:
         return None
     invert = _preimage(before)

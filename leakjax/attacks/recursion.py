@@ -4,14 +4,15 @@ Candidates of the head (two roots, two signs) are followed side by side and drop
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from leakjax.attacks.choosing import choose
+from leakjax.attacks.closing import Nulls, close
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
-from leakjax.attacks.null_coordinates import applies, close_null_space
 from leakjax.attacks.outcomes import outcomes
 from leakjax.attacks.path import (
     Anchor,
@@ -24,11 +25,13 @@ from leakjax.attacks.path import (
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.pulling import pull, wait
-from leakjax.attacks.ranks import NULL_SPACE, head_rank, layer_null_space, matrix_shape, solve_layer_densely
+from leakjax.attacks.ranks import NULL_SPACE, head_rank, matrix_shape, solve_layer_densely
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.memory import fits_in_memory
+from leakjax.precision import compute_in
 from leakjax.segments import Segment
+from leakjax.side_by_side import side_by_side
 from leakjax.solvers.linear import dense_bytes, lsmr_condition
 
 ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
@@ -127,10 +130,17 @@ def _advance(problem: Problem, position: int, step: Step, size: int, paths: list
     certain = np.array([p.certain for p in paths])
     solved = mend_kinks(problem, segment, step, size, victims, solved, certain)
     nulls: Nulls = {}
-    return [_solved(problem, position, solved, k, path, waiting, nulls) for k, path in enumerate(paths)]
+
+    def finish(victim: int) -> list[tuple[int, Path]]:
+        with compute_in(str(problem.dtype)):
+            mine = [k for k, path in enumerate(paths) if path.victim == victim]
+            return [(k, _solved(problem, position, solved, k, paths[k], waiting, nulls)) for k in mine]
+
+    done = side_by_side(finish, sorted(set(victims)))
+    return [path for _, path in sorted(itertools.chain.from_iterable(done), key=lambda pair: pair[0])]
 
 
-def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool, nulls: "Nulls") -> Path:
+def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool, nulls: Nulls) -> Path:
     segment, (solution, dx, state) = problem.segments[position], solved
     n = int(np.prod(segment.input.shape))
     x, pulled, residual = np.asarray(solution.x[k]), dx[k], float(solution.residual[k])
@@ -140,7 +150,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     anchor = path.anchor
     deficient = solution.lost[k] > NULL_SPACE
     if waiting and deficient and path.certain:
-        closed = _close(problem, position, solved, k, path, nulls)
+        closed = close(problem, position, solved, k, path, nulls)
         if closed is not None:
             return closed
     if anchor is not None or (waiting and deficient):
@@ -161,61 +171,6 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
     source = Anchor(0, state.x[k], state.dx[k], float(state.noise[k])) if position == 0 and anchor is None else None
     return dataclasses.replace(
         path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
-    )
-
-
-Nulls = dict[int, tuple[Path, np.ndarray | None]]
-"""By victim: a path, and the null space of its layer's system."""
-
-
-def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether a and b are the same but for rounding and a scale above 0."""
-    along, size = float(np.vdot(b, a)), float(np.vdot(b, b))
-    return along > 0 and bool(np.linalg.norm(a - along / size * b) <= 1e-10 * np.linalg.norm(a))
-
-
-def _null_space(
-    problem: Problem, segment: Segment, solved: Solved, k: int, path: Path, nulls: Nulls
-) -> np.ndarray | None:
-    """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone and
-    the activation is homogeneous, its slopes the same at any scale (the head's second root)."""
-    other, null = nulls.get(path.victim, (None, None))
-    homogeneous = segment.activation.is_homogeneous(problem.variables, problem.dtype)
-    if other is None or not (homogeneous and _parallel(other.x, path.x) and _parallel(other.dx, path.dx)):
-        null = layer_null_space(problem, segment, solved.state, k, path.victim, float(solved.solution.lost[k]))
-        nulls[path.victim] = path, null
-    return null
-
-
-def _close(problem: Problem, position: int, solved: Solved, k: int, path: Path, nulls: Nulls) -> Path | None:
-    """The path with a deficient layer closed by the activation before it, or None where that does not close it.
-
-    A layer that its own equations match, but that stays open in some directions, is returned waiting, from there.
-    """
-    before, segment = problem.segments[position - 1 : position + 1]
-    solution, state = solved.solution, solved.state
-    if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):
-        return None
-    residual = float(solution.residual[k])
-    null = _null_space(problem, segment, solved, k, path, nulls)
-    if null is None or null.shape[1] == 0:
-        return None
-    x = np.asarray(solution.x[k]).ravel()
-    found = close_null_space(problem, before, null, x, noise_level(problem, x, residual))
-    if found is None or not found.residual <= problem.matched:
-        return None
-    pairs = ((lsmr_condition(solution, k), residual), (found.condition, found.residual))
-    condition, residual = max(pairs, key=lambda pair: pair[0] * pair[1])
-    steps = int(solution.steps[k]) + found.steps
-    info = layer_info(problem, segment.name, x.size, x.size, condition, residual, steps)
-    anchor = None if found.whole else Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
-    info = dataclasses.replace(info, status="pulled_back" if info.status == "determined" else info.status)
-    info = dataclasses.replace(info, pull_back_depth=1, rank=x.size if found.whole else None)
-    x = found.x.astype(state.x.dtype).reshape(segment.input.shape)
-    noise = noise_level(problem, x, residual)
-    seen = np.ones(x.shape) if found.whole else None
-    return dataclasses.replace(
-        path, x=x, dx=solved.dx[k], noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor
     )
 
 
