@@ -45,18 +45,22 @@ class HeadReading(NamedTuple):
 
 
 def loss_pull(segment: Segment, variables: Arrays, loss: str, z: Array, label: Any) -> Array:
-    """dL/dz of one example at the last segment's pre-activation z (1, K) and a label."""
-    value = LOSSES[loss]
+    """dL/dz at the last segment's pre-activation z (B, K), L the mean loss of B examples, and their labels (B,)."""
+    labels = jnp.atleast_1d(label)
 
     def of_z(z: Array) -> Array:
-        return value(jnp.ravel(segment.activation.function(variables, z)), label)
+        logits = segment.activation.function(variables, z).reshape(len(labels), -1)
+        return jnp.mean(jax.vmap(LOSSES[loss])(logits, labels))
 
     return jax.grad(of_z)(z)
 
 
 def bias_path(segment: Segment, variables: Arrays) -> str | None:
-    """The parameter whose gradient determines dz whatever x is: constant d f / d b of full row rank; None if none."""
-    outputs = int(np.prod(segment.output.shape))
+    """The parameter whose gradient determines dz, or the sum of a batch's, whatever x is; None if there is none.
+
+    It has a constant d f / d b of full row rank.
+    """
+    outputs = int(np.prod(segment.output.shape[1:]))
     dtype = segment.input.dtype
     points = [jax.random.normal(jax.random.key(k), segment.input.shape, dtype) for k in (0, 1)]
     for path in segment.paths:
@@ -65,7 +69,7 @@ def bias_path(segment: Segment, variables: Arrays) -> str | None:
             continue
 
         def at(b: Any, x: Any, path: str = path) -> Any:
-            return jnp.ravel(segment.function({**variables, path: b}, x))
+            return jnp.ravel(segment.function({**variables, path: b}, x)[0])
 
         first, second = (np.asarray(jax.jacobian(at)(variables[path], x)).reshape(outputs, size) for x in points)
         if np.array_equal(first, second) and np.linalg.matrix_rank(first) == outputs:

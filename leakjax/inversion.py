@@ -62,11 +62,6 @@ def invert(
     if attack not in ATTACKS:
         raise unknown_name("attack", attack, ATTACKS)
     chosen = ATTACKS[attack]
-    if chosen.layerwise and observation.examples != 1:
-        raise InputError(
-            f"attack {attack!r} inverts gradients of one example, these average {observation.examples}; "
-            'use attack="match" (--attack match), or batch_size=1'
-        )
     if not (isinstance(starts, int) and starts >= 1):
         raise InputError(f"starts must be a positive integer, got {starts!r}")
     if prior not in PRIORS:
@@ -113,11 +108,9 @@ def _cast(model: Model, dtype: str) -> Model:
 
 
 def _chain(model: Model, observation: Observation, dtype: str, needed: bool) -> Chain | None:
-    """The model as segments; None where these are not needed and it cannot be read, or batches are not segments'."""
-    if observation.examples != 1:
-        return None
+    """The model as segments for the examples of one gradient; None where not needed and it cannot be read."""
     try:
-        return _read(model, tuple(observation.input_shape), dtype)
+        return _read(model, tuple(observation.input_shape), dtype, observation.examples)
     except UnreadableModelError:
         if needed:
             raise
@@ -128,12 +121,12 @@ _CHAINS: dict[Any, Chain] = {}
 _CHAINS_LIMIT = 64
 
 
-def _read(model: Model, input_shape: tuple[int, ...], dtype: str) -> Chain:
+def _read(model: Model, input_shape: tuple[int, ...], dtype: str, examples: int) -> Chain:
     """The model's chain of segments, read once for all models of one architecture."""
     shapes = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
-    key = (model.apply, shapes, input_shape, dtype)
+    key = (model.apply, shapes, input_shape, dtype, examples)
     if key not in _CHAINS:
-        chain = read_segments(model, input_shape, dtype)
+        chain = read_segments(model, input_shape, dtype, examples)
         if chain.parametric:
             return chain
         while len(_CHAINS) >= _CHAINS_LIMIT:

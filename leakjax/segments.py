@@ -3,8 +3,8 @@
     z_i = f_i(theta, x_i)      affine in x_i where that can be had, else nonlinear (residual block, max-pooling ...)
     x_{i+1} = act_i(z_i)       entry by entry
 
-Statistics over an example itself (train-mode batch norm, layer norm) are a nonlinear map like any other: a chain is
-read for one example a gradient.
+A chain is read for the B examples of one gradient at once: they are one input. Statistics over examples (train-mode
+batch norm) or within one (layer norm) are a nonlinear map like any other.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Segment:
     - `name`: the parameters' common path, or "segmentK" where it has none;
     - `paths`: the parameters that `function` reads; `function(variables, x, s)` with a smoothing s > 0 is a nonlinear
       map whose kinks are smooth over s times the size of what they act on;
-    - `input`, `output`: shapes and dtypes of x and z, leading batch axis 1 included;
+    - `input`, `output`: shapes and dtypes of x and z, leading batch axis B included;
     - `nonlinearity`: the primitive, and its line, that makes `function` nonlinear in x; None where it is affine;
     - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included).
     """
@@ -67,14 +67,14 @@ class Chain:
     parametric: bool
 
 
-def read_segments(model: Model, input_shape: Sequence[int], dtype: Any) -> Chain:
-    """Trace a model at inputs (1, *input_shape) of `dtype` and cut it into segments.
+def read_segments(model: Model, input_shape: Sequence[int], dtype: Any, examples: int = 1) -> Chain:
+    """Trace a model at inputs (examples, *input_shape) of `dtype` and cut it into segments.
 
     Raises `UnreadableModelError` naming the primitive and the user's line where a nonlinear piece cannot be
     differentiated, where data meets random numbers, or where two segments share a parameter.
     """
     paths = list(model.variables)
-    x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
+    x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
     arrays = [model.variables[path] for path in paths]
     graph = _jaxpr.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
     precision = _jaxpr.dtype_of_least_precision(graph)

@@ -386,7 +386,7 @@ def test_help(run, command):
         (("invert", *SMALL, "--labels", "-1"), "0..3"),
         (("invert", "--batch-size", "2"), "divide"),
         (("invert", "--batch-size", "0"), "divide"),
-        (("invert", *SMALL, "--index", "0,1", "--batch-size", "2", "--attack", "rgap"), "one example"),
+        (("invert", *SMALL, "--index", "0,0", "--batch-size", "2", "--attack", "rgap"), "does not separate"),
         (("invert", "--input-shape", "8,8,3"), "32,32,3"),
         (("invert", *SMALL, "--input-shape", "8,8"), "H,W,C"),
         (("invert", *SMALL, "--input-shape", "8,0,3"), "positive"),

@@ -197,14 +197,6 @@ def observed(bias, images, labels, **options):
     return dataclasses.replace(observation, model=dense_net(bias))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_two_examples_in_one_gradient_are_refused(bias, rng):
-    observation = observed(bias, rng.uniform(size=(2, 4, 3, 1)), [0, 2], batch_size=2)
-    assert observation.examples == 2
-    with pytest.raises(InputError, match="one example"):
-        invert(observation, attack="rgap")
-
-
 @pytest.mark.parametrize("labels", [[0, 2], [1, 1]])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_batch_passed_off_as_one_example_is_never_exact(bias, labels, rng):

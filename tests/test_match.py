@@ -61,8 +61,6 @@ def test_several_gradients_of_batches_keep_their_order():
     assert psnr(answer.images, pair_with_truth(images, answer.images, 2)) > 180
     with pytest.raises(InputError, match="labels must be 4 integers"):
         invert(observation, attack="match", labels=labels[:2])
-    with pytest.raises(InputError, match='use attack="match"'):
-        invert(observation, attack="rgap")
     with pytest.raises(InputError, match="starts must be a positive integer"):
         invert(observation, attack="match", starts=0)
 

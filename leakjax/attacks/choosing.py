@@ -170,7 +170,8 @@ def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tup
         return sum(jnp.sum(jnp.where(known, 0.0, x - x_next) ** 2) for x in inside) / scale**2
 
     def prior(given: Any, x: Array) -> Array:
-        return likely((x.reshape(shape) - low) / (high - low)) + HIDDEN * hidden(given, x)
+        images = (x.reshape(-1, *shape) - low) / (high - low)
+        return jnp.sum(jax.vmap(likely)(images)) + HIDDEN * hidden(given, x)
 
     def fall(given: Any, x: Array, basis: Array, null: bool) -> Array:
         def within(y: Array) -> Array:

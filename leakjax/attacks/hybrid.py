@@ -48,7 +48,7 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
     low, high = problem.input_range
     x = jnp.clip(jnp.asarray(path.x, problem.dtype), low, high)
     for weight in WEIGHTS:
-        x = program(sent, arrays(problem, problem.segments[:1], known), jnp.asarray([path.label]), weight, x)
+        x = program(sent, arrays(problem, problem.segments[:1], known), jnp.asarray(path.labels), weight, x)
     return dataclasses.replace(path, x=np.asarray(x))
 
 
@@ -68,7 +68,9 @@ def _program(gradient: Gradient, first: Segment, limits: tuple[float, float], na
             found = gradient(given[0], x, labels)
             matching = sum(squares(found[p] - sent[p], sizes[p]) for p in sent)
             value = matching + weight * squares(system.function(x, None), system.size**2)
-            return value if prior is None else value + weight * prior((x[0] - low) / (high - low)) / x.size
+            return (
+                value if prior is None else value + weight * jnp.sum(jax.vmap(prior)((x - low) / (high - low))) / x.size
+            )
 
         return descend(objective, start, OPTIMIZER, steps=STEPS).x
 

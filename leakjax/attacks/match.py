@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 
+from leakjax.attacks.labelings import labelings
+from leakjax.attacks.outcomes import split
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
-from leakjax.attacks.recursion import recurse
+from leakjax.attacks.recursion import follow
 from leakjax.attacks.symmetries import twins
-from leakjax.errors import UnreadableModelError
+from leakjax.errors import InputError, UnreadableModelError
 from leakjax.jacobian import inverse_norms, jacobian_gram
-from leakjax.labels import rank_labels
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
-from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 
@@ -57,7 +58,7 @@ class _Start(NamedTuple):
 def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """Match every victim's gradient; any number of examples a gradient, any differentiable model.
 
-    From noise; a lone example of a readable model also from the layer-wise answer, first where the model has kinks.
+    From noise; a readable model also from the layer-wise answer, first where it has kinks and for batches.
     Returns an `Outcome` an example, in groups of one gradient each.
     """
     found = []
@@ -79,14 +80,15 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
 
 def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
-    kinked, layers = problem.network.has_kinks, problem.chain is not None and problem.examples == 1
-    if layers and kinked:
+    kinked, layers = problem.network.has_kinks, problem.chain is not None
+    first = kinked or problem.examples > 1
+    if layers and first:
         yield from _layerwise(problem, monitor, victim)
-    labelings = _labelings(problem, victim)
-    order = sorted(itertools.product(range(len(labelings)), range(TRIALS)), key=sum)
+    choices = labelings(problem, victim, TRIALS)
+    order = sorted(itertools.product(range(len(choices)), range(TRIALS)), key=sum)
     for turn, (choice, attempt) in enumerate(order[: KINKED_TRIALS if kinked else TRIALS]):
-        yield _Start(_noise(problem, attempt), labelings[choice], kinked, f"noise {attempt}")
-        if turn == 1 and layers and not kinked:
+        yield _Start(_noise(problem, attempt), choices[choice], kinked, f"noise {attempt}")
+        if turn == 1 and layers and not first:
             yield from _layerwise(problem, monitor, victim)
 
 
@@ -98,22 +100,12 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
         labels=None if problem.labels is None else problem.labels[victim : victim + 1],
     )
     try:
-        (outcome,) = recurse(alone, monitor, pulling=True)
-    except UnreadableModelError:
+        paths = follow(alone, monitor, pulling=True)
+    except (InputError, UnreadableModelError):
         return
-    for candidate in outcome.candidates:
-        if np.all(np.isfinite(candidate.image)):
-            yield _Start(candidate.image[None, None], np.array([candidate.label]), False, "the layer-wise answer")
-
-
-def _labelings(problem: Problem, victim: int) -> list[np.ndarray]:
-    if problem.labels is not None:
-        return [problem.labels[victim]]
-    gradient = _gradient(problem)
-    sent = {p: problem.gradients[p][victim] for p in problem.gradients}
-    return rank_labels(
-        problem.network.logits, gradient, problem.variables, sent, problem.batch_shape, problem.input_range, TRIALS
-    )
+    for path in paths:
+        if np.all(np.isfinite(path.x)):
+            yield _Start(path.x[None], path.labels, False, "the layer-wise answer")
 
 
 def _gradient(problem: Problem) -> Any:
@@ -171,14 +163,8 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
         )
         others = [(a, tags) for a, tags in [(x, labels), *pairs] if a.min() >= low - slack and a.max() <= high + slack]
     others = others or [(x, labels)]
-    outcomes = []
-    for b in range(len(x)):
-        candidates = [Candidate(others[0][0][b], int(others[0][1][b]), residual)]
-        for a, tags in others[1:]:
-            if not np.array_equal(a[b], others[0][0][b]):
-                candidates.append(Candidate(a[b], int(tags[b]), residual))
-        outcomes.append(Outcome(tuple(candidates), (info,), None if seen is None else seen[b]))
-    return outcomes
+    images = split([(a, tags, residual) for a, tags in others])
+    return [Outcome(c, (info,), None if seen is None else seen[b]) for b, c in enumerate(images)]
 
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:

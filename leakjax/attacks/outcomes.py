@@ -1,6 +1,7 @@
-"""From finished paths to an `Outcome` a victim: which candidates stand, judged by the gradient alone."""
+"""From finished paths to an `Outcome` an example: which candidates stand, judged by the gradient alone."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from leakjax.segments import Segment
 
 
 def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
-    """Every victim's candidates inside the input range, best match first."""
+    """Every example's candidates inside the input range, best match first, victim by victim."""
     residuals = _gradient_residuals(problem, paths)
     low, high = problem.input_range
     slack = 5e-3 * (high - low)
@@ -27,15 +28,33 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
         mine = sorted(inside or mine, key=lambda pair: pair[0])
         best = mine[0][0] if mine else np.inf
         mine = [pair for pair in mine if pair[0] <= max(10 * best, problem.matched)]
-        candidates = tuple(Candidate(p.x[0], p.label, float(r)) for r, p in mine)
-        found.append(Outcome(candidates, mine[0][1].layers if mine else (), _seen(mine[0][1]) if mine else None))
+        layers = mine[0][1].layers if mine else ()
+        images = split([(p.x, p.labels, float(r)) for r, p in mine]) if mine else [()] * problem.examples
+        seen = _seen(mine[0][1]) if mine else None
+        found += [Outcome(c, layers, None if seen is None else seen[b]) for b, c in enumerate(images)]
+    return found
+
+
+def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple[Candidate, ...]]:
+    """Candidates of every example, from (images (B, ...), labels (B,), residual) of whole gradients, best first.
+
+    What several answers say alike of an example is one candidate.
+    """
+    found = []
+    for b in range(len(answers[0][0])):
+        mine: list[Candidate] = []
+        for images, labels, residual in answers:
+            same = any(int(labels[b]) == c.label and np.array_equal(images[b], c.image) for c in mine)
+            if not same:
+                mine.append(Candidate(images[b], int(labels[b]), residual))
+        found.append(tuple(mine))
     return found
 
 
 def _seen(path: Path) -> np.ndarray | None:
     later = [info.status for info in path.layers[1:]]
     whole = all(status in ("determined", "pulled_back") for status in later) and path.layers[0].status != "failed"
-    return path.seen[0] if whole and path.seen is not None else None
+    return path.seen if whole and path.seen is not None else None
 
 
 def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
@@ -43,7 +62,7 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
     gradient = _gradient_of(problem.segments, problem.loss)
     residuals = []
     for path in paths:
-        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.label))
+        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.labels))
         given = {p: problem.gradients[p][path.victim] for p in found}
         error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
         residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
@@ -52,11 +71,11 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
 
 @functools.lru_cache(maxsize=32)
 def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Any:
-    """(variables, x, label) -> {path: dL/dtheta}, by the same segments that the layers are solved with."""
+    """(variables, x, labels) -> {path: dL/dtheta}, by the same segments that the layers are solved with."""
 
-    def gradient(variables: Any, x: Any, label: Any) -> Any:
+    def gradient(variables: Any, x: Any, labels: Any) -> Any:
         xs, zs, slopes = push_forward(segments, variables, x)
-        dz = loss_pull(segments[-1], variables, loss, zs[-1], label)
+        dz = loss_pull(segments[-1], variables, loss, zs[-1], labels)
         return pull_gradients(segments, variables, xs, slopes, dz)[0]
 
     return jax.jit(gradient)

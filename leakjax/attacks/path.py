@@ -23,14 +23,14 @@ class Anchor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Path:
-    """One candidate: x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
+    """One candidate: labels (B,), x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
     whose constraints gave the image itself.
     """
 
     victim: int
-    label: int
+    labels: np.ndarray
     x: np.ndarray
     dx: np.ndarray
     noise: float

@@ -11,6 +11,7 @@ import numpy as np
 
 from leakjax.attacks.choosing import choose
 from leakjax.attacks.closing import Nulls, close
+from leakjax.attacks.heading import start
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
 from leakjax.attacks.outcomes import outcomes
@@ -25,9 +26,8 @@ from leakjax.attacks.path import (
 )
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.pulling import pull, wait
-from leakjax.attacks.ranks import NULL_SPACE, head_rank, matrix_shape, solve_layer_densely
+from leakjax.attacks.ranks import NULL_SPACE, matrix_shape, solve_layer_densely
 from leakjax.errors import InputError, UnreadableModelError
-from leakjax.heads import read_head
 from leakjax.memory import fits_in_memory
 from leakjax.precision import compute_in
 from leakjax.segments import Segment
@@ -62,7 +62,7 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     monitor.tell(f"compiling {len(linear)} layers")
     steps = dict(zip(linear, compile_steps(problem, [segments[k] for k in linear], size, monitor), strict=True))
     monitor.tell("reading the head")
-    paths = _start(problem, head)
+    paths = start(problem, head)
     for position in reversed(range(len(segments))):
         if not paths:
             break
@@ -90,32 +90,6 @@ def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
             f"{found.name} is no affine map ({found.nonlinearity}): attack 'rgap' solves linear systems alone; use "
             'attack="copa" (--attack copa), or model.eval() if this is batch norm that the client ran in eval mode'
         )
-
-
-def _start(problem: Problem, head: Segment) -> list[Path]:
-    reading = read_head(
-        head,
-        problem.variables,
-        {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
-        problem.loss,
-        labels=None if problem.labels is None else problem.labels[:, 0],
-        tolerance=problem.tolerance,
-        accept=problem.matched,
-    )
-    paths = []
-    for candidate in reading.candidates:
-        v = candidate.victim
-        lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
-        condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
-        if lost > NULL_SPACE:
-            rank, seen = head_rank(problem, head, candidate.dz)
-        info = layer_info(
-            problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v])
-        )
-        dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
-        noise = noise_level(problem, candidate.x, residual)
-        paths.append(Path(v, candidate.label, candidate.x, dx, noise, (info,), seen))
-    return paths
 
 
 def _advance(problem: Problem, position: int, step: Step, size: int, paths: list[Path], waiting: bool) -> list[Path]:
