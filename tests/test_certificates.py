@@ -5,6 +5,7 @@ and candidates that are said to be open, and their number is the rank that the J
 """
 
 import collections
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,33 @@ def draw(rng):
     return activation, (apply, params), shape, max(outputs, 2), loss
 
 
+def judge_batches(observation, answer, images, labels):
+    """`judge` for gradients of several examples, which have no order of their own."""
+    found, examples = [], observation.examples
+    for v in range(observation.victims):
+        group = slice(v * examples, (v + 1) * examples)
+        certificate, mine, truth = answer.certificates[v * examples], answer.candidates[group], images[group]
+        orders = [truth[list(order)] for order in itertools.permutations(range(examples))]
+        answers = list(itertools.product(*mine))
+        best = max((psnr(np.stack([c.image for c in a]), o) for a in answers for o in orders), default=-np.inf)
+        if certificate.status == "exact":
+            assert best >= 60, (best, certificate, answer.layers[v * examples])
+            assert sorted(answer.labels[group]) == sorted(labels[group])
+        if certificate.status == "ambiguous" and best < 60:
+            open_directions = undetermined_directions(observation, answer, v)
+            flat = open_directions.reshape(len(open_directions), -1)
+            assert certificate.leaked_dimensions == certificate.unknowns - len(flat)
+            errors = [(np.stack([c.image for c in a]) - o).ravel() for a in answers for o in orders]
+            outside = min(np.sum((e - flat.T @ (flat @ e)) ** 2) / np.sum(e**2) for e in errors)
+            assert outside <= 1e-6, (outside, certificate, answer.layers[v * examples])
+        found += [answer.certificates[v * examples + b].status for b in range(examples)]
+    return found
+
+
 def judge(observation, answer, images, labels):
     """The statuses of all victims; raises where one is wrong."""
+    if observation.examples > 1:
+        return judge_batches(observation, answer, images, labels)
     found = []
     for k, certificate in enumerate(answer.certificates):
         candidates = answer.candidates[k]
@@ -85,14 +111,14 @@ def judge(observation, answer, images, labels):
     return found
 
 
-def study(first, count, attacks, victims):
+def study(first, count, attacks, victims, examples=1):
     statuses = collections.Counter()
     for seed in range(first, first + count):
         rng = np.random.default_rng(seed)
         name, model, shape, labels_of, loss = draw(rng)
         images, labels = rng.uniform(size=(victims, *shape)), rng.integers(0, labels_of, victims)
         try:
-            observation = observe(model, (images, labels), loss=loss)
+            observation = observe(model, (images, labels), loss=loss, batch_size=examples)
             answers = [(attack, invert(observation, attack=attack)) for attack in attacks]
         except (InputError, UnreadableModelError):
             statuses["refused"] += 1
@@ -117,4 +143,16 @@ def test_certificates_of_random_networks():
 @pytest.mark.parametrize("part", range(10))
 def test_certificates_of_many_random_networks(part):
     statuses = study(1000 + 13 * part, 13, ["copa", "match"], victims=4)
+    assert statuses["exact"] + statuses["ambiguous"] >= 10
+
+
+def test_certificates_of_random_networks_and_batches():
+    statuses = study(40, 3, ["copa"], victims=4, examples=2)
+    assert statuses["exact"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_certificates_of_many_random_networks_and_batches(part):
+    statuses = study(3000 + 20 * part, 20, ["copa"], victims=4, examples=2)
     assert statuses["exact"] + statuses["ambiguous"] >= 10
