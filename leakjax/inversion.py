@@ -54,7 +54,8 @@ def invert(
       accelerator; on CPUs it is 1, and every core solves victims of its own.
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
-    Raises `InputError` for an unknown attack or prior, batches with a layer-wise attack, or an unreadable model.
+    Raises `InputError` for an unknown attack or prior, an unreadable model, or a layer-wise attack on batches that the
+    last layer does not separate.
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """

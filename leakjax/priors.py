@@ -8,18 +8,19 @@ from jaxtyping import Array, Float
 
 Prior = Callable[[Float[Array, "*space C"]], Float[Array, ""]]
 
-SMOOTH = 0.02  # differences below it, for pixels in [0, 1], count as squares
+SMOOTH = 0.01  # differences below it, for pixels in [0, 1], count as squares
+POWER = 2 / 3  # of first differences: edges are rare and large (Krishnan & Fergus, NIPS 2009)
 CHROMA = 4.0  # edges of color are rarer than edges of lightness
-CURVATURE = 0.5  # of second differences, beside first ones: shading is no stairs
+CURVATURE = 1.0  # of second differences, beside first ones: shading is no stairs
 BOX = 30.0
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 
 def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
-    """sum_p h(||(grad M x)_p||) + CURVATURE sum_axes sum_p h(||(d^2 M x / d axis^2)_p||), h(t) = sqrt(t^2 + s^2) - s.
+    """sum_p h_q(||(grad M x)_p||) + CURVATURE sum_axes sum_p h_1(||(d^2 M x / d axis^2)_p||), q = `POWER`.
 
-    Norms are over channels together. M turns three channels into lightness and two opponent colors, the latter times
-    `CHROMA`; else it is the identity.
+    h_q(t) = (t^2 + s^2)^(q/2) - s^q with s = `SMOOTH`: t^q, but smooth at 0. Norms are over channels together. M turns
+    three channels into lightness and two opponent colors, the latter times `CHROMA`; else it is the identity.
     """
     if x.shape[-1] == 3:
         x = x @ jnp.asarray((_OPPONENT * np.array([[1], [CHROMA], [CHROMA]])).T, x.dtype)
@@ -27,12 +28,12 @@ def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
     for axis in range(x.ndim - 1):
         ends = [(0, int(k == axis)) for k in range(x.ndim)]
         squares += jnp.sum(jnp.pad(jnp.diff(x, axis=axis), ends) ** 2, axis=-1)
-        bent += _huber(jnp.sum(jnp.diff(x, n=2, axis=axis) ** 2, axis=-1))
-    return _huber(squares) + CURVATURE * bent
+        bent += _smooth_power(jnp.sum(jnp.diff(x, n=2, axis=axis) ** 2, axis=-1), 1.0)
+    return _smooth_power(squares, POWER) + CURVATURE * bent
 
 
-def _huber(squares: Array) -> Array:
-    return jnp.sum(jnp.sqrt(squares + SMOOTH**2) - SMOOTH)
+def _smooth_power(squares: Array, power: float) -> Array:
+    return jnp.sum((squares + SMOOTH**2) ** (0.5 * power) - SMOOTH**power)
 
 
 def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:

@@ -14,7 +14,7 @@ class Attack(NamedTuple):
     """An attack, what `leakjax list attacks` says of it, and what it takes.
 
     - `run` returns an `Outcome` an example, gradient after gradient;
-    - `layerwise`: it needs the model as a chain of segments, and one example a gradient.
+    - `layerwise`: it needs the model as a chain of segments.
     """
 
     run: Callable[[Problem, Monitor], list[Outcome]]
