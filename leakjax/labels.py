@@ -21,6 +21,7 @@ from leakjax.model import Arrays
 from leakjax.network import Gradient, Logits
 
 DUMMIES = 8  # dummy batches of one label each
+MOST_NUMBERS = 2e7  # of one parameter's gradients, over all labels, that are held at once
 
 
 def rank_labels(
@@ -74,13 +75,15 @@ def _shares(
 
     The one parameter is compared whose gradient tells labels apart most: variance between labels over that within.
     """
-    mean, square = _dummy_gradients(gradient, labels)(dict(variables), shape, *input_range)
+    sizes = {path: labels * np.size(g) for path, g in sent.items()}
+    compared = tuple(path for path in sent if sizes[path] <= max(MOST_NUMBERS, min(sizes.values())))
+    mean, square = _dummy_gradients(gradient, compared, labels)(dict(variables), shape, *input_range)
 
     def told_apart(path: str) -> float:
         within = float(np.mean(square[path] - mean[path] ** 2))
         return float(np.mean(np.var(mean[path], axis=0))) / max(within, 1e-30)
 
-    path = max(sent, key=told_apart)
+    path = max(compared, key=told_apart)
     scale = max(float(np.linalg.norm(sent[path])), 1e-300)
     columns = np.asarray(mean[path], float).reshape(labels, -1).T / scale
     emphasis = 10.0 * float(np.linalg.norm(columns))  # the shares sum to 1
@@ -89,8 +92,12 @@ def _shares(
 
 
 @functools.lru_cache(maxsize=16)
-def _dummy_gradients(gradient: Gradient, labels: int) -> Any:
-    """(variables, shape, low, high) -> mean and mean square of each gradient over dummy batches of one label each."""
+def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) -> Any:
+    """(variables, shape, low, high) -> mean and mean square of the gradients of `paths` over dummies of each label."""
+
+    def chosen(variables: Arrays, x: Any, tags: Any) -> Any:
+        found = gradient(variables, x, tags)
+        return {path: found[path] for path in paths}
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(variables: Arrays, shape: tuple[int, ...], low: float, high: float) -> Any:
@@ -99,10 +106,10 @@ def _dummy_gradients(gradient: Gradient, labels: int) -> Any:
         def of_label(label: Any) -> Any:
             def add(sums: Any, key: Any) -> Any:
                 x = low + (high - low) * jax.random.uniform(key, shape, dtype)
-                g = gradient(variables, x, jnp.full(shape[0], label))
+                g = chosen(variables, x, jnp.full(shape[0], label))
                 return jax.tree.map(lambda s, a: s + a / DUMMIES, sums, (g, jax.tree.map(jnp.square, g))), None
 
-            struct = jax.eval_shape(gradient, variables, jax.ShapeDtypeStruct(shape, dtype), jnp.full(shape[0], 0))
+            struct = jax.eval_shape(chosen, variables, jax.ShapeDtypeStruct(shape, dtype), jnp.full(shape[0], 0))
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (struct, struct))
             return jax.lax.scan(add, zeros, jax.random.split(jax.random.key(11), DUMMIES))[0]
 

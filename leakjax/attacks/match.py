@@ -18,7 +18,6 @@ import lineax as lx
 import numpy as np
 
 from leakjax.attacks.labelings import labelings
-from leakjax.attacks.outcomes import split
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
@@ -27,7 +26,7 @@ from leakjax.errors import InputError, UnreadableModelError
 from leakjax.jacobian import inverse_norms, jacobian_gram
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
-from leakjax.reconstruction import LayerInfo
+from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 
@@ -154,17 +153,20 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
         found.steps,
         status,
     )
-    low, high = problem.input_range
-    slack = 5e-3 * (high - low)
-    others = []
+    pairs = []
     if matched:
         pairs = twins(
             problem.network.logits, _gradient(problem), problem.loss, problem.variables, x, labels, problem.matched
         )
-        others = [(a, tags) for a, tags in [(x, labels), *pairs] if a.min() >= low - slack and a.max() <= high + slack]
-    others = others or [(x, labels)]
-    images = split([(a, tags, residual) for a, tags in others])
-    return [Outcome(c, (info,), None if seen is None else seen[b]) for b, c in enumerate(images)]
+    low, high = problem.input_range
+    slack = 5e-3 * (high - low)
+    outcomes = []
+    for b in range(len(x)):  # a change of one example leaves the others' gradients as they are
+        changed = [(a[b], tags[b]) for a, tags in pairs if not np.array_equal(a[b], x[b])]
+        mine = [Candidate(image, int(label), residual) for image, label in [(x[b], labels[b]), *changed]]
+        inside = tuple(c for c in mine if c.image.min() >= low - slack and c.image.max() <= high + slack)
+        outcomes.append(Outcome(inside or tuple(mine[:1]), (info,), None if seen is None else seen[b]))
+    return outcomes
 
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:

@@ -34,7 +34,8 @@ def twins(
     def is_ray(t: float) -> bool:
         return float(jnp.linalg.norm(run(variables, jnp.asarray(t * x)) - t * z)) <= _SAME * float(jnp.linalg.norm(z))
 
-    scales = np.concatenate([_SCALES if is_ray(2.0) and is_ray(0.5) else [], [-1.0] if is_ray(-1.0) else []])
+    homogeneous, odd = is_ray(2.0) and is_ray(0.5), is_ray(-1.0)
+    scales = np.concatenate([_SCALES if homogeneous else [], (-_SCALES if homogeneous else [-1.0]) if odd else []])
     if not len(scales):
         return []
     measure = jax.jit(gradient)
