@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax._jaxpr import CUSTOM_DERIVATIVES, RANDOM, Equation, all_equations, body_of, is_floating, tangent_depends
+from leakjax._jaxpr import Equation, all_equations, body_of, is_floating, tangent_depends
+from leakjax._primitives import CUSTOM_DERIVATIVES, RANDOM
 
 
 def equation_flaw(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> str | None:

@@ -18,78 +18,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
-# Primitives that only call the jaxpr they carry, operand for operand. Any other primitive that carries a jaxpr
-# (scan, while, cond, custom derivatives ...) stays one opaque equation and is never looked through.
-_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
-CUSTOM_DERIVATIVES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-RANDOM = ("random_", "threefry", "rng_")
-_CHOICES = frozenset({"abs", "argmax", "clamp", "max", "min", "reduce_max", "reduce_window_max", "select_n", "sort"})
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "copy_p",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    ]
-)
+from leakjax._primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE, RANDOM
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +102,7 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
 
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
-            if eqn.primitive.name in _CALLS:
+            if eqn.primitive.name in CALLS:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
                 body, body_consts = _open(inner)
                 env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
@@ -237,7 +166,7 @@ def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruc
     shapes |= {structs[o].shape for o in equation.outputs}
     if len(shapes) != 1:
         return False
-    if equation.name in _ELEMENTWISE:
+    if equation.name in ELEMENTWISE:
         return True
     if equation.name not in CUSTOM_DERIVATIVES:
         return False
@@ -298,7 +227,7 @@ def has_choices(graph: Graph) -> bool:
         body = body_of(equation.params)
         return {equation.name} | (set() if body is None else {e.primitive.name for e in all_equations(body)})
 
-    return any(names(e) & _CHOICES for e in graph.equations if any(o in live for o in e.outputs))
+    return any(names(e) & CHOICES for e in graph.equations if any(o in live for o in e.outputs))
 
 
 def dtype_of_least_precision(graph: Graph) -> Any:
@@ -357,11 +286,11 @@ def _jaxpr_is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
     for eqn in jaxpr.eqns:
         inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
         if inner is not None:
-            if eqn.primitive.name not in _CALLS | CUSTOM_DERIVATIVES:
+            if eqn.primitive.name not in CALLS | CUSTOM_DERIVATIVES:
                 return False
             if not _jaxpr_is_elementwise(_open(inner)[0], shape):
                 return False
-        elif eqn.primitive.name not in _ELEMENTWISE | {"broadcast_in_dim"}:
+        elif eqn.primitive.name not in ELEMENTWISE | {"broadcast_in_dim"}:
             return False
         if any(v.aval.shape not in ((), shape) for v in (*eqn.invars, *eqn.outvars)):
             return False

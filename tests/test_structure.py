@@ -26,6 +26,12 @@ WALLS = {
     "losses.py": "segments systems heads attacks inversion observation models datasets report cli solvers",
     "segments.py": "systems heads attacks inversion observation models datasets report cli solvers metrics",
     "systems.py": "heads attacks inversion observation models datasets report cli metrics",
+    "_primitives.py": (
+        "_jaxpr _convolution segments systems heads attacks inversion observation model models datasets report cli "
+        "solvers activations"
+    ),
+    "side_by_side.py": "segments systems heads attacks inversion observation model models datasets report cli solvers",
+    "batch_heads.py": "attacks inversion observation models datasets report cli metrics",
     "heads.py": "attacks inversion observation models datasets report cli metrics",
     "attacks": "observation inversion models datasets interop report cli metrics leakage captures",
     "observation.py": "attacks inversion heads systems segments solvers datasets report cli metrics models",
