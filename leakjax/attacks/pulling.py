@@ -38,12 +38,9 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
     if all(segment.linear for segment in segments):
         found = pull_back(problem, segments, given, [path.x])
     else:
-        path_size = int(np.prod(segments[0].input.shape))
         near = path.x if segments[0].linear else _output(problem, position, path)
         found = pull_back(problem, segments, given, starts(problem, position, near), quick=True)
-        # what the probe sees away from a match says little: the equations are counted
-        counted = sum(problem.gradients[p][0].size for s in segments for p in s.paths) + anchor.x.size >= path_size
-        determined = position == 0 or counted or float(found.probe.lost) <= NULL_SPACE
+        determined = position == 0 or float(found.probe.lost) <= NULL_SPACE
         if determined and not float(found.residual) <= problem.matched:
             found = pull_back(problem, segments, given, starts(problem, position, near))
     x, residual = np.asarray(found.x), float(found.residual)
