@@ -38,9 +38,9 @@ ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, wh
 
 
 def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcome]:
-    """Invert every victim's gradient layer by layer; one example a gradient.
+    """Invert every victim's gradient layer by layer, the examples of one gradient together.
 
-    Returns an `Outcome` a victim. Layers are solved by LSMR, or by singular values where LSMR found a null space or
+    Returns an `Outcome` an example. Layers are solved by LSMR, or by singular values where LSMR found a null space or
     bad conditioning; the rank of a layer too large for that stays None. With `pulling` a layer with a null space waits
     for the layers before it (`pull_back`).
     """
