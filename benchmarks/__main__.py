@@ -61,6 +61,15 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {max(single['relative_errors']):.1e} |",
             f"| ratio | {ratio:.0f} | {memory:.0f} | |",
         ]
+    attacks = [r for r in records if r["measurement"] == "attack" and "failed" not in r]
+    if attacks:
+        lines += ["", "| model, attack | CPU s an image | ratio | largest error |", "|---|---|---|---|"]
+    for r in attacks:
+        ratio = r["cpu_seconds_per_image"] / attacks[0]["cpu_seconds_per_image"]
+        lines.append(
+            f"| {r['argument'].replace(':', ', ')} | {r['cpu_seconds_per_image']:.2f} | {ratio:.1f} "
+            f"| {r['largest_error']:.1e} |"
+        )
     for r in records:
         if r["measurement"] == "command":
             lines += ["", f"`leakjax invert --model cnn6`: {r['cold_seconds']:.1f} s cold, {r['cached_seconds']:.1f} s"]
@@ -80,7 +89,8 @@ def main() -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     sizes = ["1", "8"] if options.quick else ["1", "8", "32", "128", "32:float64:32", "1:float32", "32:float32"]
-    plan = [("engine", size) for size in sizes] + ([] if options.quick else [("lstsq", "")])
+    plan = [("engine", size) for size in sizes] + [("attack", case) for case in ("cnn6:rgap", "cnn6d:copa")]
+    plan += [] if options.quick else [("lstsq", "")]
     records = []
     with open(options.out / "records.jsonl", "a") as file:
 

@@ -20,6 +20,7 @@ from leakjax.attacks.problem import Monitor, Problem
 from leakjax.datasets import load_dataset, to_range
 from leakjax.heads import loss_pull
 from leakjax.models import MODELS, build_model
+from leakjax.network import read_network
 from leakjax.precision import compute_in
 from leakjax.segments import read_segments
 from leakjax.systems import segment_rows
@@ -88,7 +89,19 @@ def _truth(victims: int, dtype: str) -> tuple[Problem, list[np.ndarray], list[np
         xs, dxs = jax.vmap(states)(jnp.asarray(images, floating), jnp.asarray(labels))
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         eps = float(np.finfo(floating).eps)
-        problem = Problem(chain, variables, gradients, spec.loss, spec.input_range, None, floating, eps, victims)
+        problem = Problem(
+            chain=chain,
+            network=read_network(cast, spec.input_shape, 1, floating),
+            variables=variables,
+            gradients=gradients,
+            loss=spec.loss,
+            input_shape=spec.input_shape,
+            input_range=spec.input_range,
+            labels=None,
+            dtype=floating,
+            noise=eps,
+            chunk=victims,
+        )
     return problem, [np.asarray(x) for x in xs], [np.asarray(d) for d in dxs], images
 
 
@@ -172,7 +185,27 @@ def lstsq(argument: str) -> dict[str, Any]:
     }
 
 
-MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {"engine": engine, "lstsq": lstsq}
+def attack(argument: str) -> dict[str, Any]:
+    """A whole attack on `IMAGES` photos at once, programs compiled before: "MODEL:ATTACK"."""
+    name, kind = argument.split(":")
+    spec = MODELS[name]
+    data = load_dataset("samples", list(range(IMAGES)), spec.input_shape)
+    images, labels = to_range(data.images, spec.input_range), data.labels % 2 if spec.outputs == 1 else data.labels
+    model = build_model(name, activation=ACTIVATION)
+    observation = leakjax.observe(model, (images, labels), loss=spec.loss, input_range=spec.input_range)
+    leakjax.invert(observation, attack=kind)
+    cpu, wall = time.process_time(), time.perf_counter()
+    answer = leakjax.invert(observation, attack=kind)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "cpu_seconds_per_image": cpu / IMAGES,
+        "wall_seconds_per_image": wall / IMAGES,
+        "statuses": [c.status for c in answer.certificates],
+        "largest_error": float(np.max(np.abs(answer.images - images))),
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {"engine": engine, "lstsq": lstsq, "attack": attack}
 
 
 def main() -> None:

@@ -101,6 +101,40 @@ def measure(model: str, activation: str, index: int, name: str) -> dict[str, Any
     }
 
 
+PULL_BACKS: dict[str, dict[str, Any]] = {
+    "pull-back: by its nature": {"pull_back": "auto"},
+    "pull-back: Levenberg-Marquardt": {"pull_back": "levenberg_marquardt"},
+    "pull-back: optax.lbfgs": {"pull_back": "optax", "optimizer": "lbfgs"},
+    "pull-back: optax.adam(0.01)": {"pull_back": "optax", "optimizer": "adam"},
+}
+
+
+def measure_pull_back(model: str, activation: str, index: int, name: str) -> dict[str, Any]:
+    """The record of `copa` on one photo with one solver of its pulled-back constraints; programs compiled before."""
+    spec = MODELS[model]
+    data = load_dataset("samples", [index], spec.input_shape)
+    labels = data.labels % 2 if spec.outputs == 1 else data.labels
+    net = build_model(model, activation=activation)
+    client = to_range(data.images, spec.input_range), labels
+    observation = leakjax.observe(net, client, loss=spec.loss, input_range=spec.input_range)
+    leakjax.invert(observation, **PULL_BACKS[name])
+    begun, cpu = time.perf_counter(), time.process_time()
+    answer = leakjax.invert(observation, **PULL_BACKS[name])
+    wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    return {
+        "model": model,
+        "activation": activation,
+        "index": index,
+        "solver": name,
+        "cpu_seconds": cpu,
+        "wall_seconds": wall,
+        "steps": sum(info.steps for info in answer.layers[0]),
+        "residual": float(answer.gradient_residual[0]),
+        "psnr": psnr(data.images[0] / 255.0, unit_scale(answer.images, spec.input_range)[0]),
+        "environment": environment(),
+    }
+
+
 def table(records: list[dict[str, Any]]) -> str:
     """A markdown row a record."""
     lines = ["| model | activation | solver | CPU s | steps | residual | PSNR dB |", "|" + "---|" * 7]
@@ -120,14 +154,17 @@ def main() -> None:
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--activations", default="tanh,sigmoid")
     parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--pull-back", action="store_true", help="the solvers of `copa` instead of those of `match`")
     options = parser.parse_args()
     if options.table is not None:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for activation in options.activations.split(","):
-        for name in SOLVERS:
-            record = measure(options.model, activation, options.index, name)
+        for name in PULL_BACKS if options.pull_back else SOLVERS:
+            record = (measure_pull_back if options.pull_back else measure)(
+                options.model, activation, options.index, name
+            )
             with open(options.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(f"done: {activation}, {name}", file=sys.stderr, flush=True)

@@ -93,6 +93,12 @@ def invert(
     prior: Annotated[
         str | None, typer.Option("--prior", metavar="tv|none", help="What chooses where information is missing.")
     ] = None,
+    pull_back: Annotated[
+        str, typer.Option("--pull-back", metavar="auto|levenberg_marquardt|optax", help="Pull-back solver.")
+    ] = "auto",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", metavar="lbfgs|adam", help="What first-order descent goes by.")
+    ] = "lbfgs",
     starts: Annotated[int, typer.Option("--starts", help="Random starts that `match` solves at once.")] = 1,
     seed: Seed = 0,
     dtype: Dtype = "float64",
@@ -137,6 +143,8 @@ def invert(
                 dtype=dtype,
                 labels=given,
                 solver=solver,
+                pull_back=pull_back,
+                optimizer=optimizer,
                 starts=starts,
                 prior=prior,
                 progress=tell,

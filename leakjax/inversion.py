@@ -7,14 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
 from leakjax.model import Model
 from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
+from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, LayerInfo, Reconstruction
@@ -34,6 +36,8 @@ def invert(
     chunk: int | None = None,
     starts: int = 1,
     prior: str = DEFAULT_PRIOR,
+    pull_back: str = "auto",
+    optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -49,6 +53,10 @@ def invert(
     - `starts`: how many random starts `match` solves at once, the best by residual kept;
     - `prior`: a name of `priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
       is the one of minimum norm);
+    - `pull_back`: what solves pulled-back constraints: an active set behind piecewise-linear activations and
+      Levenberg-Marquardt elsewhere ("auto"), "levenberg_marquardt" alone, or first-order descent ("optax");
+    - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `optimizers.OPTIMIZERS` or any
+      `optax.GradientTransformation`;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own.
@@ -67,6 +75,13 @@ def invert(
         raise InputError(f"starts must be a positive integer, got {starts!r}")
     if prior not in PRIORS:
         raise unknown_name("prior", prior, PRIORS)
+    if pull_back not in PULL_BACKS:
+        raise unknown_name("pull_back", pull_back, PULL_BACKS)
+    descent = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if descent is None:
+        raise unknown_name("optimizer", str(optimizer), OPTIMIZERS)
+    if not isinstance(descent, optax.GradientTransformation):
+        raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
@@ -93,6 +108,8 @@ def invert(
             precision,
             chunk or (1 if jax.default_backend() == "cpu" else 64),
             solver,
+            pull_back,
+            descent,
             observation.examples,
             starts,
             prior,

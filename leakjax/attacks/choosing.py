@@ -38,7 +38,6 @@ ROUNDS, STEPS, CURVED_STEPS = 8, 1500, 100
 RETURNING, HALVINGS = 60, 6
 HIDDEN, MARGIN = 300.0, 0.02  # weight of entries that a mask hides, and how far from its edge they are kept
 _ENOUGH = 3e-3  # of the prior, gained in a round
-OPTIMIZER = optax.lbfgs(memory_size=10)
 
 
 def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
@@ -132,7 +131,8 @@ class _Surface(NamedTuple):
 
 def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _Surface:
     given = arrays(problem, segments, known)
-    residual, jacobian, prior, fall = _programs(segments, problem.input_shape, problem.input_range, problem.prior)
+    programs = _programs(segments, problem.input_shape, problem.input_range, problem.prior, problem.optimizer)
+    residual, jacobian, prior, fall = programs
     return _Surface(
         lambda x: np.asarray(residual(given, x)),
         lambda x: np.asarray(jacobian(given, x)),
@@ -142,7 +142,13 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tuple[float, float], name: str) -> Any:
+def _programs(
+    segments: tuple[Segment, ...],
+    shape: tuple[int, ...],
+    limits: tuple[float, float],
+    name: str,
+    optimizer: optax.GradientTransformation,
+) -> Any:
     low, high = limits
     likely: Any = PRIORS[name]
     steps = STEPS if len(segments) == 1 else CURVED_STEPS  # a curved set is left behind soon
@@ -180,7 +186,7 @@ def _programs(segments: tuple[Segment, ...], shape: tuple[int, ...], limits: tup
         found = descend(
             lambda y: prior(given, x + within(y)),
             jnp.zeros(len(basis) if null else x.size, x.dtype),
-            OPTIMIZER,
+            optimizer,
             steps=steps,
         )
         return within(found.x)

@@ -21,6 +21,8 @@ def close(problem: Problem, position: int, solved: Solved, k: int, path: Path, n
 
     A layer that its own equations match, but that stays open in some directions, is returned waiting, from there.
     """
+    if problem.pull_back != "auto":
+        return None
     before, segment = problem.segments[position - 1 : position + 1]
     solution, state = solved.solution, solved.state
     if not applies(problem, before, segment, matrix_shape(problem, segment)[0]):

@@ -27,7 +27,6 @@ from leakjax.priors import PRIORS
 from leakjax.segments import Segment
 from leakjax.solvers.descent import descend
 
-OPTIMIZER = optax.lbfgs(memory_size=20)
 WEIGHTS = (1e-1, 1e-3, 1e-5)  # of the system and the prior, one descent each
 STEPS = 400
 
@@ -42,7 +41,7 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
         return path
     monitor.tell(f"matching gradient {path.victim}")
     gradient = batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
-    program = _program(gradient, problem.segments[0], problem.input_range, problem.prior)
+    program = _program(gradient, problem.segments[0], problem.input_range, problem.prior, problem.optimizer)
     sent = {p: jnp.asarray(g[path.victim]) for p, g in problem.gradients.items()}
     known = Known(path.source.x, path.source.dx, path.source.noise, path.victim)
     low, high = problem.input_range
@@ -53,7 +52,13 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(gradient: Gradient, first: Segment, limits: tuple[float, float], name: str) -> Any:
+def _program(
+    gradient: Gradient,
+    first: Segment,
+    limits: tuple[float, float],
+    name: str,
+    optimizer: optax.GradientTransformation,
+) -> Any:
     low, high = limits
     prior = PRIORS[name]
 
@@ -72,6 +77,6 @@ def _program(gradient: Gradient, first: Segment, limits: tuple[float, float], na
                 value if prior is None else value + weight * jnp.sum(jax.vmap(prior)((x - low) / (high - low))) / x.size
             )
 
-        return descend(objective, start, OPTIMIZER, steps=STEPS).x
+        return descend(objective, start, optimizer, steps=STEPS).x
 
     return jax.jit(run)

@@ -5,12 +5,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import optax
 from jaxtyping import Float, Int
 
 from leakjax.model import Arrays
 from leakjax.network import Network
+from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.segments import Chain, Segment
+
+PULL_BACKS = ("auto", "levenberg_marquardt", "optax")
+"""What solves pulled-back constraints: an active set behind piecewise-linear activations and Levenberg-Marquardt
+elsewhere ("auto"), the latter alone, or first-order descent by the `optimizer` ("optax")."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,7 +28,8 @@ class Problem:
       from noise; `prior`: a name of `PRIORS`, that chooses where information is missing.
 
     `noise` is the relative rounding of the client's own precision; `chunk` bounds
-    how many victims are solved at once; `solver` is "auto", "lsmr" or "dense".
+    how many victims are solved at once; `solver` is "auto", "lsmr" or "dense"; `pull_back` a name of `PULL_BACKS`;
+    `optimizer` the Optax transformation of whatever goes by first-order descent.
     """
 
     chain: Chain | None
@@ -37,6 +44,8 @@ class Problem:
     noise: float
     chunk: int = 1
     solver: str = "auto"
+    pull_back: str = "auto"
+    optimizer: optax.GradientTransformation = OPTIMIZERS[DEFAULT_OPTIMIZER]
     examples: int = 1
     starts: int = 1
     prior: str = "none"

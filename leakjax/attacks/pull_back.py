@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.residuals import Residual, pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
+from leakjax.solvers.descent import DIVERGED, descend
 from leakjax.solvers.full_steps import full_steps
 from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
 OUTER, INNER, FULL_INNER = 60, 1500, 400
+DESCENT = 5000
 SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
 
 
@@ -63,6 +66,11 @@ def pull_back(
         return matched
 
     for start in starts:
+        if problem.pull_back == "optax":
+            matched = attempt(_descent(tuple(segments), problem.optimizer), start)
+            if matched:
+                break
+            continue
         if quick:
             attempt(full, start)
             break
@@ -76,6 +84,24 @@ def pull_back(
     steps = sum(int(trial.inner_steps) for trial in tried)
     probe, dx = look(*given, found.x)
     return PullBack(found.x, dx, found.residual, steps, probe)
+
+
+@functools.lru_cache(maxsize=16)
+def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformation) -> Any:
+    """The pulled-back residual's squares by first-order descent."""
+
+    def solve(*given: Any) -> NewtonSolution:
+        *known, start = given
+        _, residual = read_known(segments, *known)
+
+        def squares(u: Array) -> Array:
+            return optax.tree.norm(residual.function(u, None), squared=True) / residual.size**2
+
+        found = descend(squares, start, optimizer, steps=DESCENT)
+        left = jnp.where(found.state == DIVERGED, jnp.inf, jnp.sqrt(found.value))
+        return NewtonSolution(found.x, left, found.steps, found.steps)
+
+    return jax.jit(solve)
 
 
 def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
