@@ -1,0 +1,46 @@
+"""Which solver closes a deficient layer can be chosen, and any Optax transformation serves."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_match import batch
+from test_pull_back import network, psnr
+
+from leakjax import InputError, invert, observe
+
+
+@pytest.fixture(scope="module")
+def observation():
+    return observe(network(jnp.tanh, filters=6), (batch(1), np.array([2])))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pull_back": "levenberg_marquardt"},
+        {"pull_back": "optax"},
+        {"pull_back": "optax", "optimizer": optax.lbfgs(memory_size=30)},
+    ],
+)
+def test_every_solver_closes_the_layer(observation, options):
+    answer = invert(observation, **options)
+    assert psnr(answer.images, batch(1)) > 150
+    assert answer.certificates[0].status == "exact"
+    assert answer.layers[0][1].status == "pulled_back"
+
+
+@pytest.mark.parametrize("optimizer", ["adam", optax.sgd(1e3)], ids=["adam", "diverging"])
+def test_a_descent_that_does_not_arrive_is_failed_and_finite(observation, optimizer):
+    answer = invert(observation, pull_back="optax", optimizer=optimizer)
+    assert answer.certificates[0].status == "failed"
+    assert np.all(np.isfinite(answer.images))
+
+
+def test_unknown_solvers_are_refused(observation):
+    with pytest.raises(InputError, match="pull_back"):
+        invert(observation, pull_back="newton")
+    with pytest.raises(InputError, match="optimizer"):
+        invert(observation, optimizer="sgdd")
+    with pytest.raises(InputError, match="Optax transformation"):
+        invert(observation, optimizer=3)
