@@ -1,13 +1,13 @@
 """Where the recursion starts for a gradient of B examples: all of them at once, from the last layer's gradient alone.
 
 The kernel of a dense head z = W x + c has the gradient G = (1/B) sum_b dz_b x_b^T with dz_b = dL/dz(z_b, y_b): of rank
-B where the x_b are independent and there are more outputs than examples. With B G = U S V^T the inputs are
-x_b = V S c_b, and the B^2 numbers c_b are all that is unknown:
+B where the x_b are independent and there are outputs enough. With B G = U S V^T the inputs are x_b = V S c_b, and the
+B^2 numbers c_b are all that is unknown:
 
     sum_b dz_b c_b^T = U,    sum_b dz_b = B g_bias,    dz_b = dL/dz(W V S c_b + c, y_b)
 
-are (K - 1)(B + 1) equations. Examples that share a label differ in their predictions alone: S has small values for
-them, and in the c_b these weigh as much as the others.
+Examples that share a label differ in their predictions alone: S has small values for them, and in the c_b these weigh
+as much as the others. Where these are no more equations than unknowns several solutions may stand, and none is told.
 """
 
 import functools
@@ -22,13 +22,34 @@ from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from leakjax.heads import bias_path, loss_pull
+from leakjax.memory import fits_in_memory
 from leakjax.model import Arrays
 from leakjax.segments import Segment
 from leakjax.systems import segment_rows
 
-STARTS, SPREADS = 8, (0.1, 0.3)  # random logits of the starts: how many, and their standard deviations
-QUICK, PATIENT = 300, 4000  # steps for every labeling, and for the one that fits best
+SPREADS = (0.1, 0.3)  # standard deviation of the random logits that the starts are made of
+STARTS = 8  # of each spread
+STEPS = (30, 300)  # for every labeling, the second where the first fits none
+PATIENT = 4000  # for the labeling that fits best, where none fits
 _ENOUGH = 1e3  # roundings, relative to the smallest singular value, that a solution may be off by
+
+
+class DenseHead(NamedTuple):
+    """A head read for B examples: its kernel's path and where the gradient's entries are (K, n), its bias's path (or
+    None), z at x = 0 (B, K), and the dimension of all dL/dz."""
+
+    segment: Segment
+    kernel: str
+    where: Int[np.ndarray, "K n"]
+    bias: str | None
+    origin: Float[Array, "B K"]
+    freedom: int
+
+    @property
+    def redundant(self) -> bool:
+        """Whether there are more equations than the B^2 unknowns."""
+        examples = len(self.origin)
+        return self.freedom * (examples + (self.bias is not None)) > examples**2
 
 
 class BatchHead(NamedTuple):
@@ -42,58 +63,85 @@ class BatchHead(NamedTuple):
     condition: float
 
 
-def read_batch_head(
-    segment: Segment,
+class _Equations(NamedTuple):
+    """What the residual of c takes beside labels: weights, z at x = 0, z of the basis V S beyond it, U, B g_bias."""
+
+    variables: Any
+    origin: Array
+    seen: Array
+    u: Array
+    total: Array | None
+
+
+def read_dense_head(segment: Segment, variables: Arrays, loss: str) -> DenseHead | None:
+    """A head that may separate the examples of a gradient; None where no kernel's gradient holds all dz_b x_b^T."""
+    entries = _kernel_entries(segment, variables)
+    if entries is None:
+        return None
+    origin = segment.function(variables, jnp.zeros(segment.input.shape, segment.input.dtype))
+    examples, outputs = origin.reshape(len(origin), -1).shape
+    z = jax.random.normal(jax.random.key(3), (2 * outputs, *origin.shape), origin.dtype)
+    labels = jnp.arange(2 * outputs) % outputs
+    pulls = jax.vmap(lambda z, y: loss_pull(segment, variables, loss, z, jnp.full(examples, y)))(z, labels)
+    freedom = int(np.linalg.matrix_rank(np.asarray(pulls).reshape(-1, outputs), rtol=1e-5))
+    return DenseHead(segment, *entries, bias_path(segment, variables), origin, freedom)
+
+
+def fits(head: DenseHead) -> bool:
+    """Whether the solves fit into memory."""
+    examples, outputs = head.origin.shape
+    return fits_in_memory(8 * 6 * len(SPREADS) * STARTS * (outputs * (examples + 1) + examples**2) * examples**2)
+
+
+def separate_examples(
+    head: DenseHead,
     variables: Arrays,
     gradients: Mapping[str, Float[np.ndarray, "..."]],
     loss: str,
     *,
     labelings: Sequence[Int[np.ndarray, " B"]],
     rounding: float,
+    accept: float,
 ) -> list[BatchHead] | None:
-    """All explanations found of one gradient, up to the order of the examples; None where the head cannot show them.
+    """All explanations found of one gradient, up to the order of the examples; None where it cannot be separated.
 
-    Arguments: `segment`, read for B examples; `gradients` of its parameters; `labelings`, the label vectors to try, the
-    most plausible first; `rounding`, relative, of the gradients. It cannot where there is no dense kernel, or its
-    gradient has a rank below B: as many examples as outputs, or examples whose differences drown in rounding.
+    Arguments: `gradients` of the head's parameters; `labelings`, the label vectors to try, the most plausible first;
+    `rounding`, relative, of the gradients; `accept`, the largest residual of an explanation. It cannot be separated
+    where the kernel's gradient has a rank below B (too few outputs, or differences that drown in rounding) and where
+    there are no more equations than unknowns.
     """
-    examples = segment.input.shape[0]
-    entries = _kernel_entries(segment, variables)
-    if entries is None:
-        return None
-    path, where = entries
-    u, s, vt = np.linalg.svd(examples * np.asarray(gradients[path], float).ravel()[where], full_matrices=False)
-    if len(s) < examples or not s[examples - 1] > 30 * rounding * s[0]:
+    segment, examples = head.segment, len(head.origin)
+    u, s, vt = np.linalg.svd(examples * np.asarray(gradients[head.kernel], float).ravel()[head.where], False)
+    if not head.redundant or len(s) < examples or not s[examples - 1] > 30 * rounding * s[0]:
         return None
     u, s, vt = u[:, :examples], s[:examples], vt[:examples]
-    bias = bias_path(segment, variables)
-    given = None if bias is None else _sum_of_pulls(segment, variables, bias, np.asarray(gradients[bias], float))
-    origin = segment.function(variables, jnp.zeros(segment.input.shape, segment.input.dtype))
+    total = None if head.bias is None else _sum_of_pulls(segment, variables, head.bias, gradients[head.bias])
     basis = (s[:, None] * vt).reshape(segment.input.shape).astype(segment.input.dtype)
-    seen = segment.function(variables, jnp.asarray(basis)) - origin
-    arguments = (dict(variables), origin, seen, jnp.asarray(u, basis.dtype), given)
-    solve = _solver(segment, loss)
-    limit = _ENOUGH * rounding * s[0] / s[-1]
+    seen = segment.function(variables, jnp.asarray(basis)) - head.origin
+    equations = _Equations(dict(variables), head.origin, seen, jnp.asarray(u, basis.dtype), total)
+    limit = min(_ENOUGH * rounding * s[0] / s[-1], accept)
+    trials: list[tuple[np.ndarray, Any]] = []
 
-    def attempt(labels: np.ndarray, steps: int) -> Any:
-        found = [solve(*arguments, jnp.asarray(labels), jnp.asarray(spread), steps) for spread in SPREADS]
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    def attempt(labels: np.ndarray, steps: int) -> bool:
+        trials.append((labels, _solver(segment, loss)(equations, jnp.asarray(labels), steps)))
+        return _least(trials[-1][1]) <= limit
 
-    trials = [(labels, attempt(labels, QUICK)) for labels in labelings]
-    labels, best = min(trials, key=lambda trial: float(np.nanmin(trial[1][1], initial=np.inf)))
-    if not np.nanmin(best[1], initial=np.inf) <= limit:
-        best = attempt(labels, PATIENT)
-    heads: list[BatchHead] = []
-    for c, residual, dz in zip(*best, strict=True):
-        if not residual <= limit:
-            continue
-        jacobian = np.asarray(_jacobian(segment, loss)(*arguments, jnp.asarray(labels), jnp.asarray(c)))
-        inverse = np.linalg.pinv(jacobian.reshape(-1, c.size)) * np.tile(s, examples)[:, None]
-        condition = float(np.linalg.norm(inverse, 2) / np.linalg.norm(c * s))
-        head = BatchHead(labels, dz, np.tensordot(c, basis, axes=1), float(residual), condition)
-        if not any(_same(head, other) for other in heads):
-            heads.append(head)
-    return heads
+    for steps in STEPS:
+        if any([attempt(labels, steps) for labels in labelings]):
+            break
+    else:
+        attempt(min(trials, key=lambda trial: _least(trial[1]))[0], PATIENT)
+    found: list[BatchHead] = []
+    for labels, (cs, residuals, dzs) in trials:
+        for c, residual, dz in zip(*map(np.asarray, (cs, residuals, dzs)), strict=True):
+            if not residual <= limit:
+                continue
+            jacobian = np.asarray(_jacobian(segment, loss)(equations, jnp.asarray(labels), jnp.asarray(c)))
+            condition = _condition(jacobian.reshape(-1, c.size), c, s)
+            one = BatchHead(labels, dz, np.tensordot(c, basis, axes=1), float(residual), condition)
+            if not any(_same(one, other) for other in found):
+                found.append(one)
+    return found
 
 
 def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarray] | None:
@@ -106,19 +154,20 @@ def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarra
     keys = jax.random.split(jax.random.key(5), 3)
     x, y = (jax.random.normal(key, segment.input.shape, segment.input.dtype) for key in keys[:2])
     dz = jax.random.normal(keys[2], segment.output.shape, segment.input.dtype)
-    values = np.asarray(x[0], float).ravel()
+    rows = jax.jit(lambda dz, x: segment_rows(segment, variables, dz.reshape(segment.output.shape), x)[1])
+    values = np.argsort(np.asarray(x[0], float).ravel())
     for path in segment.paths:
         if int(np.prod(variables[path].shape)) != n * outputs:
             continue
         where = np.zeros((outputs, n), int)
         for k in range(outputs):
-            one = jnp.zeros((examples, outputs), dz.dtype).at[0, k].set(1.0).reshape(segment.output.shape)
-            shown = np.asarray(segment_rows(segment, variables, one, x)[1][path], float).ravel()
+            one = jnp.zeros((examples, outputs), dz.dtype).at[0, k].set(1.0)
+            shown = np.asarray(rows(one, x)[path], float).ravel()
             held = np.flatnonzero(shown)
             if len(held) != n:
                 return None
-            where[k, np.argsort(values)] = held[np.argsort(shown[held])]
-        shown = np.asarray(segment_rows(segment, variables, dz, y)[1][path], float).ravel()[where]
+            where[k, values] = held[np.argsort(shown[held])]
+        shown = np.asarray(rows(dz, y)[path], float).ravel()[where]
         product = np.asarray(dz, float).reshape(examples, -1).T @ np.asarray(y, float).reshape(examples, -1)
         if np.allclose(shown, product, rtol=1e-3, atol=1e-4 * np.abs(product).max()):
             return path, where
@@ -126,77 +175,85 @@ def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarra
 
 
 def _sum_of_pulls(segment: Segment, variables: Arrays, path: str, gradient: np.ndarray) -> Array:
-    """B sum_b dz_b, (K,), from the gradient of the bias `path`."""
+    """sum_b dz_b, (K,), from the gradient of the bias `path`."""
     zero = jnp.zeros(segment.input.shape, segment.input.dtype)
-    outputs = int(np.prod(segment.output.shape[1:]))
+    examples, outputs = zero.shape[0], int(np.prod(segment.output.shape[1:]))
 
     def of_sum(total: Array) -> Array:
-        dz = jnp.zeros((segment.output.shape[0], outputs), total.dtype).at[0].set(total)
+        dz = jnp.zeros((examples, outputs), total.dtype).at[0].set(total / examples)
         return jnp.ravel(segment_rows(segment, variables, dz.reshape(segment.output.shape), zero)[1][path])
 
     matrix = jax.jacobian(of_sum)(jnp.zeros(outputs, segment.input.dtype))
-    return segment.input.shape[0] * jnp.linalg.lstsq(matrix, jnp.ravel(jnp.asarray(gradient, matrix.dtype)))[0]
+    return jnp.linalg.lstsq(matrix, jnp.ravel(jnp.asarray(gradient, matrix.dtype)))[0]
 
 
-@functools.lru_cache(maxsize=16)
-def _rows(segment: Segment, loss: str) -> Any:
-    """(rows, pulls): (c, ...) -> (rows of the residual, dz); (variables, z, labels) -> dz (B, K), not divided by B."""
-    examples = segment.input.shape[0]
+def _residual(segment: Segment, loss: str, equations: _Equations, labels: Array, c: Array) -> tuple[Any, Array]:
+    """(rows of the residual, dz (B, K)) at c (B, B)."""
+    dz = _pulls(segment, loss, equations, labels, equations.origin + jnp.tensordot(c, equations.seen, axes=1))
+    rows = (dz.T @ c - equations.u) / jnp.sqrt(float(len(c)))
+    if equations.total is None:
+        return rows, dz
+    return (rows, (jnp.sum(dz, axis=0) - equations.total) / jnp.linalg.norm(dz)), dz
 
-    def pulls(variables: Arrays, z: Array, labels: Array) -> Array:
-        return examples * loss_pull(segment, variables, loss, z, labels).reshape(examples, -1)
 
-    def rows(c: Array, variables: Arrays, origin: Array, seen: Array, u: Array, given: Any, labels: Array) -> Any:
-        z = origin + jnp.tensordot(c, seen, axes=1)
-        dz = pulls(variables, z, labels)
-        both = (dz.T @ c - u) / jnp.sqrt(float(examples))
-        return both if given is None else (both, (jnp.sum(dz, axis=0) - given) / jnp.linalg.norm(dz)), dz
-
-    return rows, pulls
+def _pulls(segment: Segment, loss: str, equations: _Equations, labels: Array, z: Array) -> Array:
+    """dL/dz of every example for itself, (B, K)."""
+    return len(z) * loss_pull(segment, equations.variables, loss, z, labels).reshape(len(z), -1)
 
 
 @functools.lru_cache(maxsize=16)
 def _solver(segment: Segment, loss: str) -> Any:
-    rows, pulls = _rows(segment, loss)
+    """(equations, labels, steps) -> solutions c, ||residual|| and dz of all starts, side by side."""
 
-    def solve(
-        variables: Any, origin: Any, seen: Any, u: Any, given: Any, labels: Any, spread: Any, steps: int
-    ) -> tuple[Array, Array, Array]:
-        def one(key: Any) -> tuple[Array, Array, Array]:
-            logits = origin + spread * jax.random.normal(key, origin.shape, origin.dtype)
-            start = jnp.linalg.inv(u.T @ pulls(variables, logits, labels).T)
+    def solve(equations: _Equations, labels: Array, steps: int) -> tuple[Array, Array, Array]:
+        eps = float(jnp.finfo(equations.origin.dtype).eps)
+        method = optx.Dogleg(rtol=50 * eps, atol=5 * eps)
+
+        def one(key: Any, spread: Any) -> tuple[Array, Array, Array]:
+            noise = jax.random.normal(key, equations.origin.shape, equations.origin.dtype)
+            pulls = _pulls(segment, loss, equations, labels, equations.origin + spread * noise)
+            start = jnp.linalg.inv(equations.u.T @ pulls.T)
 
             def residual(c: Any, _: Any) -> Any:
-                return rows(c, variables, origin, seen, u, given, labels)[0]
+                return _residual(segment, loss, equations, labels, c)[0]
 
-            method = optx.Dogleg(rtol=1e-14, atol=1e-15)
             c = optx.least_squares(residual, method, start, max_steps=steps, throw=False).value
-            left, dz = rows(c, variables, origin, seen, u, given, labels)
+            left, dz = _residual(segment, loss, equations, labels, c)
             size = jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(left)))
             return c, jnp.where(jnp.all(jnp.isfinite(c)), size, jnp.inf), dz
 
-        return jax.vmap(one)(jax.random.split(jax.random.key(0), STARTS))
+        keys = jax.random.split(jax.random.key(0), STARTS * len(SPREADS))
+        return jax.vmap(one)(keys, jnp.repeat(jnp.asarray(SPREADS, equations.origin.dtype), STARTS))
 
-    return jax.jit(solve, static_argnums=7)
+    return jax.jit(solve, static_argnums=2)
 
 
 @functools.lru_cache(maxsize=16)
 def _jacobian(segment: Segment, loss: str) -> Any:
-    rows, _ = _rows(segment, loss)
+    def flat(c: Any, equations: _Equations, labels: Array) -> Array:
+        leaves = jax.tree.leaves(_residual(segment, loss, equations, labels, c)[0])
+        return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
-    def jacobian(variables: Any, origin: Any, seen: Any, u: Any, given: Any, labels: Any, c: Any) -> Array:
-        def flat(c: Any) -> Array:
-            leaves = jax.tree.leaves(rows(c, variables, origin, seen, u, given, labels)[0])
-            return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+    return jax.jit(lambda equations, labels, c: jax.jacobian(flat)(c, equations, labels))
 
-        return jax.jacobian(flat)(c)
 
-    return jax.jit(jacobian)
+def _condition(jacobian: np.ndarray, c: np.ndarray, s: np.ndarray) -> float:
+    """Largest relative change of x = V S c for a change of the equations of size 1; infinite where c is not unique."""
+    left, values, right = np.linalg.svd(np.asarray(jacobian, float), full_matrices=False)
+    if values[-1] <= len(values) * np.finfo(jacobian.dtype).eps * values[0]:
+        return float("inf")
+    inverse = (right.T / values) @ left.T * np.tile(s, len(c))[:, None]
+    return float(np.linalg.norm(inverse, 2) / np.linalg.norm(c * s))
+
+
+def _least(trial: Any) -> float:
+    return float(np.nanmin(np.asarray(trial[1]), initial=np.inf))
 
 
 def _same(one: BatchHead, other: BatchHead) -> bool:
     """Whether two explanations differ by no more than the order of examples and rounding."""
     a, b = (head.x.reshape(len(head.x), -1) for head in (one, other))
     distance = np.linalg.norm(a[:, None] - b[None], axis=2)
-    pairs = linear_sum_assignment(distance)
-    return bool(np.linalg.norm(distance[pairs]) <= 1e-4 * np.linalg.norm(a))
+    rows, columns = linear_sum_assignment(distance)
+    near = np.linalg.norm(distance[rows, columns]) <= 1e-4 * np.linalg.norm(a)
+    return bool(near and np.array_equal(one.labels[rows], other.labels[columns]))

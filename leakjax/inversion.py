@@ -177,14 +177,13 @@ def _assemble(
     shape = tuple(observation.input_shape)
     unknowns = int(np.prod(shape))
     low, high = observation.input_range
-    images, labels, determined, residuals, certificates = [], [], [], [], []
-    for outcome in outcomes:
+    images, labels, determined, residuals = [], [], [], []
+    certificates = _certify_together([certify(problem, o, unknowns) for o in outcomes], problem.examples)
+    for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
         images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)
         labels.append(-1 if best is None else best.label)
         residuals.append(np.inf if best is None else best.gradient_residual)
-        certificate = certify(problem, outcome, unknowns)
-        certificates.append(certificate)
         trusted = certificate.status != "failed" and outcome.seen is not None
         determined.append(outcome.seen if trusted else np.zeros(shape))
     return Reconstruction(
@@ -205,6 +204,13 @@ def _assemble(
             "total": time.perf_counter() - start,
         },
     )
+
+
+def _certify_together(certificates: list[Certificate], examples: int) -> list[Certificate]:
+    """The examples of a gradient explain it together: where one is no image, none is trusted."""
+    groups = [certificates[k : k + examples] for k in range(0, len(certificates), examples)]
+    failed = [next((c for c in group if c.status == "failed"), None) for group in groups]
+    return [c if bad is None else bad for group, bad in zip(groups, failed, strict=True) for c in group]
 
 
 def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:

@@ -83,7 +83,7 @@ def observe(
         gradient = _client_gradient(read, loss)
         sent = [gradient(read.params, read.buffers, jnp.asarray(x, floating), y) for x, y in zip(*groups, strict=True)]
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
-    return Observation(read, stacked, loss, tuple(images.shape[1:]), _range(input_range), batch_size, dtype)
+    return Observation(read, stacked, loss, tuple(images.shape[1:]), _range(input_range), int(batch_size), dtype)
 
 
 def mean_loss(model: Model, loss: str) -> Any:
@@ -126,6 +126,9 @@ def _client_gradient(model: Model, loss: str) -> Any:
 def check_observation(observation: Observation) -> None:
     """Refuse gradients that do not fit the model: missing, extra, misshapen, of the wrong dtype, or not finite."""
     params, gradients = observation.model.params, observation.gradients
+    examples = observation.examples
+    if isinstance(examples, bool) or not isinstance(examples, int | np.integer) or examples < 1:
+        raise InputError(f"examples must be a positive integer, got {examples!r}")
     for path in params:
         if path not in gradients:
             raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")
@@ -177,6 +180,8 @@ def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> t
             f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
             "them or pass input_range"
         )
-    if not isinstance(batch_size, int) or batch_size < 1 or len(images) % batch_size:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+    if len(images) % batch_size:
         raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
     return images, labels

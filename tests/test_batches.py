@@ -9,7 +9,7 @@ from test_match import batch
 from test_pull_back import network, psnr
 
 from leakjax import InputError, invert, observe
-from leakjax.batch_heads import read_batch_head
+from leakjax.batch_heads import read_dense_head, separate_examples
 from leakjax.losses import LOSSES
 from leakjax.model import read_model
 from leakjax.report.pairing import pair_with_truth
@@ -42,14 +42,19 @@ def head_gradient(kind, loss, x, labels, outputs, rng):
     return segment, model, gradients
 
 
+def separate(segment, model, gradients, loss, labelings):
+    head = read_dense_head(segment, model.variables, loss)
+    options = {"labelings": labelings, "rounding": 2e-16, "accept": 1e-6}
+    return separate_examples(head, model.variables, gradients, loss, **options)
+
+
 @pytest.mark.parametrize("kind", ["plain", "no bias", "transposed", "permuted"])
 @pytest.mark.parametrize("labels", [[0, 1, 2], [3, 3, 4], [1, 1, 1]])
 def test_a_head_separates_its_examples(kind, labels, rng):
     x = rng.uniform(size=(3, SIZE))
     segment, model, gradients = head_gradient(kind, "softmax_cross_entropy", x, labels, 6, rng)
     wrong = np.array([5, 5, 5])
-    options = {"labelings": [wrong, np.array(labels)], "rounding": 2e-16}
-    (head,) = read_batch_head(segment, model.variables, gradients, "softmax_cross_entropy", **options)
+    (head,) = separate(segment, model, gradients, "softmax_cross_entropy", [wrong, np.array(labels)])
     np.testing.assert_array_equal(head.labels, labels)
     truth = x[[np.argmin(np.linalg.norm(x - found, axis=1)) for found in head.x]]
     assert len(np.unique(truth, axis=0)) == 3
@@ -62,8 +67,7 @@ def test_a_head_separates_its_examples(kind, labels, rng):
 def test_other_losses(loss, rng):
     x = rng.uniform(size=(2, SIZE))
     segment, model, gradients = head_gradient("plain", loss, x, [2, 0], 5, rng)
-    options = {"labelings": [np.array([0, 2])], "rounding": 2e-16}
-    heads = read_batch_head(segment, model.variables, gradients, loss, **options)
+    heads = separate(segment, model, gradients, loss, [np.array([0, 2])])
     assert min(np.abs(head.x - x[::-1]).max() for head in heads) < 1e-8
 
 
@@ -76,8 +80,7 @@ def test_a_head_that_cannot_separate_them_says_so(examples, rng):
     )
     labels = np.arange(len(x)) if len(x) == 6 else np.array([1, 1])
     segment, model, gradients = head_gradient("plain", "softmax_cross_entropy", x, labels, 6, rng)
-    options = {"labelings": [labels], "rounding": 2e-16}
-    assert read_batch_head(segment, model.variables, gradients, "softmax_cross_entropy", **options) is None
+    assert separate(segment, model, gradients, "softmax_cross_entropy", [labels]) is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -122,3 +125,39 @@ def test_a_batch_that_no_head_separates_names_the_remedy(rng):
     for attack in ("rgap", "copa", "hybrid"):
         with pytest.raises(InputError, match=r'does not separate the 2 examples.*use attack="match"'):
             invert(observed(True, images, [1, 1], batch_size=2), attack=attack)
+
+
+@pytest.mark.parametrize("outputs", [3, 4])
+def test_as_many_equations_as_unknowns_are_refused(outputs, rng):
+    """Without a bias, softmax and one example fewer than outputs: isolated roots, but several."""
+    count = outputs - 1
+    x, labels = rng.uniform(size=(count, SIZE)), np.arange(count)
+    segment, model, gradients = head_gradient("no bias", "softmax_cross_entropy", x, labels, outputs, rng)
+    assert separate(segment, model, gradients, "softmax_cross_entropy", [labels]) is None
+    segment, model, gradients = head_gradient("plain", "softmax_cross_entropy", x, labels, outputs, rng)
+    (head,) = separate(segment, model, gradients, "softmax_cross_entropy", [labels])
+    assert np.abs(head.x - x[[np.argmin(np.linalg.norm(x - f, axis=1)) for f in head.x]]).max() < 1e-7
+
+
+def odd_net(mixing, outputs, rng):
+    params = {"a": rng.normal(0, 0.5, (12, 30)), "w": rng.normal(0, 0.5, (30, outputs))}
+
+    def apply(p, x):
+        h = jnp.tanh(x.reshape(len(x), -1) @ p["a"])
+        return (h - 0.5 * jnp.mean(h, axis=0, keepdims=True) if mixing else h) @ p["w"]
+
+    return apply, params
+
+
+@pytest.mark.parametrize(("mixing", "outputs"), [(False, 2), (True, 1), (False, 1)])
+def test_flipped_signs_and_labels_are_never_exact(mixing, outputs, rng):
+    options = {"loss": "sigmoid_binary_cross_entropy", "input_range": (-3.0, 3.0), "batch_size": 2}
+    images, labels = rng.uniform(-1, 1, (2, 4, 3, 1)), np.array([0, 1])
+    observation = observe(odd_net(mixing, outputs, rng), (images, labels), **options)
+    answer = invert(observation, attack="match")
+    for b in range(2):
+        errors = [min(np.abs(c.image - x).max() for c in answer.candidates[b]) for x in images]
+        assert answer.certificates[b].status != "exact" or min(errors) < 1e-6
+    if outputs == 2:
+        with pytest.raises(InputError, match="does not separate the 2 examples"):
+            invert(observation, attack="copa")

@@ -1,4 +1,4 @@
-"""Attacks by name: each turns a `Problem` into an `Outcome` a victim. Adding one adds a line to `ATTACKS`."""
+"""Attacks by name: each turns a `Problem` into an `Outcome` an example. Adding one adds a line to `ATTACKS`."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple

@@ -7,8 +7,8 @@ from leakjax.attacks.layer_step import pull_back_cotangent
 from leakjax.attacks.path import Path, layer_info, noise_level
 from leakjax.attacks.problem import Problem
 from leakjax.attacks.ranks import NULL_SPACE, head_rank
-from leakjax.batch_heads import read_batch_head
-from leakjax.errors import UnreadableModelError
+from leakjax.batch_heads import fits, read_dense_head, separate_examples
+from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.segments import Segment
 from leakjax.solvers.linear import lsmr_condition
@@ -17,7 +17,7 @@ LABELINGS = 8
 
 
 def start(problem: Problem, head: Segment) -> list[Path]:
-    """All paths of all victims; raises `UnreadableModelError` where a batch's head does not separate its examples."""
+    """All paths of all victims; raises `InputError` where a batch's head does not separate its examples."""
     return _of_one(problem, head) if problem.examples == 1 else _of_batches(problem, head)
 
 
@@ -48,27 +48,36 @@ def _of_one(problem: Problem, head: Segment) -> list[Path]:
 
 
 def _of_batches(problem: Problem, head: Segment) -> list[Path]:
-    paths, readable = [], False
+    outputs = int(np.prod(head.output.shape[1:]))
+    remedy = 'use attack="match" (--attack match), or a smaller batch'
+    dense = read_dense_head(head, problem.variables, problem.loss)
+    if dense is None:
+        raise UnreadableModelError(f"the last layer is not dense: its gradient mixes the examples of a batch; {remedy}")
+    if not fits(dense):
+        raise InputError(f"separating {problem.examples} examples takes more memory than this machine has; {remedy}")
+    paths, separable = [], False
     for v in range(problem.victims):
-        found = read_batch_head(
-            head,
+        found = separate_examples(
+            dense,
             problem.variables,
             {p: problem.gradients[p][v] for p in head.paths},
             problem.loss,
             labelings=labelings(problem, v, LABELINGS),
             rounding=problem.rounding,
+            accept=problem.matched,
         )
-        readable |= found is not None
+        separable |= found is not None
         for one in found or []:
-            info = layer_info(problem, head.name, one.x.size, one.x.size, one.condition, one.residual, 0)
+            rank = one.x.size if np.isfinite(one.condition) else None
+            info = layer_info(problem, head.name, one.x.size, rank, one.condition, one.residual, 0)
             dz = (one.dz / problem.examples).reshape(head.output.shape).astype(problem.dtype)
             x = one.x.astype(problem.dtype)
             dx = pull_back_cotangent(head, problem.variables, x, dz)
             noise = noise_level(problem, x, one.condition * one.residual)
             paths.append(Path(v, one.labels, x, dx, noise, (info,), np.ones(x.shape)))
-    if not readable:
-        raise UnreadableModelError(
-            f"the last layer's gradient does not separate the {problem.examples} examples behind it (it must be dense, "
-            'with more outputs than examples, no two of them alike); use attack="match" (--attack match)'
+    if not separable:
+        raise InputError(
+            f"the last layer's gradient does not separate the {problem.examples} examples behind it: it has {outputs} "
+            f"outputs and must have more than there are examples, no two of them alike; {remedy}"
         )
     return paths

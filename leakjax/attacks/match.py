@@ -22,7 +22,7 @@ from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
 from leakjax.attacks.symmetries import twins
-from leakjax.errors import InputError, UnreadableModelError
+from leakjax.errors import InputError
 from leakjax.jacobian import inverse_norms, jacobian_gram
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
@@ -100,7 +100,7 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
     )
     try:
         paths = follow(alone, monitor, pulling=True)
-    except (InputError, UnreadableModelError):
+    except InputError:
         return
     for path in paths:
         if np.all(np.isfinite(path.x)):
@@ -161,9 +161,11 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
     low, high = problem.input_range
     slack = 5e-3 * (high - low)
     outcomes = []
-    for b in range(len(x)):  # a change of one example leaves the others' gradients as they are
-        changed = [(a[b], tags[b]) for a, tags in pairs if not np.array_equal(a[b], x[b])]
-        mine = [Candidate(image, int(label), residual) for image, label in [(x[b], labels[b]), *changed]]
+    for b in range(len(x)):
+        mine: list[Candidate] = []
+        for image, label in [(x[b], labels[b]), *[(a[b], tags[b]) for a, tags in pairs]]:
+            if not any(np.array_equal(image, c.image) and label == c.label for c in mine):
+                mine.append(Candidate(image, int(label), residual))
         inside = tuple(c for c in mine if c.image.min() >= low - slack and c.image.max() <= high + slack)
         outcomes.append(Outcome(inside or tuple(mine[:1]), (info,), None if seen is None else seen[b]))
     return outcomes

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from leakjax.attacks.path import Path
 from leakjax.attacks.problem import Outcome, Problem
@@ -38,17 +39,21 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
 def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple[Candidate, ...]]:
     """Candidates of every example, from (images (B, ...), labels (B,), residual) of whole gradients, best first.
 
-    What several answers say alike of an example is one candidate.
+    The examples of a gradient have no order: each answer is put into the order of the first. What several answers say
+    alike of an example is one candidate.
     """
-    found = []
-    for b in range(len(answers[0][0])):
-        mine: list[Candidate] = []
-        for images, labels, residual in answers:
-            same = any(int(labels[b]) == c.label and np.array_equal(images[b], c.image) for c in mine)
-            if not same:
-                mine.append(Candidate(images[b], int(labels[b]), residual))
-        found.append(tuple(mine))
-    return found
+    first = answers[0][0].reshape(len(answers[0][0]), -1)
+    found: list[list[Candidate]] = [[] for _ in first]
+    for images, labels, residual in answers:
+        distance = np.linalg.norm(first[:, None] - images.reshape(1, len(images), -1), axis=2)
+        for b, k in zip(*linear_sum_assignment(np.nan_to_num(distance, nan=1e300)), strict=True):
+            if not any(int(labels[k]) == c.label and _alike(images[k], c.image) for c in found[b]):
+                found[b].append(Candidate(images[k], int(labels[k]), residual))
+    return [tuple(mine) for mine in found]
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.linalg.norm(a - b) <= 1e-7 * np.linalg.norm(b))
 
 
 def _seen(path: Path) -> np.ndarray | None:

@@ -23,7 +23,7 @@ _SAME = 1e-8
 def twins(
     logits: Logits, gradient: Gradient, loss: str, variables: Arrays, x: np.ndarray, labels: np.ndarray, matched: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All (x', labels') that differ from (x, labels) by the scale or sign of one example and share its gradient.
+    """All (x', labels') with the gradient of (x, labels) that differ by one example's scale or sign, or by all signs.
 
     `matched`: largest relative difference of two gradients that count as the same.
     """
@@ -50,6 +50,10 @@ def twins(
             sent = measure(variables, jnp.asarray(other), jnp.asarray(tags))
             if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
                 found.append((other, tags))
+    if odd and len(x) > 1 and labels_of(z.shape[1]) == 2:  # all at once, where the model mixes its examples
+        sent = measure(variables, jnp.asarray(-x), jnp.asarray(1 - labels))
+        if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
+            found.append((-x, 1 - labels))
     return found
 
 
