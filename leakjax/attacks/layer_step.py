@@ -19,7 +19,7 @@ from leakjax.solvers.linear import LsmrSolution, materialize, solve_side
 from leakjax.systems import layer_system
 
 SLOPE_FLOOR = 1e-2
-MOST_STEPS = 20000
+MOST_STEPS = 6000
 
 
 class LayerState(NamedTuple):
@@ -43,8 +43,8 @@ def build_system(segment: Segment, variables: Any, x: Any, dx: Any, noise: Any, 
 
 
 def max_steps(segment: Segment) -> int:
-    """Bound on LSMR steps: a few times the unknowns, capped."""
-    return int(min(4 * max(int(np.prod(segment.input.shape)), 100), MOST_STEPS))
+    """Bound on LSMR steps: a few times the unknowns, capped; batches share equations and are worse conditioned."""
+    return int(min(4 * max(int(np.prod(segment.input.shape)), 100), MOST_STEPS * min(segment.input.shape[0], 3)))
 
 
 @functools.lru_cache(maxsize=128)
