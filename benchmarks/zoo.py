@@ -43,6 +43,7 @@ def run(case: dict[str, Any], index: list[int]) -> list[dict[str, Any]]:
     except InputError as error:
         return [{**case, "index": i, "failed": str(error)[:200]} for i in index]
     seconds = (time.process_time() - begun - answer.seconds["compile"] - answer.seconds["trace"]) / len(index)
+    seconds = seconds if seconds > 0 else None  # on a busy machine compilation takes less CPU than wall time
     pictures = unit_scale(answer.images, spec.input_range)
     truth = pair_with_truth(data.images / 255.0, pictures, case["batch"])
     records = []
@@ -92,13 +93,17 @@ def table(records: list[dict[str, Any]]) -> str:
             f"| {model} | {activation} | {dtype} | {attack} | {len(group)} | {_span(leaked)} of {unknowns} "
             f"| {', '.join(f'{n} {status}' for status, n in counts.most_common())} "
             f"| {_least_median(done, 'psnr_determined')} | {_least_median(done, 'psnr')} | {wrong} "
-            f"| {statistics.mean(r['cpu_seconds'] for r in done) if done else float('nan'):.1f} |"
+            f"| {_mean([r['cpu_seconds'] for r in done if r['cpu_seconds'] is not None])} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def _span(values: list[int]) -> str:
     return "-" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" if values else "-"
 
 
 def _least_median(records: list[dict[str, Any]], name: str) -> str:
