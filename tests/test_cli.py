@@ -385,7 +385,7 @@ def test_help(run, command):
         (("invert", *SMALL, "--labels", "4"), "0..3"),
         (("invert", *SMALL, "--labels", "-1"), "0..3"),
         (("invert", "--batch-size", "2"), "divide"),
-        (("invert", "--batch-size", "0"), "divide"),
+        (("invert", "--batch-size", "0"), "positive integer"),
         (("invert", *SMALL, "--index", "0,0", "--batch-size", "2", "--attack", "rgap"), "does not separate"),
         (("invert", "--input-shape", "8,8,3"), "32,32,3"),
         (("invert", *SMALL, "--input-shape", "8,8"), "H,W,C"),

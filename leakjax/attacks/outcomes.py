@@ -45,8 +45,9 @@ def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple
     first = answers[0][0].reshape(len(answers[0][0]), -1)
     found: list[list[Candidate]] = [[] for _ in first]
     for images, labels, residual in answers:
-        distance = np.linalg.norm(first[:, None] - images.reshape(1, len(images), -1), axis=2)
-        for b, k in zip(*linear_sum_assignment(np.nan_to_num(distance, nan=1e300)), strict=True):
+        distance = np.linalg.norm((first[:, None] - images.reshape(1, len(images), -1)).astype(float), axis=2)
+        order = linear_sum_assignment(np.nan_to_num(distance, nan=1e150, posinf=1e150))
+        for b, k in zip(*order, strict=True):
             if not any(int(labels[k]) == c.label and _alike(images[k], c.image) for c in found[b]):
                 found[b].append(Candidate(images[k], int(labels[k]), residual))
     return [tuple(mine) for mine in found]
