@@ -58,11 +58,11 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     _refuse_nonlinear(problem.segments, pulling)
     size = min(problem.victims, problem.chunk)
     _check_memory(problem, size)
+    monitor.tell("reading the head")
+    paths = start(problem, head)
     linear = [k for k, segment in enumerate(segments) if segment.linear]
     monitor.tell(f"compiling {len(linear)} layers")
     steps = dict(zip(linear, compile_steps(problem, [segments[k] for k in linear], size, monitor), strict=True))
-    monitor.tell("reading the head")
-    paths = start(problem, head)
     for position in reversed(range(len(segments))):
         if not paths:
             break
