@@ -219,8 +219,9 @@ def test_the_same_network_and_one_example_is_exact(bias, rng):
 
 def test_inversion_does_not_need_x64_switched_on(rng):
     image = rng.uniform(size=(1, 4, 3, 1))
+    observation = observed(True, image, [1])
     with jax.enable_x64(False):
-        answer = invert(observed(True, image, [1]), attack="rgap")
+        answer = invert(observation, attack="rgap")
         assert jnp.zeros(1).dtype == jnp.float32  # and the setting is as it was
     assert answer.images.dtype == np.float64
     assert off(answer.images, image) < 1e-8
