@@ -57,20 +57,26 @@ SOLVERS: dict[str, Solve] = {
 }
 
 
+def _client(model: str, activation: str, index: int) -> tuple[leakjax.Observation, Any, np.ndarray]:
+    """What the server sees of one photo; for the record alone, the photo (1, H, W, C) in [0, 1] and its label."""
+    spec = MODELS[model]
+    data = load_dataset("samples", [index], spec.input_shape)
+    labels = data.labels % 2 if spec.outputs == 1 else data.labels
+    client = to_range(data.images, spec.input_range), labels
+    net = build_model(model, activation=activation)
+    return leakjax.observe(net, client, loss=spec.loss, input_range=spec.input_range), data.images / 255.0, labels
+
+
 def measure(model: str, activation: str, index: int, name: str) -> dict[str, Any]:
     """The record of one solver on the gradient of one photo, from the same noise."""
     spec = MODELS[model]
-    data = load_dataset("samples", [index], spec.input_shape)
-    truth, low, high = data.images / 255.0, *spec.input_range
-    net = build_model(model, activation=activation)
-    observation = leakjax.observe(
-        net, (to_range(data.images, spec.input_range), data.labels), loss=spec.loss, input_range=spec.input_range
-    )
+    low, high = spec.input_range
+    observation, truth, known = _client(model, activation, index)
     with compute_in("float64"):
         read = read_network(observation.model, spec.input_shape, 1, jnp.float64)
         gradient = batch_gradient(read.logits, spec.loss, tuple(observation.gradients))
         sent = {p: jnp.asarray(g[0]) for p, g in observation.gradients.items()}
-        labels = jnp.asarray(data.labels)
+        labels = jnp.asarray(known)
 
         def run(variables: Any, start: Any) -> Any:
             def residual(x: Any) -> Any:
@@ -111,12 +117,7 @@ PULL_BACKS: dict[str, dict[str, Any]] = {
 
 def measure_pull_back(model: str, activation: str, index: int, name: str) -> dict[str, Any]:
     """The record of `copa` on one photo with one solver of its pulled-back constraints; programs compiled before."""
-    spec = MODELS[model]
-    data = load_dataset("samples", [index], spec.input_shape)
-    labels = data.labels % 2 if spec.outputs == 1 else data.labels
-    net = build_model(model, activation=activation)
-    client = to_range(data.images, spec.input_range), labels
-    observation = leakjax.observe(net, client, loss=spec.loss, input_range=spec.input_range)
+    observation, truth, _ = _client(model, activation, index)
     leakjax.invert(observation, **PULL_BACKS[name])
     begun, cpu = time.perf_counter(), time.process_time()
     answer = leakjax.invert(observation, **PULL_BACKS[name])
@@ -130,7 +131,7 @@ def measure_pull_back(model: str, activation: str, index: int, name: str) -> dic
         "wall_seconds": wall,
         "steps": sum(info.steps for info in answer.layers[0]),
         "residual": float(answer.gradient_residual[0]),
-        "psnr": psnr(data.images[0] / 255.0, unit_scale(answer.images, spec.input_range)[0]),
+        "psnr": psnr(truth[0], unit_scale(answer.images, observation.input_range)[0]),
         "environment": environment(),
     }
 

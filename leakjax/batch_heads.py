@@ -89,7 +89,8 @@ def read_dense_head(segment: Segment, variables: Arrays, loss: str) -> DenseHead
 
 def fits(head: DenseHead) -> bool:
     """Whether the solves fit into memory."""
-    examples, outputs = head.origin.shape
+    examples = len(head.origin)
+    outputs = head.origin.size // examples
     return fits_in_memory(8 * 6 * len(SPREADS) * STARTS * (outputs * (examples + 1) + examples**2) * examples**2)
 
 

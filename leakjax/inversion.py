@@ -234,10 +234,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     if failed is not None:
         return Certificate("failed", None, unknowns, condition, failed)
     whole = layers[0].status in _SOLVED and len(outcome.candidates) == 1
-    low, high = problem.input_range
-    slack = 5e-3 * (high - low)
-    x = outcome.candidates[0].image
-    if whole and (x.min() < low - slack or x.max() > high + slack):  # no image
+    if whole and not problem.in_range(outcome.candidates[0].image):  # no image
         return Certificate("failed", None, unknowns, condition, layers[0].name)
     return Certificate("exact" if whole else "ambiguous", layers[0].rank, unknowns, condition)
 

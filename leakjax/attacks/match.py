@@ -142,31 +142,19 @@ def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
     rank, seen, condition = _local_rank(problem, victim, found) if matched else (None, None, None)
     status = "failed" if not matched else "determined" if rank == n else "deficient"
     deficiency = None if rank is None else rank - n
-    info = LayerInfo(
-        "network",
-        n,
-        rank,
-        deficiency,
-        condition,
-        residual,
-        0,
-        found.steps,
-        status,
-    )
+    info = LayerInfo("network", n, rank, deficiency, condition, residual, 0, found.steps, status)
     pairs = []
     if matched:
         pairs = twins(
             problem.network.logits, _gradient(problem), problem.loss, problem.variables, x, labels, problem.matched
         )
-    low, high = problem.input_range
-    slack = 5e-3 * (high - low)
     outcomes = []
     for b in range(len(x)):
         mine: list[Candidate] = []
         for image, label in [(x[b], labels[b]), *[(a[b], tags[b]) for a, tags in pairs]]:
             if not any(np.array_equal(image, c.image) and label == c.label for c in mine):
                 mine.append(Candidate(image, int(label), residual))
-        inside = tuple(c for c in mine if c.image.min() >= low - slack and c.image.max() <= high + slack)
+        inside = tuple(c for c in mine if problem.in_range(c.image))
         outcomes.append(Outcome(inside or tuple(mine[:1]), (info,), None if seen is None else seen[b]))
     return outcomes
 

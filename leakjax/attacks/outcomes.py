@@ -20,12 +20,10 @@ from leakjax.segments import Segment
 def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
     """Every example's candidates inside the input range, best match first, victim by victim."""
     residuals = _gradient_residuals(problem, paths)
-    low, high = problem.input_range
-    slack = 5e-3 * (high - low)
     found = []
     for victim in range(problem.victims):
         mine = [(r, p) for r, p in zip(residuals, paths, strict=True) if p.victim == victim]
-        inside = [(r, p) for r, p in mine if p.x.min() >= low - slack and p.x.max() <= high + slack]
+        inside = [(r, p) for r, p in mine if problem.in_range(p.x)]
         mine = sorted(inside or mine, key=lambda pair: pair[0])
         best = mine[0][0] if mine else np.inf
         mine = [pair for pair in mine if pair[0] <= max(10 * best, problem.matched)]

@@ -61,6 +61,12 @@ class Problem:
         """(B, H, W, C): the images behind one gradient."""
         return (self.examples, *self.input_shape)
 
+    def in_range(self, x: np.ndarray) -> bool:
+        """Whether every entry of `x` could be in the input range, a two-hundredth of it beyond for rounding."""
+        low, high = self.input_range
+        slack = 5e-3 * (high - low)
+        return bool(x.min() >= low - slack and x.max() <= high + slack)
+
     @property
     def victims(self) -> int:
         """How many gradients there are."""
