@@ -139,6 +139,11 @@ def test_certificates_of_random_networks():
     assert sum(statuses.values()) >= 20
 
 
+def test_every_layerwise_answer_of_a_deficient_network_stays_a_candidate():
+    """Two roots and two signs, none of whose images needs to lie inside the range as long as directions are open."""
+    assert set(study(425, 1, ["copa", "match"], victims=4)) == {"ambiguous"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_certificates_of_many_random_networks(part):

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+import optax
 
 from leakjax.attacks.labelings import labelings
+from leakjax.attacks.outcomes import kept, split
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
@@ -26,13 +28,14 @@ from leakjax.errors import InputError
 from leakjax.jacobian import inverse_norms, jacobian_gram
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
-from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 
 OUTER, INNER = 80, 3000
 SMOOTHING, SHARPEST = 0.5, 1e-6
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
+NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 
 
@@ -46,34 +49,36 @@ class _Found(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name."""
+    """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name; whether
+    it is an answer of the layers already."""
 
     xs: np.ndarray
     labels: np.ndarray
     smoothed: bool
     name: str
+    layerwise: bool = False
 
 
 def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """Match every victim's gradient; any number of examples a gradient, any differentiable model.
 
-    From noise; a readable model also from the layer-wise answer, first where it has kinks and for batches.
+    From noise; a readable model also from the layer-wise answers, first where it has kinks and for batches. All of
+    those that match are candidates.
     Returns an `Outcome` an example, in groups of one gradient each.
     """
     found = []
     for victim in range(problem.victims):
-        best: _Found | None = None
-        steps = 0
+        trials: list[_Found] = []
         for start in _order(problem, monitor, victim):
-            monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
-            trial = _solve(problem, victim, start)
-            steps += trial.steps
-            best = trial if best is None or not best.residual <= trial.residual else best
-            if best.residual <= problem.matched:
+            done = any(t.residual <= problem.matched for t in trials)
+            if done and not start.layerwise:
                 break
-        assert best is not None
+            if done and not _misfit(problem, victim, start) <= NEAR:
+                continue
+            monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
+            trials.append(_solve(problem, victim, start))
         monitor.tell(f"looking at gradient {victim}")
-        found += _outcomes(problem, victim, best._replace(steps=steps))
+        found += _outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
 
 
@@ -104,7 +109,7 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
         return
     for path in paths:
         if np.all(np.isfinite(path.x)):
-            yield _Start(path.x[None], path.labels, False, "the layer-wise answer")
+            yield _Start(path.x[None], path.labels, False, "the layer-wise answer", layerwise=True)
 
 
 def _gradient(problem: Problem) -> Any:
@@ -120,7 +125,7 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
 
 
 def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
-    solve, smooth, _ = _programs(_gradient(problem), float(problem.tolerance))
+    solve, smooth, *_ = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(start.labels)
     starts = jnp.asarray(start.xs, problem.dtype)
@@ -135,33 +140,42 @@ def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
     return _Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
 
 
-def _outcomes(problem: Problem, victim: int, found: _Found) -> list[Outcome]:
-    """One example each: candidates inside the range, and the whole batch as the one "layer" that was solved."""
+def _misfit(problem: Problem, victim: int, start: _Start) -> float:
+    """||r|| / size at the first of the starts."""
+    *_, misfit = _programs(_gradient(problem), float(problem.tolerance))
+    sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
+    return float(misfit(dict(problem.variables), sent, jnp.asarray(start.labels), jnp.asarray(start.xs[0])))
+
+
+def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outcome]:
+    """One example each: candidates inside the range, and the whole batch as the one "layer" that was solved.
+
+    `trials`, best first: the others that match are candidates too.
+    """
+    found = trials[0]
     x, labels, residual = found.x, found.labels, found.residual
     n, matched = x.size, residual <= problem.matched
     rank, seen, condition = _local_rank(problem, victim, found) if matched else (None, None, None)
     status = "failed" if not matched else "determined" if rank == n else "deficient"
     deficiency = None if rank is None else rank - n
-    info = LayerInfo("network", n, rank, deficiency, condition, residual, 0, found.steps, status)
-    pairs = []
+    steps = sum(trial.steps for trial in trials)
+    info = LayerInfo("network", n, rank, deficiency, condition, residual, 0, steps, status)
+    answers = [(x, labels, residual)]
     if matched:
-        pairs = twins(
-            problem.network.logits, _gradient(problem), problem.loss, problem.variables, x, labels, problem.matched
-        )
+        gradient = _gradient(problem)
+        answers += [(t.x, t.labels, t.residual) for t in trials[1:] if t.residual <= problem.matched]
+        pairs = twins(problem.network.logits, gradient, problem.loss, problem.variables, x, labels, problem.matched)
+        answers += [(images, tags, residual) for images, tags in pairs]
     outcomes = []
-    for b in range(len(x)):
-        mine: list[Candidate] = []
-        for image, label in [(x[b], labels[b]), *[(a[b], tags[b]) for a, tags in pairs]]:
-            if not any(np.array_equal(image, c.image) and label == c.label for c in mine):
-                mine.append(Candidate(image, int(label), residual))
-        inside = tuple(c for c in mine if problem.in_range(c.image))
-        outcomes.append(Outcome(inside or tuple(mine[:1]), (info,), None if seen is None else seen[b]))
+    for b, candidates in enumerate(split(answers)):
+        mine = kept(problem, list(candidates), lambda c: c.image, whole=status != "deficient")
+        outcomes.append(Outcome(tuple(mine), (info,), None if seen is None else seen[b]))
     return outcomes
 
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look = _programs(_gradient(problem), float(problem.tolerance))
+    _, _, look, _ = _programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = look(*given)
@@ -183,8 +197,8 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
 
 @functools.lru_cache(maxsize=16)
 def _programs(gradient: Any, tolerance: float) -> Any:
-    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, and the probe
-    of the Jacobian at x."""
+    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
+    Jacobian at x, and ||r|| / size there."""
 
     def residual(variables: Any, sent: Any, labels: Any) -> Any:
         over = inverse_norms(sent)
@@ -218,7 +232,11 @@ def _programs(gradient: Any, tolerance: float) -> Any:
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         return solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=2 * INNER)
 
-    return jax.jit(solve), jax.jit(smooth), jax.jit(look)
+    def misfit(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
+        function, size = residual(variables, sent, labels)
+        return optax.tree.norm(function(x)) / size
+
+    return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(misfit)
 
 
 def _over(one: Any, starts: Any) -> Any:

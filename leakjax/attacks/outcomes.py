@@ -1,8 +1,8 @@
 """From finished paths to an `Outcome` an example: which candidates stand, judged by the gradient alone."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from leakjax.reconstruction import Candidate
 from leakjax.residuals import pull_gradients, push_forward
 from leakjax.segments import Segment
 
+T = TypeVar("T")
+
 
 def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
     """Every example's candidates inside the input range, best match first, victim by victim."""
@@ -23,15 +25,26 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
     found = []
     for victim in range(problem.victims):
         mine = [(r, p) for r, p in zip(residuals, paths, strict=True) if p.victim == victim]
-        inside = [(r, p) for r, p in mine if problem.in_range(p.x)]
-        mine = sorted(inside or mine, key=lambda pair: pair[0])
-        best = mine[0][0] if mine else np.inf
+        whole = all(p.layers[0].status != "deficient" for _, p in mine)
+        mine = kept(problem, sorted(mine, key=lambda pair: pair[0]), lambda pair: pair[1].x, whole=whole)
+        best = min((r for r, _ in mine), default=np.inf)
         mine = [pair for pair in mine if pair[0] <= max(10 * best, problem.matched)]
         layers = mine[0][1].layers if mine else ()
         images = split([(p.x, p.labels, float(r)) for r, p in mine]) if mine else [()] * problem.examples
         seen = _seen(mine[0][1]) if mine else None
         found += [Outcome(c, layers, None if seen is None else seen[b]) for b, c in enumerate(images)]
     return found
+
+
+def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, whole: bool) -> list[T]:
+    """The answers whose images `x(answer)` lie in the input range, or all where none does.
+
+    Where the images are not determined (`whole` False) another image of the same answer may lie inside: then all are
+    kept, those that lie inside first.
+    """
+    inside = [answer for answer in answers if problem.in_range(x(answer))]
+    outside = [answer for answer in answers if not problem.in_range(x(answer))]
+    return inside if whole and inside else inside + outside
 
 
 def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple[Candidate, ...]]:
