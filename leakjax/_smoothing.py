@@ -4,8 +4,8 @@ An elementwise part y = g(z) becomes the mean of g(z + s n) over standard normal
 its entries' mean with weights softmax(entries / s). Both tend to the map itself as s falls.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax import _jaxpr
+from leakjax._parts import Part, elementwise_parts
 from leakjax._rules import RULES
 from leakjax._windows import window_entries
 
@@ -39,19 +40,10 @@ def gaussian_mean(
     return jnp.tensordot(weights, values, 1), jnp.tensordot(weights * nodes, values, 1) / width
 
 
-class _Part(NamedTuple):
-    """An elementwise nonlinear part of a graph: value in, value out, the equations between, what else they read."""
-
-    entry: int
-    exit: int
-    equations: tuple[_jaxpr.Equation, ...]
-    others: tuple[int, ...]
-
-
 def smoother(graph: _jaxpr.Graph, start: int, end: int) -> Callable[[Mapping[int, Any], Any], Any]:
     """(values at hand, smoothing) -> the value `end`, computed from `start` with every kink smoothed."""
     equations = graph.needed(end, [start])
-    parts = {part.exit: part for part in _elementwise_parts(graph, equations, start, end)}
+    parts = {part.exit: part for part in elementwise_parts(graph, equations, start, end)}
 
     def evaluate(env: Mapping[int, Any], smoothing: Any) -> Any:
         replaced: dict[int, Callable[[Mapping[int, Any]], Any]] = {
@@ -65,41 +57,7 @@ def smoother(graph: _jaxpr.Graph, start: int, end: int) -> Callable[[Mapping[int
     return evaluate
 
 
-def _elementwise_parts(graph: _jaxpr.Graph, equations: Sequence[_jaxpr.Equation], start: int, end: int) -> list[_Part]:
-    """All elementwise parts between `start` and `end` that are not affine, without the affine steps they begin with."""
-    live = graph.dependents([start])
-    root, used_outside = {start: start}, {end}
-    for e in equations:
-        inputs = [v for v in e.inputs if isinstance(v, int) and v in live]
-        if not inputs:
-            continue
-        roots = {root[v] for v in inputs}
-        joined = len(roots) == 1 and _jaxpr.is_elementwise(e, graph.structs, live)
-        root.update((o, next(iter(roots)) if joined else o) for o in e.outputs)
-        used_outside.update(() if joined else inputs)
-    parts = []
-    for exit in used_outside:
-        if root[exit] == exit or not jnp.issubdtype(graph.structs[exit].dtype, jnp.floating):
-            continue
-        inner = [e for e in graph.needed(exit, [root[exit]]) if any(o in live for o in e.outputs)]
-        entry = root[exit]
-        while inner and _leads(inner, entry, graph, live):
-            entry = inner.pop(0).outputs[0]
-        if inner:
-            made = {o for e in inner for o in e.outputs} | {entry}
-            others = dict.fromkeys(v for e in inner for v in e.inputs if isinstance(v, int) and v not in made)
-            parts.append(_Part(entry, exit, tuple(inner), tuple(others)))
-    return parts
-
-
-def _leads(equations: Sequence[_jaxpr.Equation], entry: int, graph: _jaxpr.Graph, live: set[int]) -> bool:
-    """Whether the first equation is an affine step that all that follows goes through."""
-    first, rest = equations[0], equations[1:]
-    bypassed = any(v == entry for e in rest for v in e.inputs)
-    return not bypassed and _jaxpr.is_linear(first, graph.structs, live)
-
-
-def _smooth(part: _Part, values: Mapping[int, Any], smoothing: Any) -> Any:
+def _smooth(part: Part, values: Mapping[int, Any], smoothing: Any) -> Any:
     others = {v: values[v] for v in part.others}
     moving = {v: a for v, a in others.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     fixed = {v: a for v, a in others.items() if v not in moving}

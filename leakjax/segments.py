@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from leakjax._rules import RULES
 from leakjax._smoothing import smoother
 from leakjax.activations import Activation, build_activation
 from leakjax.errors import InputError, UnreadableModelError
+from leakjax.lifting import Stage, read_stages
 from leakjax.model import Arrays, Model
 from leakjax.pieces import Group, not_invertible, read_groups
 
@@ -37,7 +38,8 @@ class Segment:
       map whose kinks are smooth over s times the size of what they act on;
     - `input`, `output`: shapes and dtypes of x and z, leading batch axis B included;
     - `nonlinearity`: the primitive, and its line, that makes `function` nonlinear in x; None where it is affine;
-    - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included).
+    - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included);
+    - `stages`: a nonlinear `function`, lifted; () where that cannot be done.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Segment:
     activation: Activation
     work: int
     nonlinearity: str | None = None
+    stages: tuple[Stage, ...] = ()
 
     @property
     def linear(self) -> bool:
@@ -103,27 +106,25 @@ def _segment(
     group: Group,
     dtype: Any,
 ) -> Segment:
-    by_id = dict(zip(graph.variables, paths, strict=True))
+    names = dict(zip(graph.variables, paths, strict=True))
+    start, end = group.map
+    evaluate, used = _reader(graph, names, [start], end)
+    smooth = smoother(graph, start, end) if group.nonlinearity else None
 
-    def reader(start: int, end: int) -> tuple[Callable[..., Any], list[str]]:
-        equations = graph.needed(end, [start])
-        read = dict.fromkeys(v for e in equations for v in e.inputs if isinstance(v, int))
-        used = [by_id[v] for v in read if v in by_id]  # in order of first use
+    def apply(variables: Arrays, x: Any, smoothing: Any = None) -> Any:
+        if smoothing is None or smooth is None:
+            return evaluate(variables, [x])
+        return smooth({**{v: variables[path] for v, path in names.items() if path in used}, start: x}, smoothing)
 
-        smooth = smoother(graph, start, end) if group.nonlinearity else None
+    def activation(entry: int, exit: int) -> Activation:
+        function, parametric = _reader(graph, names, [entry], exit)
+        scalar = _on_any_shape(lambda variables, z: function(variables, [z]), graph.structs[entry].shape)
+        return build_activation(scalar, model.variables, dtype, parametric=bool(parametric))
 
-        def apply(variables: Arrays, x: Any, smoothing: Any = None) -> Any:
-            env = {**{v: variables[path] for v, path in by_id.items() if path in used}, start: x}
-            if smoothing is None or smooth is None:
-                return _jaxpr.evaluate(equations, env, end, RULES)
-            return smooth(env, smoothing)
+    def stage(given: Sequence[int], end: int) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        function, used = _reader(graph, names, given, end)
+        return function, tuple(path for path in used if path in model.params)
 
-        return apply, used
-
-    apply, used = reader(*group.map)
-    function, parametric = reader(*group.activation)
-    scalar = _on_any_shape(function, graph.structs[group.activation[0]].shape)
-    activation = build_activation(scalar, model.variables, dtype, parametric=bool(parametric))
     owned = tuple(path for path in used if path in model.params)
     segment = Segment(
         _name(owned, group) or f"segment{position + 1}",
@@ -131,9 +132,10 @@ def _segment(
         graph.structs[group.map[0]],
         graph.structs[group.map[1]],
         apply,
-        activation,
+        activation(*group.activation),
         max((_jaxpr.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
         group.nonlinearity,
+        read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
     )
     if not segment.linear:
         weights = {path: model.variables[path] for path in used}
@@ -141,6 +143,21 @@ def _segment(
         if flaw is not None:
             raise not_invertible(str(segment.nonlinearity), flaw)
     return segment
+
+
+def _reader(
+    graph: _jaxpr.Graph, names: Mapping[int, str], given: Sequence[int], end: int
+) -> tuple[Callable[..., Any], list[str]]:
+    """(variables, values of `given`) -> the value `end`, and the variables that it reads, in order of first use."""
+    equations = graph.needed(end, given)
+    read = dict.fromkeys(v for e in equations for v in e.inputs if isinstance(v, int))
+    used = [names[v] for v in read if v in names]
+
+    def apply(variables: Arrays, values: Sequence[Any]) -> Any:
+        env = {v: variables[path] for v, path in names.items() if path in used}
+        return _jaxpr.evaluate(equations, {**env, **dict(zip(given, values, strict=True))}, end, RULES)
+
+    return apply, used
 
 
 def _on_any_shape(function: Callable[[Arrays, Any], Any], shape: tuple[int, ...]) -> Callable[[Arrays, Any], Any]:

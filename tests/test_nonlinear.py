@@ -30,7 +30,10 @@ class Pooled(nnx.Module):
 
 def residual(activation, blocks=1, **options):
     return ResNet(
-        blocks, rngs=nnx.Rngs(0), activation=activation, widths=(4, 6), input_shape=SHAPE, outputs=5, **options
+        blocks,
+        rngs=nnx.Rngs(0),
+        activation=activation,
+        **{"widths": (4, 6), "input_shape": SHAPE, "outputs": 5, **options},
     )
 
 

@@ -13,12 +13,14 @@ EXACT_SHARE, NOISY_SHARE = 0.03, 0.002  # of the misfit left by the next layer, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Anchor:
-    """A layer that waits for the ones before it: its position, and what is known at its output."""
+    """A layer that waits for the ones before it: its position, what is known at its output, and behind the activations
+    inside it, as far as it is known (last first; None where it is not read in stages)."""
 
     position: int
     x: np.ndarray
     dx: np.ndarray
     noise: float
+    inside: tuple[np.ndarray, ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
+from leakjax.lifted_rows import lifted_rows, look_inside, stages_of
 from leakjax.residuals import Residual, pull_gradients, pulled_back, push_forward
 from leakjax.segments import Segment
 from leakjax.solvers.descent import DIVERGED, descend
@@ -84,6 +85,50 @@ def pull_back(
     steps = sum(int(trial.inner_steps) for trial in tried)
     probe, dx = look(*given, found.x)
     return PullBack(found.x, dx, found.residual, steps, probe)
+
+
+def meet_top(
+    problem: Problem, segments: Sequence[Segment], known: Known, inside: Sequence[np.ndarray], start: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """(u, ||r|| / size of the whole residual at u): u by the rows of the last segment alone.
+
+    Of the last segment only the stages behind the values `inside` it (`lift`) count: their rows are linear in what they
+    read, and so continuous in u where gradient rows before them jump with every kink.
+    """
+    solve = _top(tuple(segments), float(problem.tolerance))
+    x, misfit = solve(*arrays(problem, segments, known), list(inside), jnp.asarray(start))
+    return np.asarray(x), float(misfit)
+
+
+@functools.lru_cache(maxsize=16)
+def _top(segments: tuple[Segment, ...], tolerance: float) -> Any:
+    *before, top = segments
+
+    def solve(
+        variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any, inside: Any, start: Array
+    ) -> tuple[Array, Array]:
+        given = variables, x_next, dx_next, noise, gradient
+        dz, residual = read_known(segments, *given)
+        preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
+        rows, size = lifted_rows(top, variables, look_inside(top, variables, preimage, dz, inside), gradient)
+
+        stages = stages_of(top)
+
+        def reach(u: Array) -> list[Array]:
+            for segment in before:
+                u = segment.activation.function(variables, segment.function(variables, u)).reshape(segment.output.shape)
+            values = [u.reshape(top.input.shape)]
+            for stage in stages[: len(stages) - 1 - len(inside)]:
+                assert stage.activation is not None
+                values.append(stage.activation.function(variables, stage.function(variables, values)))
+            return values
+
+        found = levenberg_marquardt(
+            lambda u: rows(reach(u)), start, size=size, tolerance=10 * tolerance, max_steps=OUTER, max_inner=INNER
+        )
+        return found.x, optax.tree.norm(residual.function(found.x, None)) / residual.size
+
+    return jax.jit(solve)
 
 
 @functools.lru_cache(maxsize=16)
