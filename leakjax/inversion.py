@@ -49,7 +49,8 @@ def invert(
       see each layer's residual);
     - `labels`: (V,) integers, or (V * B,) for gradients of B examples, if the labels are known; recovered otherwise;
     - `solver`: "lsmr" is matrix-free, "dense" factorizes every layer's matrix, "auto" does the latter only where LSMR
-      met a null space or bad conditioning and the matrix is small;
+      met a null space or bad conditioning and the matrix is small; "dense" gives `match` few, costly steps, for models
+      whose gradient says little of an image (global average pooling);
     - `starts`: how many random starts `match` solves at once, the best by residual kept;
     - `prior`: a name of `priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
       is the one of minimum norm);

@@ -79,6 +79,17 @@ def test_what_pooling_hides_is_not_certified():
     assert answer.certificates[0].status != "exact"
 
 
+def test_a_pooled_residual_network_is_matched_by_dense_steps():
+    """The recursion cannot start behind global average pooling; matching the whole gradient can."""
+    images = np.random.default_rng(7).uniform(size=(1, *SHAPE))
+    model = residual(parse_activation("tanh"), widths=(6, 12), pooled=True)
+    told = []
+    answer = invert(observe(model, (images, np.array([3]))), attack="match", solver="dense", progress=told.append)
+    assert psnr(answer.images, images)[0] > 150
+    assert (answer.labels[0], answer.certificates[0].status) == (3, "exact")
+    assert any("dense step 2" in text for text in told)
+
+
 def test_rgap_refuses_by_name_line_and_remedy():
     images = np.random.default_rng(0).uniform(size=(1, *SHAPE))
     observation = observe(Pooled(4), (images, np.array([1])))

@@ -12,12 +12,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
-import optax
 
+from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
 from leakjax.attacks.outcomes import kept, split
 from leakjax.attacks.problem import Monitor, Outcome, Problem
@@ -25,15 +23,13 @@ from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
 from leakjax.attacks.symmetries import twins
 from leakjax.errors import InputError
-from leakjax.jacobian import inverse_norms, jacobian_gram
+from leakjax.jacobian import jacobian_gram
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
 from leakjax.reconstruction import LayerInfo
-from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
-from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
+from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
+from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 
-OUTER, INNER = 80, 3000
-SMOOTHING, SHARPEST = 0.5, 1e-6
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
@@ -66,6 +62,8 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     those that match are candidates.
     Returns an `Outcome` an example, in groups of one gradient each.
     """
+    if problem.solver == "dense":
+        _check_memory(problem)
     found = []
     for victim in range(problem.victims):
         trials: list[_Found] = []
@@ -76,10 +74,22 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
             if done and not _misfit(problem, victim, start) <= NEAR:
                 continue
             monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
-            trials.append(_solve(problem, victim, start))
+            solve = _solve_densely if problem.solver == "dense" else _solve
+            trials.append(solve(problem, monitor, victim, start))
         monitor.tell(f"looking at gradient {victim}")
         found += _outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
+
+
+def _check_memory(problem: Problem) -> None:
+    """Refuse dense steps, before anything is compiled, where their matrices do not fit."""
+    n = int(np.prod(problem.batch_shape))
+    needed = 8 * (2 * n * sum(g[0].size for g in problem.gradients.values()) + 4 * n**2)
+    if not fits_in_memory(needed):
+        raise InputError(
+            f"solver 'dense' would take {needed:,} bytes of memory for {n} unknowns, more than this machine has free; "
+            'use the matrix-free solver="lsmr" (--solver lsmr)'
+        )
 
 
 def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
@@ -124,8 +134,31 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
-def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
-    solve, smooth, *_ = _programs(_gradient(problem), float(problem.tolerance))
+def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
+    """From each of the starts until one matches."""
+    rows, sent = (
+        dense_rows(_gradient(problem)),
+        {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients},
+    )
+    given = dict(problem.variables), sent, jnp.asarray(start.labels)
+    trials = []
+    for x in start.xs:
+        solution = dense_levenberg_marquardt(
+            Rows(*(functools.partial(function, *given, x.shape) for function in rows)),
+            np.ravel(x),
+            size=float(np.sqrt(len(sent))),
+            tolerance=10 * float(problem.tolerance),
+            max_steps=OUTER,
+            tell=monitor.tell,
+        )
+        trials.append(_Found(solution.x.reshape(x.shape), start.labels, solution.residual, solution.steps))
+        if solution.residual <= problem.matched:
+            break
+    return min(trials, key=lambda trial: np.nan_to_num(trial.residual, nan=np.inf))
+
+
+def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
+    solve, smooth, *_ = match_programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(start.labels)
     starts = jnp.asarray(start.xs, problem.dtype)
@@ -142,7 +175,7 @@ def _solve(problem: Problem, victim: int, start: _Start) -> _Found:
 
 def _misfit(problem: Problem, victim: int, start: _Start) -> float:
     """||r|| / size at the first of the starts."""
-    *_, misfit = _programs(_gradient(problem), float(problem.tolerance))
+    *_, misfit = match_programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     return float(misfit(dict(problem.variables), sent, jnp.asarray(start.labels), jnp.asarray(start.xs[0])))
 
@@ -175,7 +208,7 @@ def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outco
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, _ = _programs(_gradient(problem), float(problem.tolerance))
+    _, _, look, _ = match_programs(_gradient(problem), float(problem.tolerance))
     sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
     given = dict(problem.variables), sent, jnp.asarray(found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = look(*given)
@@ -193,54 +226,3 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
     seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
     condition = float(np.sqrt(values[-1] / values[kept][0]))
     return int(np.sum(kept)), seen, condition
-
-
-@functools.lru_cache(maxsize=16)
-def _programs(gradient: Any, tolerance: float) -> Any:
-    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
-    Jacobian at x, and ||r|| / size there."""
-
-    def residual(variables: Any, sent: Any, labels: Any) -> Any:
-        over = inverse_norms(sent)
-
-        def function(x: Any, smoothing: Any = None) -> Any:
-            return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)
-
-        return function, jnp.sqrt(float(len(sent)))
-
-    def solve(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
-        function, size = residual(variables, sent, labels)
-
-        def one(start: Any) -> Any:
-            return levenberg_marquardt(
-                function, start, size=size, tolerance=10 * tolerance, max_steps=OUTER, max_inner=INNER
-            )
-
-        return _over(one, starts)
-
-    def smooth(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
-        function, size = residual(variables, sent, labels)
-
-        def one(start: Any) -> Any:
-            options = {"smoothing": SMOOTHING, "sharpest": SHARPEST, "tolerance": 1e-8, "size": size}
-            return continuation(function, start, max_steps=2 * OUTER, max_inner=INNER, **options)
-
-        return _over(one, starts)
-
-    def look(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
-        rows, tangent = jax.linearize(residual(variables, sent, labels)[0], x)
-        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        return solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=2 * INNER)
-
-    def misfit(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
-        function, size = residual(variables, sent, labels)
-        return optax.tree.norm(function(x)) / size
-
-    return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(misfit)
-
-
-def _over(one: Any, starts: Any) -> Any:
-    """`one` of every start, by `vmap` where there are several."""
-    if len(starts) == 1:
-        return jax.tree.map(lambda a: a[None], one(starts[0]))
-    return jax.vmap(one)(starts)
