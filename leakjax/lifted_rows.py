@@ -77,14 +77,13 @@ def lifted_rows(
     """(rows, size): rows((x, y_1, ...)), the values that `inside` leaves open, 0 at the truth; and the norm of the
     right-hand sides.
 
-    Every block is divided by the rms of its right-hand side; entries of e that are not known get weight 0, and so do
-    all gradient blocks where a slope, and with it dL/de, is not known.
+    Every block is divided by the rms of its right-hand side; entries of e that are not known get weight 0, and so does
+    a gradient block where a slope at its stage or behind it, and with it dL/de, is not known.
     """
     stages = stages_of(segment)
-    trusted = jnp.all(jnp.stack([jnp.all(r.preimage.slope_known) for r in inside.reached])).astype(
-        inside.reached[0].de.dtype
-    )
-    blocks = list(zip(reversed(stages), inside.reached, strict=False))
+    certain = jnp.stack([jnp.all(r.preimage.slope_known) for r in inside.reached])
+    trusted = jnp.cumprod(certain.astype(inside.reached[0].de.dtype))
+    blocks = list(zip(reversed(stages), inside.reached, trusted, strict=False))
 
     def weight(preimage: Preimage) -> Array:
         known = jnp.where(preimage.known, 1.0, 0.0).astype(preimage.value.dtype)
@@ -93,16 +92,16 @@ def lifted_rows(
     def rows(values: Sequence[Array]) -> Any:
         every = (*values, *reversed(inside.values))
         found = []
-        for j, (stage, (preimage, de)) in enumerate(blocks):
+        for j, (stage, (preimage, de), trust) in enumerate(blocks):
             weights = {path: variables[path] for path in stage.paths}
             given = every[: len(stages) - j]
             e, pull = jax.vjp(lambda w, stage=stage, given=given: stage.function({**variables, **w}, given), weights)
-            grads = {p: trusted * (g - gradients[p]) / rms(gradients[p]) for p, g in pull(de)[0].items()}
+            grads = {p: trust * (g - gradients[p]) / rms(gradients[p]) for p, g in pull(de)[0].items()}
             found.append((weight(preimage) * (e - preimage.value), grads))
         return found
 
     target = [
-        (weight(r.preimage) * r.preimage.value, {p: trusted * gradients[p] / rms(gradients[p]) for p in stage.paths})
-        for stage, r in blocks
+        (weight(r.preimage) * r.preimage.value, {p: trust * gradients[p] / rms(gradients[p]) for p in stage.paths})
+        for stage, r, trust in blocks
     ]
     return rows, optax.tree.norm(target)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from leakjax import _jaxpr
-from leakjax._parts import elementwise_parts
+from leakjax._parts import Part, elementwise_parts
 from leakjax.activations import Activation
 
 
@@ -51,8 +52,14 @@ def read_stages(
             return ()
         function, paths = reader(given, target)
         inside = None if exit is None else activation(target, exit)
-        if inside is not None and inside.parametric:
+        if inside is not None and (inside.parametric or _varies(parts[k])):
             return ()
         stages.append(Stage(function, paths, graph.structs[target], inside))
         read += paths
     return tuple(stages) if parts and len(read) == len(set(read)) else ()
+
+
+def _varies(part: Part) -> bool:
+    """Whether a part may act differently on different entries: arrays of constants take part in it."""
+    constants = (v.value for e in part.equations for v in e.inputs if isinstance(v, _jaxpr.Constant))
+    return any(np.size(c) > 1 for c in constants)

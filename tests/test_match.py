@@ -1,5 +1,8 @@
 """Full gradient matching: batches, labels as counts, symmetries, and honest certificates."""
 
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
 from leakjax.attacks.symmetries import twins
+from leakjax.inversion import _certify_together, certify
 from leakjax.labels import likely_counts
 from leakjax.network import batch_gradient, read_network
 from leakjax.observation import mean_loss
@@ -147,3 +151,37 @@ def test_pairing_is_by_least_error_within_each_gradient(rng):
     shuffled = truth[[2, 0, 1, 5, 4, 3]] + 0.01
     np.testing.assert_array_equal(pair_with_truth(truth, shuffled, 3), truth[[2, 0, 1, 5, 4, 3]])
     np.testing.assert_array_equal(pair_with_truth(truth, shuffled, 1), truth)
+
+
+def two_answers(monkeypatch, ranks):
+    """Certificates of one gradient of two examples, from two answers, each outside the range in one of them."""
+    module = importlib.import_module("leakjax.attacks.match")
+    answers = iter(ranks)
+    monkeypatch.setattr(module, "_local_rank", lambda *_: (next(answers), np.ones((2, 1, 1, 2)), 1.0))
+    monkeypatch.setattr(module, "twins", lambda *_: [])
+    monkeypatch.setattr(module, "_gradient", lambda _: None)
+    inside, outside = np.full((1, 1, 2), 0.5), np.full((1, 1, 2), 3.0)
+    trials = [
+        module._Found(np.stack(pair), np.array([0, 1]), 0.0, 0) for pair in ((inside, outside), (outside, 0.4 * inside))
+    ]
+    low, high = 0.0, 1.0
+    problem = types.SimpleNamespace(
+        matched=1e-6,
+        variables={},
+        loss="",
+        network=types.SimpleNamespace(logits=None),
+        input_range=(low, high),
+        in_range=lambda x: bool(x.min() >= low and x.max() <= high),
+    )
+    outcomes = module._outcomes(problem, 0, trials)
+    return [certify(problem, outcome, 4) for outcome in outcomes]
+
+
+def test_answers_of_a_batch_stand_and_fall_as_a_whole(monkeypatch):
+    certificates = two_answers(monkeypatch, [4, 4])
+    assert "exact" not in [c.status for c in _certify_together(certificates, 2)]
+
+
+def test_an_undetermined_answer_among_several_is_not_exact(monkeypatch):
+    for ranks in ([4, 2], [2, 4]):
+        assert [c.status for c in two_answers(monkeypatch, ranks)] == ["ambiguous", "ambiguous"]

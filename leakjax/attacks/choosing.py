@@ -36,7 +36,9 @@ from leakjax.solvers.null_projection import NullProjection, null_projection
 LARGEST = 4000
 ROUNDS, STEPS, CURVED_STEPS = 8, 1500, 100
 RETURNING, HALVINGS = 60, 6
-HIDDEN, MARGIN = 300.0, 0.02  # weight of entries that a mask hides, and how far from its edge they are kept
+HIDDEN = (300.0, 1e4, 1e6)  # weights of entries that a mask hides, heavier where they do not stay hidden
+MARGIN = 0.02  # how far from the mask's edge they are kept
+_HIDDEN = 1e-16  # what they may show, squared and relative
 _ENOUGH = 3e-3  # of the prior, gained in a round
 
 
@@ -55,7 +57,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     if n > LARGEST or not fits_in_memory(8 * 5 * rows * n):
         return path
     monitor.tell(f"choosing what {segments[-1].name} leaves open")
-    surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim))
+    surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim), HIDDEN[0])
     own, guess = np.asarray(path.x, float).ravel(), 0 if path.layers[0].rank is None else n - path.layers[0].rank
     low, high = problem.input_range
     far = max(low - own.min(), own.max() - high) > high - low  # no image: the middle of the range is a better start
@@ -64,6 +66,11 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     starts = [np.full(n, 0.5 * (low + high)), own] if far else [own]
     found = (_best(surface, start, guess, tight, rounds) for start in starts)
     best = next((point for point in found if point is not None), None)
+    for weight in HIDDEN[1:]:
+        if best is None or surface.shown(best.x) <= _HIDDEN:
+            break
+        surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim), weight)
+        best = _best(surface, best.x, guess, tight, rounds) or best
     if best is None:
         return path
     layers = (dataclasses.replace(path.layers[0], residual=best.residual), *path.layers[1:])
@@ -101,12 +108,14 @@ class _Point(NamedTuple):
 
 
 class _Surface(NamedTuple):
-    """The set r(u) = 0: r(u) / size, dr/du / size, the prior, and the way to its least value in a null space."""
+    """The set r(u) = 0: r(u) / size, dr/du / size, the prior, the way to its least value in a null space, and what
+    entries show that a mask should hide."""
 
     residual: Callable[[np.ndarray], np.ndarray]
     jacobian: Callable[[np.ndarray], np.ndarray]
     prior: Callable[[np.ndarray], float]
     fall: Callable[[np.ndarray, NullProjection], np.ndarray]
+    shown: Callable[[np.ndarray], float]
 
     def settle(self, x: np.ndarray, space: NullProjection) -> _Point:
         """Steps of least norm with one Jacobian, as long as the residual falls by a fourth."""
@@ -129,15 +138,16 @@ class _Surface(NamedTuple):
         return point
 
 
-def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known) -> _Surface:
+def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known, weight: float) -> _Surface:
     given = arrays(problem, segments, known)
     programs = _programs(segments, problem.input_shape, problem.input_range, problem.prior, problem.optimizer)
-    residual, jacobian, prior, fall = programs
+    residual, jacobian, prior, fall, shown = programs
     return _Surface(
         lambda x: np.asarray(residual(given, x)),
         lambda x: np.asarray(jacobian(given, x)),
-        lambda x: float(prior(given, x)),
-        lambda x, space: np.asarray(fall(given, x, space.basis, space.null)),
+        lambda x: float(prior(given, x, weight)),
+        lambda x, space: np.asarray(fall(given, x, weight, space.basis, space.null)),
+        lambda x: float(shown(given, x)),
     )
 
 
@@ -166,29 +176,32 @@ def _programs(
 
     top = segments[-1]
 
-    def hidden(given: Any, x: Array) -> Array:
+    def hidden(given: Any, x: Array, margin: float) -> Array:
         variables, x_next, _, noise, _ = given
         x_next = x_next.reshape(top.output.shape)
         known = top.activation.preimage(variables, x_next, noise).known
         z = push_forward(segments, variables, x.reshape(segments[0].input.shape))[1][-1]
         scale = jnp.sqrt(jnp.maximum(jnp.mean(x_next**2), jnp.finfo(x.dtype).tiny))
-        inside = (top.activation.function(variables, z + side * MARGIN * scale) for side in (-1, 1))
+        inside = (top.activation.function(variables, z + side * margin * scale) for side in (-1, 1))
         return sum(jnp.sum(jnp.where(known, 0.0, x - x_next) ** 2) for x in inside) / scale**2
 
-    def prior(given: Any, x: Array) -> Array:
+    def prior(given: Any, x: Array, weight: Any) -> Array:
         images = (x.reshape(-1, *shape) - low) / (high - low)
-        return jnp.sum(jax.vmap(likely)(images)) + HIDDEN * hidden(given, x)
+        return jnp.sum(jax.vmap(likely)(images)) + weight * hidden(given, x, MARGIN)
 
-    def fall(given: Any, x: Array, basis: Array, null: bool) -> Array:
+    def fall(given: Any, x: Array, weight: Any, basis: Array, null: bool) -> Array:
         def within(y: Array) -> Array:
             return basis.T @ y if null else y - basis.T @ (basis @ y)
 
         found = descend(
-            lambda y: prior(given, x + within(y)),
+            lambda y: prior(given, x + within(y), weight),
             jnp.zeros(len(basis) if null else x.size, x.dtype),
             optimizer,
             steps=steps,
         )
         return within(found.x)
 
-    return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=3)
+    def shown(given: Any, x: Array) -> Array:
+        return hidden(given, x, 0.0)
+
+    return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=4), jax.jit(shown)

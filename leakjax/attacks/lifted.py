@@ -43,12 +43,12 @@ def lift(problem: Problem, segment: Segment, known: Known) -> Lifted | None:
     given, inside = arrays(problem, [segment], known), []
     for k in reversed(range(len(segment.stages))):
         solve = _program(segment, k, float(problem.tolerance))
-        value, dx, _ = solve(*given, inside, jnp.asarray(False))
         *_, lost = solve(*given, inside, jnp.asarray(True))
+        if k > 0 and not lost <= max(_DETERMINED, 100 * float(jnp.finfo(problem.dtype).eps)):
+            break
+        value, dx, _ = solve(*given, inside, jnp.asarray(False))
         if k == 0:
             return Lifted(tuple(inside), np.asarray(value), np.asarray(dx), float(lost))
-        if not lost <= _DETERMINED:
-            break
         inside.append(np.asarray(value))
     return Lifted(tuple(inside))
 
@@ -84,7 +84,7 @@ def _program(segment: Segment, k: int, tolerance: float) -> Any:
         answer = lsmr(
             operator,
             side,
-            tolerance=jnp.where(random, 1e-10, tolerance),
+            tolerance=jnp.where(random, max(1e-10, 50 * float(jnp.finfo(flat.dtype).eps)), tolerance),
             max_steps=STEPS,
             enough=lambda v: random & (lost(v) <= _DETERMINED),
         )

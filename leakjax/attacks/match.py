@@ -36,7 +36,7 @@ SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relati
 
 
 class _Found(NamedTuple):
-    """x (B, ...), its labels, ||r|| / size, and the LSMR steps spent."""
+    """x (B, ...), its labels, ||r|| / size, and the LSMR (or dense) steps spent."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -58,8 +58,8 @@ class _Start(NamedTuple):
 def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """Match every victim's gradient; any number of examples a gradient, any differentiable model.
 
-    From noise; a readable model also from the layer-wise answers, first where it has kinks and for batches. All of
-    those that match are candidates.
+    From noise; a readable model also from the layer-wise answers, first where it has kinks and for batches: there all
+    of those that match are candidates.
     Returns an `Outcome` an example, in groups of one gradient each.
     """
     if problem.solver == "dense":
@@ -183,27 +183,30 @@ def _misfit(problem: Problem, victim: int, start: _Start) -> float:
 def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outcome]:
     """One example each: candidates inside the range, and the whole batch as the one "layer" that was solved.
 
-    `trials`, best first: the others that match are candidates too.
+    `trials`, best first: the others that match are candidates too, and so are the twins of each. What is certified is
+    said of the answer that comes first.
     """
-    found = trials[0]
-    x, labels, residual = found.x, found.labels, found.residual
-    n, matched = x.size, residual <= problem.matched
-    rank, seen, condition = _local_rank(problem, victim, found) if matched else (None, None, None)
-    status = "failed" if not matched else "determined" if rank == n else "deficient"
+    n = trials[0].x.size
+    matching = [trial for trial in trials if trial.residual <= problem.matched]
+    ranks = [_local_rank(problem, victim, trial) for trial in matching] or [(None, None, None)]
+    whole = bool(matching) and all(rank == n for rank, _, _ in ranks)
+    answers = []
+    for k, trial in enumerate(matching or trials[:1]):
+        answers.append((trial.x, trial.labels, trial.residual, k))
+        if matching:
+            given = problem.variables, trial.x, trial.labels, problem.matched
+            pairs = twins(problem.network.logits, _gradient(problem), problem.loss, *given)
+            answers += [(images, tags, trial.residual, k) for images, tags in pairs]
+    answers = kept(problem, answers, lambda answer: answer[0], whole=whole)
+    if whole and not problem.in_range(answers[0][0]):
+        answers = answers[:1]
+    rank, seen, condition = ranks[answers[0][3]]
+    status = "failed" if not matching else "determined" if rank == n else "deficient"
     deficiency = None if rank is None else rank - n
     steps = sum(trial.steps for trial in trials)
-    info = LayerInfo("network", n, rank, deficiency, condition, residual, 0, steps, status)
-    answers = [(x, labels, residual)]
-    if matched:
-        gradient = _gradient(problem)
-        answers += [(t.x, t.labels, t.residual) for t in trials[1:] if t.residual <= problem.matched]
-        pairs = twins(problem.network.logits, gradient, problem.loss, problem.variables, x, labels, problem.matched)
-        answers += [(images, tags, residual) for images, tags in pairs]
-    outcomes = []
-    for b, candidates in enumerate(split(answers)):
-        mine = kept(problem, list(candidates), lambda c: c.image, whole=status != "deficient")
-        outcomes.append(Outcome(tuple(mine), (info,), None if seen is None else seen[b]))
-    return outcomes
+    info = LayerInfo("network", n, rank, deficiency, condition, answers[0][2], 0, steps, status)
+    images = split([answer[:3] for answer in answers])
+    return [Outcome(mine, (info,), None if seen is None else seen[b]) for b, mine in enumerate(images)]
 
 
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:

@@ -25,10 +25,10 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
     found = []
     for victim in range(problem.victims):
         mine = [(r, p) for r, p in zip(residuals, paths, strict=True) if p.victim == victim]
-        whole = all(p.layers[0].status != "deficient" for _, p in mine)
-        mine = kept(problem, sorted(mine, key=lambda pair: pair[0]), lambda pair: pair[1].x, whole=whole)
         best = min((r for r, _ in mine), default=np.inf)
-        mine = [pair for pair in mine if pair[0] <= max(10 * best, problem.matched)]
+        mine = sorted((pair for pair in mine if pair[0] <= max(10 * best, problem.matched)), key=lambda pair: pair[0])
+        whole = all(p.layers[0].status != "deficient" for _, p in mine)
+        mine = kept(problem, mine, lambda pair: pair[1].x, whole=whole)
         layers = mine[0][1].layers if mine else ()
         images = split([(p.x, p.labels, float(r)) for r, p in mine]) if mine else [()] * problem.examples
         seen = _seen(mine[0][1]) if mine else None
