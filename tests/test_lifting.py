@@ -86,7 +86,7 @@ def test_what_cannot_be_cut_into_affine_stages_is_not():
             assert all(segment.stages == () for segment in nonlinear)
 
 
-@pytest.mark.parametrize("name", ["tanh", "leaky_relu"])
+@pytest.mark.parametrize("name", [pytest.param("tanh", marks=pytest.mark.slow), "leaky_relu"])
 def test_bottlenecks_come_back(name):
     answer, images, labels = attacked(Bottleneck(parse_activation(name)))
     assert psnr(answer.images, images)[0] > 150
@@ -101,6 +101,7 @@ def test_rectified_residual_networks_come_back():
     assert [c.status for c in answer.certificates] == ["exact", "exact"]
 
 
+@pytest.mark.slow
 def test_examples_of_one_gradient_come_back_from_residual_blocks():
     images, labels = np.random.default_rng(5).uniform(size=(2, *SHAPE)), np.array([3, 1])
     model = residual(parse_activation("leaky_relu"), widths=(12, 24))
