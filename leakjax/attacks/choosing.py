@@ -57,7 +57,8 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     if n > LARGEST or not fits_in_memory(8 * 5 * rows * n):
         return path
     monitor.tell(f"choosing what {segments[-1].name} leaves open")
-    surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim), HIDDEN[0])
+    known = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
+    surface = _surface(problem, segments, known, HIDDEN[0])
     own, guess = np.asarray(path.x, float).ravel(), 0 if path.layers[0].rank is None else n - path.layers[0].rank
     low, high = problem.input_range
     far = max(low - own.min(), own.max() - high) > high - low  # no image: the middle of the range is a better start
@@ -69,7 +70,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     for weight in HIDDEN[1:]:
         if best is None or surface.shown(best.x) <= _HIDDEN:
             break
-        surface = _surface(problem, segments, Known(anchor.x, anchor.dx, anchor.noise, path.victim), weight)
+        surface = _surface(problem, segments, known, weight)
         best = _best(surface, best.x, guess, tight, rounds) or best
     if best is None:
         return path

@@ -23,12 +23,7 @@ def match_programs(gradient: Any, tolerance: float) -> Any:
     Jacobian at x, and ||r|| / size there."""
 
     def residual(variables: Any, sent: Any, labels: Any) -> Any:
-        over = inverse_norms(sent)
-
-        def function(x: Any, smoothing: Any = None) -> Any:
-            return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)
-
-        return function, jnp.sqrt(float(len(sent)))
+        return _residual(gradient, variables, sent, labels), jnp.sqrt(float(len(sent)))
 
     def solve(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
         function, size = residual(variables, sent, labels)
@@ -61,6 +56,16 @@ def match_programs(gradient: Any, tolerance: float) -> Any:
     return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(misfit)
 
 
+def _residual(gradient: Any, variables: Any, sent: Any, labels: Any) -> Any:
+    """r(x, smoothing), by parameter."""
+    over = inverse_norms(sent)
+
+    def function(x: Any, smoothing: Any = None) -> Any:
+        return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)
+
+    return function
+
+
 def _over(one: Any, starts: Any) -> Any:
     """`one` of every start, by `vmap` where there are several."""
     if len(starts) == 1:
@@ -73,8 +78,7 @@ def dense_rows(gradient: Any) -> Any:
     """Compiled, of (variables, sent, labels, shape of x, x (n,)): r, (r, J^T), and with a direction d r''(d, d)."""
 
     def row(variables: Any, sent: Any, labels: Any, shape: Any, x: Any) -> Any:
-        found = gradient(variables, x.reshape(shape), labels)
-        return ravel_pytree(jax.tree.map(lambda w, g, s: w * (g - s), inverse_norms(sent), found, sent))[0]
+        return ravel_pytree(_residual(gradient, variables, sent, labels)(x.reshape(shape)))[0]
 
     def jacobian(variables: Any, sent: Any, labels: Any, shape: Any, x: Any) -> Any:
         r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, shape), x)

@@ -23,7 +23,6 @@ from leakjax.segments import Segment
 from leakjax.solvers.lsmr import lsmr
 
 STEPS = 4000
-_DETERMINED = 1e-6
 
 
 class Lifted(NamedTuple):
@@ -44,13 +43,18 @@ def lift(problem: Problem, segment: Segment, known: Known) -> Lifted | None:
     for k in reversed(range(len(segment.stages))):
         solve = _program(segment, k, float(problem.tolerance))
         *_, lost = solve(*given, inside, jnp.asarray(True))
-        if k > 0 and not lost <= max(_DETERMINED, 100 * float(jnp.finfo(problem.dtype).eps)):
+        if k > 0 and not lost <= _determined(problem.dtype):
             break
         value, dx, _ = solve(*given, inside, jnp.asarray(False))
         if k == 0:
             return Lifted(tuple(inside), np.asarray(value), np.asarray(dx), float(lost))
         inside.append(np.asarray(value))
     return Lifted(tuple(inside))
+
+
+def _determined(dtype: Any) -> float:
+    """The share of a random value that may be lost where the rows determine it."""
+    return max(1e-6, 100 * float(jnp.finfo(dtype).eps))
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,7 +90,7 @@ def _program(segment: Segment, k: int, tolerance: float) -> Any:
             side,
             tolerance=jnp.where(random, max(1e-10, 50 * float(jnp.finfo(flat.dtype).eps)), tolerance),
             max_steps=STEPS,
-            enough=lambda v: random & (lost(v) <= _DETERMINED),
+            enough=lambda v: random & (lost(v) <= _determined(flat.dtype)),
         )
         return unravel(answer.x)[k], seen.cotangents[k], lost(answer.x)
 

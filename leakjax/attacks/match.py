@@ -126,6 +126,12 @@ def _gradient(problem: Problem) -> Any:
     return batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
 
 
+def _given(problem: Problem, victim: int, labels: np.ndarray) -> tuple[Any, Any, Any]:
+    """What the compiled programs take before x: weights, the gradient sent, labels."""
+    sent = {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}
+    return dict(problem.variables), sent, jnp.asarray(labels)
+
+
 def _noise(problem: Problem, attempt: int) -> np.ndarray:
     """(S, B, ...): the middle of the range, disturbed."""
     low, high = problem.input_range
@@ -136,17 +142,13 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
 
 def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
     """From each of the starts until one matches."""
-    rows, sent = (
-        dense_rows(_gradient(problem)),
-        {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients},
-    )
-    given = dict(problem.variables), sent, jnp.asarray(start.labels)
+    rows, given = dense_rows(_gradient(problem)), _given(problem, victim, start.labels)
     trials = []
     for x in start.xs:
         solution = dense_levenberg_marquardt(
             Rows(*(functools.partial(function, *given, x.shape) for function in rows)),
             np.ravel(x),
-            size=float(np.sqrt(len(sent))),
+            size=float(np.sqrt(len(problem.gradients))),
             tolerance=10 * float(problem.tolerance),
             max_steps=OUTER,
             tell=monitor.tell,
@@ -159,8 +161,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Star
 
 def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
     solve, smooth, *_ = match_programs(_gradient(problem), float(problem.tolerance))
-    sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
-    given = dict(problem.variables), sent, jnp.asarray(start.labels)
+    given = _given(problem, victim, start.labels)
     starts = jnp.asarray(start.xs, problem.dtype)
     solution = solve(*given, starts)
     steps = int(jnp.sum(solution.inner_steps))
@@ -176,8 +177,7 @@ def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _F
 def _misfit(problem: Problem, victim: int, start: _Start) -> float:
     """||r|| / size at the first of the starts."""
     *_, misfit = match_programs(_gradient(problem), float(problem.tolerance))
-    sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
-    return float(misfit(dict(problem.variables), sent, jnp.asarray(start.labels), jnp.asarray(start.xs[0])))
+    return float(misfit(*_given(problem, victim, start.labels), jnp.asarray(start.xs[0])))
 
 
 def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outcome]:
@@ -212,9 +212,7 @@ def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outco
 def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
     _, _, look, _ = match_programs(_gradient(problem), float(problem.tolerance))
-    sent = {p: jnp.asarray(problem.gradients[p][victim]) for p in problem.gradients}
-    given = dict(problem.variables), sent, jnp.asarray(found.labels), jnp.asarray(found.x)
-    probe: LsmrSolution = look(*given)
+    probe: LsmrSolution = look(*_given(problem, victim, found.labels), jnp.asarray(found.x))
     condition, n = lsmr_condition(probe), found.x.size
     if float(probe.lost) <= NULL_SPACE:
         return n, np.ones(found.x.shape), condition
@@ -225,7 +223,7 @@ def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | Non
     values, vectors = np.linalg.eigh(
         np.asarray(gram(dict(problem.variables), jnp.asarray(found.x), jnp.asarray(found.labels)))
     )
-    kept = values > 1e-13 * values[-1]
-    seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
-    condition = float(np.sqrt(values[-1] / values[kept][0]))
-    return int(np.sum(kept)), seen, condition
+    large = values > 1e-13 * values[-1]
+    seen = np.clip(np.sum(vectors[:, large] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
+    condition = float(np.sqrt(values[-1] / values[large][0]))
+    return int(np.sum(large)), seen, condition

@@ -42,9 +42,8 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
     given = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
     linear = all(segment.linear for segment in segments)
     guesses = [path.x] if linear else list(starts(problem, position, _near(problem, position, path)))
-    if problem.pull_back != "auto":
-        pass
-    elif position == anchor.position:
+    auto = problem.pull_back == "auto"
+    if auto and position == anchor.position:
         lifted = lift(problem, segments[0], given)
         anchor = dataclasses.replace(anchor, inside=None if lifted is None else lifted.inside)
         if lifted is not None and lifted.x is not None:
@@ -52,7 +51,7 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
             if lifted.lost > NULL_SPACE and position > 0 and clear:
                 return dataclasses.replace(path, x=lifted.x, dx=lifted.dx, anchor=anchor)
             guesses = [lifted.x, *guesses]
-    elif anchor.inside is not None and (problem.network.has_kinks or not linear):
+    elif auto and anchor.inside is not None and (problem.network.has_kinks or not linear):
         met = _meet_top(problem, segments, given, anchor.inside, position, guesses)
         if met is not None:
             guesses = [met, *guesses]
