@@ -39,7 +39,7 @@ def run(case: dict[str, Any], index: list[int]) -> list[dict[str, Any]]:
         client = to_range(data.images, spec.input_range), labels
         options = {"loss": spec.loss, "input_range": spec.input_range, "dtype": case["dtype"]}
         observation = leakjax.observe(model, client, batch_size=case["batch"], **options)
-        answer = leakjax.invert(observation, attack=case["attack"])
+        answer = leakjax.invert(observation, attack=case["attack"], solver=case.get("solver", "auto"))
     except InputError as error:
         return [{**case, "index": i, "failed": str(error)[:200]} for i in index]
     seconds = (time.process_time() - begun - answer.seconds["compile"] - answer.seconds["trace"]) / len(index)
@@ -76,7 +76,8 @@ def table(records: list[dict[str, Any]]) -> str:
     """A markdown row for every model, activation, dtype, attack and batch size."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in records:
-        groups.setdefault((r["model"], r["activation"], r["dtype"], r["attack"], r["batch"]), []).append(r)
+        attack = f"{r['attack']}, solver {r['solver']}" if "solver" in r else r["attack"]
+        groups.setdefault((r["model"], r["activation"], r["dtype"], attack, r["batch"]), []).append(r)
     lines = [
         "| model | activation | gradient | attack | images | leaked dimensions | certificates "
         "| determined part, dB (least, median) | whole, dB (least, median) | wrong | CPU s |",
@@ -124,22 +125,24 @@ def main() -> None:
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--attack", default="copa")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--solver", default="auto")
     options = parser.parse_args()
     if options.table is not None:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
         return
     options.out.parent.mkdir(parents=True, exist_ok=True)
     held = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
-    done = {(*(r[k] for k in KEY), r["index"]) for r in held}
+    done = {(*(r[k] for k in KEY), r.get("solver", "auto"), r["index"]) for r in held}
     index = [int(i) for i in options.index.split(",")]
     names = [part.split(",") for part in (options.seeds, options.models, options.activations)]
     for seed, model, activation in itertools.product(*names):
         dataset = "foolbox/mnist" if MODELS[model].input_shape[-1] == 1 else options.dataset
         values = (model, activation, int(seed), dataset, options.dtype, options.attack, options.batch)
-        left = [i for i in index if (*values, i) not in done]
+        left = [i for i in index if (*values, options.solver, i) not in done]
         if not left:
             continue
-        records = run(dict(zip(KEY, values, strict=True)), left)
+        solver = {} if options.solver == "auto" else {"solver": options.solver}
+        records = run({**dict(zip(KEY, values, strict=True)), **solver}, left)
         with open(options.out, "a") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
         print(f"done: {model} {activation} seed {seed}", file=sys.stderr, flush=True)

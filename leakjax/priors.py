@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.fft import idctn
 from jaxtyping import Array, Float
 
 Prior = Callable[[Float[Array, "*space C"]], Float[Array, ""]]
@@ -34,6 +35,19 @@ def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
 
 def _smooth_power(squares: Array, power: float) -> Array:
     return jnp.sum((squares + SMOOTH**2) ** (0.5 * power) - SMOOTH**power)
+
+
+def from_natural(u: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
+    """sum_k s_k u_k phi_k, phi_k the cosines of each image, s_k ~ (1 + |k|^2)^(-1/2) with mean square 1.
+
+    Amplitudes of natural images fall as 1 / frequency (Field, J. Opt. Soc. Am. A 4, 1987): coordinates u of equal size
+    are an image as likely as any.
+    """
+    axes = tuple(range(1, u.ndim - 1))
+    frequencies = jnp.meshgrid(*(jnp.arange(u.shape[axis]) for axis in axes), indexing="ij")
+    scale = (1.0 + sum((k.astype(u.dtype) ** 2 for k in frequencies), jnp.zeros(()))) ** -0.5
+    weights = (scale / jnp.sqrt(jnp.mean(scale**2))).reshape(1, *scale.shape, 1).astype(u.dtype)
+    return idctn(weights * u, axes=axes, norm="ortho") if axes else u
 
 
 def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:

@@ -10,6 +10,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from leakjax.jacobian import inverse_norms
+from leakjax.priors import from_natural
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import solve_side
 
@@ -75,17 +76,19 @@ def _over(one: Any, starts: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def dense_rows(gradient: Any) -> Any:
-    """Compiled, of (variables, sent, labels, shape of x, x (n,)): r, (r, J^T), and with a direction d r''(d, d)."""
+    """Compiled, of (variables, sent, labels, start, u (n,)): r, (r, J^T), and with a direction d r''(d, d), all in the
+    coordinates u of x = start + from_natural(u): a damped step in them is a smooth one."""
 
-    def row(variables: Any, sent: Any, labels: Any, shape: Any, x: Any) -> Any:
-        return ravel_pytree(_residual(gradient, variables, sent, labels)(x.reshape(shape)))[0]
+    def row(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
+        x = start + from_natural(u.reshape(start.shape))
+        return ravel_pytree(_residual(gradient, variables, sent, labels)(x))[0]
 
-    def jacobian(variables: Any, sent: Any, labels: Any, shape: Any, x: Any) -> Any:
-        r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, shape), x)
-        return r, jax.lax.map(tangent, jnp.eye(x.size, dtype=x.dtype), batch_size=32)
+    def jacobian(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
+        r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, start), u)
+        return r, jax.lax.map(tangent, jnp.eye(u.size, dtype=u.dtype), batch_size=32)
 
-    def curvature(variables: Any, sent: Any, labels: Any, shape: Any, x: Any, d: Any) -> Any:
-        function = functools.partial(row, variables, sent, labels, shape)
-        return jax.jvp(lambda x: jax.jvp(function, (x,), (d,))[1], (x,), (d,))[1]
+    def curvature(variables: Any, sent: Any, labels: Any, start: Any, u: Any, d: Any) -> Any:
+        function = functools.partial(row, variables, sent, labels, start)
+        return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
 
-    return tuple(jax.jit(function, static_argnums=3) for function in (row, jacobian, curvature))
+    return tuple(map(jax.jit, (row, jacobian, curvature)))

@@ -26,6 +26,7 @@ from leakjax.errors import InputError
 from leakjax.jacobian import jacobian_gram
 from leakjax.memory import fits_in_memory
 from leakjax.network import batch_gradient
+from leakjax.priors import from_natural
 from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition
@@ -33,6 +34,7 @@ from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
+SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
 
 
 class _Found(NamedTuple):
@@ -133,10 +135,12 @@ def _given(problem: Problem, victim: int, labels: np.ndarray) -> tuple[Any, Any,
 
 
 def _noise(problem: Problem, attempt: int) -> np.ndarray:
-    """(S, B, ...): the middle of the range, disturbed."""
+    """(S, B, ...): the middle of the range, disturbed; smoothly, and little at first, for dense steps."""
     low, high = problem.input_range
     noise = np.random.default_rng(attempt).normal(size=(problem.starts, *problem.batch_shape))
-    spread = SPREADS[attempt % len(SPREADS)] * (high - low)
+    if problem.solver == "dense":
+        noise = np.stack([from_natural(jnp.asarray(one)) for one in noise])
+    spread = (SMOOTH_SPREADS if problem.solver == "dense" else SPREADS)[attempt % len(SPREADS)] * (high - low)
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
@@ -144,16 +148,18 @@ def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Star
     """From each of the starts until one matches."""
     rows, given = dense_rows(_gradient(problem)), _given(problem, victim, start.labels)
     trials = []
-    for x in start.xs:
+    for first in start.xs:
+        here = jnp.asarray(first)
         solution = dense_levenberg_marquardt(
-            Rows(*(functools.partial(function, *given, x.shape) for function in rows)),
-            np.ravel(x),
+            Rows(*(functools.partial(function, *given, here) for function in rows)),
+            np.zeros(here.size, problem.dtype),
             size=float(np.sqrt(len(problem.gradients))),
             tolerance=10 * float(problem.tolerance),
             max_steps=OUTER,
             tell=monitor.tell,
         )
-        trials.append(_Found(solution.x.reshape(x.shape), start.labels, solution.residual, solution.steps))
+        x = np.asarray(here + from_natural(jnp.asarray(solution.x.reshape(here.shape))))
+        trials.append(_Found(x, start.labels, solution.residual, solution.steps))
         if solution.residual <= problem.matched:
             break
     return min(trials, key=lambda trial: np.nan_to_num(trial.residual, nan=np.inf))
