@@ -1,0 +1,1 @@
+"""How much an architecture leaks, and why: ranks, index, spectrum, leakage map, noise bound, advice."""

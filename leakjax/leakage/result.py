@@ -1,0 +1,128 @@
+"""What an audit found: a frozen record that knows how to write itself."""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAudit:
+    """One layer, first to last.
+
+    - `unknowns`: entries of its input; `rank` and `rank_deficiency` (<= 0) of its forward and gradient constraints at
+      the audited image, `condition` of these; None where nothing numeric was asked for;
+    - `structural_rank`: the rank that its shapes allow; `structural_exact`: whether that is the generic rank, or a
+      bound;
+    - `dead_pixels`: input positions that none of its outputs sees; `known_share`: share of its outputs that its
+      activation gives back (ReLU hides the others);
+    - `weight` of its deficiency in c(M), 0 for the dense head; `pull_back_depth`: layers before it whose constraints an
+      attacker needs to determine its input, None where even all of them leave it open (or nothing numeric was asked);
+    - `parameters`: how many; `sentence`: what it costs an attacker.
+    """
+
+    name: str
+    unknowns: int
+    rank: int | None
+    rank_deficiency: int | None
+    structural_rank: int
+    structural_exact: bool
+    condition: float | None
+    dead_pixels: int
+    weight: float
+    known_share: float | None
+    pull_back_depth: int | None
+    parameters: int
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisePoint:
+    """What noise of standard deviation `sigma` in every gradient entry leaves an attacker.
+
+    - `psnr_bound`: no unbiased attack has a higher 10 log10(1 / mean squared error), pixels in [0, 1] (Cramer-Rao);
+      None where the image is not determined;
+    - `psnr_estimate_prior`: the same with the prior that natural images are smooth, a local estimate;
+    - `effective_dimensions`: directions that stand out of the noise;
+    - `noise_multiplier`, `clip`, `epsilon`, `delta`: of the DP-SGD step that adds this noise, None elsewhere.
+    """
+
+    sigma: float
+    psnr_bound: float | None
+    psnr_estimate_prior: float | None
+    effective_dimensions: float
+    noise_multiplier: float | None = None
+    clip: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change of one layer, and the leaked dimensions that its shapes allow after it."""
+
+    layer: str
+    change: str
+    leaked_dimensions: int
+    parameters: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Withheld:
+    """What leaks when these layers' gradients are not sent: `leaked_dimensions` out of the unknowns."""
+
+    layers: tuple[str, ...]
+    leaked_dimensions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """How much a model leaks of its images, and why.
+
+    - `c_m`, `c_m_rounded`: Chen & Campbell's index, 0 where every layer is determined, more negative where less leaks;
+    - `structural_leaked_dimensions`: the leaked dimensions that the shapes allow; `leaked_dimensions`: the rank of the
+      gradient's Jacobian at the audited images, with `leaked_dimensions_error` where it is an estimate;
+    - `spectrum`: the Jacobian's singular values, descending; `leakage_map` (B, H, W, C): each entry's share in the row
+      space, 1 where the gradient determines it; `unseen_pixels`: positions below 1e-6 in every channel;
+    - `uncertainty`: (B, H, W, C) standard deviations, pixels in [0, 1], that the first noise level leaves an unbiased
+      attacker (infinite where open);
+    - `verdict`: "exact", "partial" or "safe", and the `sentence` that says why; `remarks`: what could not be given.
+    """
+
+    model: str
+    input_shape: tuple[int, ...]
+    examples: int
+    c_m: float
+    c_m_rounded: int
+    layers: tuple[LayerAudit, ...]
+    unknowns: int
+    structural_leaked_dimensions: int
+    leaked_dimensions: int | None
+    leaked_dimensions_error: float | None
+    leaked_fraction: float | None
+    unseen_pixels: int | None
+    spectrum: tuple[float, ...] | None
+    noise: tuple[NoisePoint, ...] | None
+    verdict: str
+    sentence: str
+    changes: tuple[Change, ...] = ()
+    withheld: tuple[Withheld, ...] = ()
+    remarks: tuple[str, ...] = ()
+    leakage_map: Float[np.ndarray, "B H W C"] | None = None
+    uncertainty: Float[np.ndarray, "B H W C"] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of audit.json: every field but the maps; numbers that are not finite are None."""
+        held = dataclasses.asdict(dataclasses.replace(self, leakage_map=None, uncertainty=None))
+        del held["leakage_map"], held["uncertainty"]
+        return _finite(held)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
