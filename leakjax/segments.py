@@ -24,6 +24,7 @@ from leakjax._rules import RULES
 from leakjax._smoothing import smoother
 from leakjax.activations import Activation, build_activation
 from leakjax.errors import InputError, UnreadableModelError
+from leakjax.geometry import Geometry, read_geometry
 from leakjax.lifting import Stage, read_stages
 from leakjax.model import Arrays, Model
 from leakjax.pieces import Group, not_invertible, read_groups
@@ -39,7 +40,8 @@ class Segment:
     - `input`, `output`: shapes and dtypes of x and z, leading batch axis B included;
     - `nonlinearity`: the primitive, and its line, that makes `function` nonlinear in x; None where it is affine;
     - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included);
-    - `stages`: a nonlinear `function`, lifted; () where that cannot be done.
+    - `stages`: a nonlinear `function`, lifted; () where that cannot be done;
+    - `geometry`: the sizes of `function`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Segment:
     function: Callable[..., Float[Array, "..."]]
     activation: Activation
     work: int
+    geometry: Geometry
     nonlinearity: str | None = None
     stages: tuple[Stage, ...] = ()
 
@@ -134,6 +137,7 @@ def _segment(
         apply,
         activation(*group.activation),
         max((_jaxpr.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
+        read_geometry(graph, start, end, {v for v, path in names.items() if path in model.params}),
         group.nonlinearity,
         read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
     )

@@ -1,0 +1,190 @@
+"""A guard for federated training: it scores an update before a client sends it, and blocks it above a limit."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from leakjax.errors import InputError, unknown_name
+from leakjax.leakage import scoring
+from leakjax.leakage.scoring import Score
+from leakjax.losses import LOSSES
+from leakjax.memory import fits_in_memory
+from leakjax.model import read_model
+
+METHODS = ("sketch", "exact")
+EXACT_LIMIT = 4096
+"""Pixels of a batch up to which "exact" is allowed."""
+
+LossFunction = Callable[[Any, Any, Any], Any]
+UpdateFunction = Callable[[Any, Any, Any], Any]
+
+
+class GuardState(NamedTuple):
+    """The last score (0 and allowed before the first), and how many updates were sent and blocked."""
+
+    score: Score
+    sent: Any
+    blocked: Any
+
+
+class Guard(NamedTuple):
+    """What `guard` returns.
+
+    - `score(params, images, labels) -> Score`: jitted and pure;
+    - `transformation`: an `optax.GradientTransformationExtraArgs`; its
+      `update(updates, state, params, *, images, labels)` returns the updates where they are allowed, else zeros.
+    """
+
+    score: Callable[[Any, Any, Any], Score]
+    transformation: optax.GradientTransformationExtraArgs
+
+
+def guard(
+    loss_fn: LossFunction | None = None,
+    *,
+    update_fn: UpdateFunction | None = None,
+    max_leaked_fraction: float | None = None,
+    max_psnr: float | None = None,
+    noise: float | None = None,
+    method: str = "sketch",
+    probes: int = 2,
+    steps: int = 4,
+    prior: float = 0.25,
+    seed: int = 0,
+) -> Guard:
+    """Make a guard that scores what a client is about to send, u(x), by its Jacobian J = du/dx at the client's batch.
+
+    An update is allowed where leaked_fraction <= max_leaked_fraction and predicted_psnr <= max_psnr, with
+
+        leaked_fraction = rank(J) / n,   predicted_psnr = -10 log10 mean_k 1 / (s_k^2 / noise^2 + 1 / prior^2),
+
+    s_k the n singular values of J (0 beyond the rank). The first is what bounds every attack on an update without
+    noise; the second the error that noise leaves an attacker whose prior is Gaussian: a local estimate, exact for a
+    linear u. Both are means over the batch, and one image of it may leak more than the mean.
+
+    Arguments:
+    - `loss_fn(params, images, labels)`: the scalar that the client takes the gradient of; u is that gradient, and
+      `params` any pytree (an nnx state, linen's "params", plain arrays). `loss_of(model)` makes one of a model;
+    - `update_fn(params, images, labels)`: in its place, what the client sends where that is something else (clipped,
+      several local steps, some layers withheld): any pytree;
+    - `max_leaked_fraction` in (0, 1], `max_psnr` in dB with pixels in [0, 1]; at least one;
+    - `noise`: standard deviation of the noise that will be added to every entry of u; None for none;
+    - `method`: "exact" (n up to 4096): the rank and every s_k, by `scoring.exact`; or "sketch": upper bounds,
+      the PSNR's up to the sampling of `probes` random directions: the parameters that see data are counted (the rank
+      itself, where it is below `probes`), and `steps` Lanczos steps bound the error: `scoring.sketch`;
+    - `prior`: standard deviation of a pixel to an attacker who sees nothing; `seed`: of the random directions.
+
+    `images` (B, ...) are floating point with pixels in [0, 1]: put what normalizes them into `loss_fn`. The
+    transformation comes first in an `optax.chain`: after one with a memory, such as momentum, a blocked gradient would
+    be kept there and leave later.
+
+    Raises `InputError` for limits out of range, and when called on an empty batch or one too large.
+    """
+    sent = _sent(loss_fn, update_fn)
+    _check_limits(max_leaked_fraction, max_psnr, prior)
+    _check_method(noise, method, probes, steps)
+    fraction_limit = math.inf if max_leaked_fraction is None else max_leaked_fraction
+    psnr_limit = math.inf if max_psnr is None else max_psnr
+    ridge = (noise or 0.0) ** 2 / prior**2
+
+    @jax.jit
+    def compiled(params: Any, images: Any, labels: Any) -> Score:
+        j, key = scoring.linearize_update(lambda x: sent(params, x, labels), images), jax.random.key(seed)
+        found = scoring.exact(j, key, ridge) if method == "exact" else scoring.sketch(j, key, ridge, probes, steps)
+        return scoring.score_of(*found, images.size, prior, fraction_limit, psnr_limit)
+
+    def score(params: Any, images: Any, labels: Any) -> Score:
+        images, labels = _batch(images, labels, method)
+        with jax.default_matmul_precision("highest"):
+            return compiled(params, images, labels)
+
+    return Guard(score, _transformation(score))
+
+
+def loss_of(model: Any, loss: str = "softmax_cross_entropy") -> LossFunction:
+    """(params, images, labels) -> the mean of `loss` over the batch, for whatever `leakjax.read_model` takes.
+
+    `params` are those of the optimizer: `leakjax.read_model(model).params`, arrays by path; buffers stay as they are.
+    """
+    if loss not in LOSSES:
+        raise unknown_name("loss", loss, LOSSES)
+    read = read_model(model)
+
+    def mean_loss(params: Any, images: Any, labels: Any) -> Any:
+        logits = read.apply({**read.buffers, **params}, images)
+        return jnp.mean(jax.vmap(LOSSES[loss])(logits, labels))
+
+    return mean_loss
+
+
+def _transformation(score: Callable[[Any, Any, Any], Score]) -> optax.GradientTransformationExtraArgs:
+    def init(params: Any) -> GuardState:
+        del params
+        none, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+        return GuardState(Score(none, none, none, jnp.ones((), bool)), count, count)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, images: Any, labels: Any, **extra_args: Any
+    ) -> tuple[Any, GuardState]:
+        del extra_args
+        if params is None:
+            raise InputError("params is missing: call update(updates, state, params, images=images, labels=labels)")
+        found = score(params, images, labels)
+        updates = jax.tree.map(lambda u: jnp.where(found.allowed, u, jnp.zeros_like(u)), updates)
+        allowed = found.allowed.astype(jnp.int32)
+        return updates, GuardState(found, state.sent + allowed, state.blocked + (1 - allowed))
+
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))  # its images and labels are required
+
+
+def _sent(loss_fn: LossFunction | None, update_fn: UpdateFunction | None) -> UpdateFunction:
+    if loss_fn is not None and update_fn is None:
+        return jax.grad(loss_fn)
+    if update_fn is not None and loss_fn is None:
+        return update_fn
+    raise InputError("pass either loss_fn or update_fn: loss_fn(params, images, labels), a scalar, or what is sent")
+
+
+def _check_limits(fraction: float | None, psnr: float | None, prior: float) -> None:
+    if fraction is None and psnr is None:
+        raise InputError("give max_leaked_fraction, max_psnr or both: without a limit nothing would be blocked")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"max_leaked_fraction must be in (0, 1], got {fraction}")
+    if not 0 < prior < math.inf:
+        raise InputError(f"prior must be a standard deviation > 0, in pixels of [0, 1], got {prior}")
+    floor = -20 * math.log10(prior)
+    if psnr is not None and not floor < psnr < math.inf:
+        raise InputError(f"max_psnr must be above the {floor:.2f} dB that the prior of {prior} alone gives, got {psnr}")
+
+
+def _check_method(noise: float | None, method: str, probes: int, steps: int) -> None:
+    if noise is not None and not 0 <= noise < math.inf:
+        raise InputError(f"noise must be a standard deviation >= 0, or None for no noise, got {noise}")
+    if method not in METHODS:
+        raise unknown_name("method", method, METHODS)
+    for name, value in (("probes", probes), ("steps", steps)):
+        if value < 1:
+            raise InputError(f"{name} must be 1 or more, got {value}")
+
+
+def _batch(images: Any, labels: Any, method: str) -> tuple[Any, Any]:
+    """The batch as arrays, once its shapes and dtypes are known to be good."""
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(f"images must be floating point with pixels in [0, 1], got {images.dtype}: divide by 255")
+    if images.ndim < 2 or not images.size:
+        raise InputError(f"images must be a batch (B, ...) of one or more, got shape {images.shape}")
+    if not labels.ndim or labels.shape[0] != images.shape[0]:
+        raise InputError(f"labels must be one for each of {images.shape[0]} images, got shape {labels.shape}")
+    if method == "exact" and images.size > EXACT_LIMIT:
+        raise InputError(
+            f"images have {images.size} pixels in all, more than the {EXACT_LIMIT} that method 'exact' takes; "
+            "take method 'sketch' or a smaller batch"
+        )
+    if method == "exact" and not fits_in_memory(8 * images.size**2 * images.dtype.itemsize):
+        raise InputError(f"images have {images.size} pixels in all, too many for memory; take method 'sketch'")
+    return images, labels

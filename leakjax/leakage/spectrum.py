@@ -1,0 +1,98 @@
+"""The Jacobian of a gradient at the images behind it, by dense matrices: rank, spectrum, leakage map, noise bound.
+
+All follow from G = J^T J, J = dg/dx. Its rank bounds every attack near x; the projector P onto its row space has the
+leakage map as diagonal. With Gaussian noise of variance s^2 in every gradient entry no unbiased attack has a covariance
+below s^2 G^-1 (Cramer-Rao); with a Gaussian prior of covariance S an estimate is (G / s^2 + S^-1)^-1 (exact for linear
+g; van Trees' inequality bounds the mean over images).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.jacobian import inverse_norms
+from leakjax.priors import from_natural
+
+RANK = 1e-13  # of the largest eigenvalue of J^T J, its rows divided by the norms of their parameters' gradients
+PRIOR_DEVIATION = 0.25  # of pixels in [0, 1]
+
+
+class Leakage(NamedTuple):
+    """`gram` (n, n) of J in units of pixels in [0, 1], its eigenvalues, ascending, and vectors; `rank`; the leakage
+    `map` (B, *shape); J^T g (n,) and ||g||, which clipping needs."""
+
+    gram: Float[np.ndarray, "n n"]
+    values: Float[np.ndarray, " n"]
+    vectors: Float[np.ndarray, "n n"]
+    rank: int
+    map: Float[np.ndarray, "B ..."]
+    slope: Float[np.ndarray, " n"]
+    norm: float
+
+
+def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: float) -> Leakage:
+    """J^T J at images x (B, *shape) of a `network.batch_gradient`, and what follows from it.
+
+    Arguments: `scale`, the width of the input range: one pixel's unit.
+    """
+    weighted, plain, slope, norm = map(np.asarray, _grams(gradient)(variables, x, labels))
+    own, rows = np.linalg.eigh(weighted)
+    kept = own > RANK * own[-1]
+    seen = np.clip(np.sum(rows[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
+    gram = scale**2 * plain
+    values, vectors = np.linalg.eigh(gram)
+    return Leakage(gram, np.maximum(values, 0.0), vectors, int(np.sum(kept)), seen, scale * slope, float(norm))
+
+
+def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
+    """sigma^2 (J^T J)^-1, its diagonal: what noise leaves an unbiased attack; infinite where the rank is not full."""
+    if leakage.rank < len(leakage.values):
+        return np.full(len(leakage.values), np.inf)
+    return sigma**2 * (leakage.vectors**2 @ (1.0 / leakage.values))
+
+
+class WithPrior(NamedTuple):
+    """Eigenvalues of S^(1/2) G S^(1/2), and what each of its directions adds to the mean variance of a pixel."""
+
+    values: Float[np.ndarray, " n"]
+    shares: Float[np.ndarray, " n"]
+
+
+def with_natural_prior(leakage: Leakage, shape: tuple[int, ...]) -> WithPrior:
+    """G seen by images whose amplitudes fall as 1 / frequency, with deviation `PRIOR_DEVIATION` a pixel."""
+
+    def natural(u: Array) -> Array:
+        return PRIOR_DEVIATION * from_natural(u.reshape(shape)).ravel()
+
+    root = np.asarray(jax.jit(jax.vmap(natural))(jnp.eye(len(leakage.values)))).T
+    values, vectors = np.linalg.eigh(root.T @ leakage.gram @ root)
+    return WithPrior(np.maximum(values, 0.0), np.mean((root @ vectors) ** 2, axis=0))
+
+
+def variance_with_prior(prior: WithPrior, sigma: float) -> float:
+    """The mean over pixels of diag((G / sigma^2 + S^-1)^-1)."""
+    return float(np.sum(prior.shares / (prior.values / sigma**2 + 1.0)))
+
+
+@functools.lru_cache(maxsize=16)
+def _grams(gradient: Any) -> Any:
+    """(variables, x, labels) -> J^T J with J's rows divided by their parameters' norms, J^T J, J^T g, ||g||."""
+
+    def build(variables: Any, x: Any, labels: Any) -> Any:
+        at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        adjoint = jax.linear_transpose(tangent, x)
+        squares = jax.tree.map(jnp.square, inverse_norms(at_x))
+
+        def column(e: Array) -> tuple[Array, Array]:
+            rows = tangent(e.reshape(x.shape))
+            return jnp.ravel(adjoint(jax.tree.map(jnp.multiply, squares, rows))[0]), jnp.ravel(adjoint(rows)[0])
+
+        weighted, plain = jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in at_x.values()))
+        return weighted, plain, jnp.ravel(adjoint(at_x)[0]), norm
+
+    return jax.jit(build)

@@ -1,0 +1,150 @@
+"""The sections of an audit's page below its key numbers, each empty or a sentence where there is nothing to say."""
+
+import numpy as np
+
+from leakjax.leakage.result import Audit, LayerAudit, NoisePoint
+from leakjax.report.audit_map import map_panels, shown_panels
+from leakjax.report.audit_plots import noise_plot, spectrum_plot
+from leakjax.report.markup import definitions, integer, paragraph, percent, real, section, table, text
+
+_LAYER_COLUMNS = (
+    "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "Condition", "Dead pixels", "Weight in c(M)",
+    "Known share", "Pull-back depth", "Parameters",
+)  # fmt: skip
+_DP_COLUMNS: tuple[tuple[str, str], ...] = (
+    ("noise_multiplier", "Noise multiplier"), ("clip", "Clip"), ("epsilon", "ε"), ("delta", "δ"),
+)  # fmt: skip
+_OPEN = "open"
+
+
+def shapes_only(audit: Audit) -> bool:
+    """Whether nothing numeric was asked for: the audit knows shapes alone."""
+    return audit.leaked_dimensions is None and all(layer.rank is None for layer in audit.layers)
+
+
+def layers_section(audit: Audit) -> str:
+    """Every layer's numbers, first to last, and its sentence. Returns HTML."""
+    rows = [_layer_row(layer) for layer in audit.layers]
+    note = "A dash: not computed." if any(layer.rank is None for layer in audit.layers) else ""
+    sentences = definitions((layer.name, text(layer.sentence)) for layer in audit.layers)
+    return section(
+        "layers", "Layer by layer", table("Layers, first to last", _LAYER_COLUMNS, rows, note=note), sentences
+    )
+
+
+def map_section(audit: Audit) -> str:
+    """The leakage map, a panel an example. Returns HTML."""
+    panels = map_panels(audit)
+    if not panels:
+        return section("map", "Leakage map", _not_computed(audit))
+    held, shown = len(audit.leakage_map) if audit.leakage_map is not None else 0, shown_panels(audit)
+    words = "How much of each pixel the gradient determines, mean over channels: bright pixels leak, dark ones do not."
+    if held > shown:
+        words += f" The first {shown} of {held} examples."
+    return section("map", "Leakage map", paragraph(words), panels)
+
+
+def spectrum_section(audit: Audit) -> str:
+    """The singular values of the gradient's Jacobian. Returns HTML."""
+    if not audit.spectrum:
+        return section("spectrum", "Spectrum", _not_computed(audit))
+    words = (
+        "How strongly the gradient responds to each direction of the image, strongest first. Directions after the drop "
+        "leave no trace; a long slope above it means that little noise already hides the weaker ones."
+    )
+    plot = spectrum_plot(audit) or paragraph("Every singular value is zero: the gradient does not depend on the image.")
+    return section("spectrum", "Spectrum", paragraph(words), plot)
+
+
+def noise_section(audit: Audit) -> str:
+    """What noise in the gradient leaves an attacker. Returns HTML."""
+    if not audit.noise:
+        return section("noise", "Noise", _not_computed(audit))
+    words = (
+        "How good an image can become when noise is added to every entry of the gradient. Higher PSNR is a better "
+        "image; on photos a mid-grey guess scores about 10 to 15 dB."
+    )
+    private = [(field, name) for field, name in _DP_COLUMNS if any(getattr(p, field) is not None for p in audit.noise)]
+    columns = ["Noise σ", "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions", *(n for _, n in private)]
+    rows = [_noise_row(point, [field for field, _ in private]) for point in audit.noise]
+    note = "“open”: the image is not determined, an unbiased attack has no finite error."
+    shown = note if any(p.psnr_bound is None for p in audit.noise) else ""
+    parts = table("Noise and the image it leaves", columns, rows, note=shown), noise_plot(audit.noise)
+    return section("noise", "Noise", paragraph(words), *parts, _uncertainty(audit))
+
+
+def changes_section(audit: Audit) -> str:
+    """Changes of one layer and what they cost. Returns HTML, empty where there are none."""
+    if not audit.changes:
+        return ""
+    now = audit.structural_leaked_dimensions
+    rows = [
+        (text(c.layer), text(c.change), *_after(c.leaked_dimensions, now, audit), integer(c.parameters, signed=True))
+        for c in audit.changes
+    ]
+    columns = ("Layer", "Change", "Leaked dimensions after it", "Share", "Difference", "Parameters it costs")
+    words = f"Each change alone, judged by shapes, against the {integer(now)} dimensions that the shapes allow now."
+    return section(
+        "changes", "What would help", paragraph(words), table("Changes of one layer", columns, rows, words=(0, 1))
+    )
+
+
+def withheld_section(audit: Audit) -> str:
+    """Which layers' gradients to keep back. Returns HTML, empty where nothing is known of it."""
+    if not audit.withheld:
+        return ""
+    now = audit.structural_leaked_dimensions if audit.leaked_dimensions is None else audit.leaked_dimensions
+    rows = [(text(", ".join(w.layers)) or "none", *_after(w.leaked_dimensions, now, audit)) for w in audit.withheld]
+    columns = ("Layers not sent", "Leaked dimensions", "Share", "Difference")
+    words = f"What still leaks when the gradients of these layers stay on the client, against {integer(now)} now."
+    parts = paragraph(words), table("Gradients withheld", columns, rows)
+    return section("withheld", "Which gradients to withhold", *parts)
+
+
+def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
+    bound = integer(layer.structural_rank)
+    depth = _OPEN if layer.pull_back_depth is None and layer.rank is not None else integer(layer.pull_back_depth)
+    return (
+        text(layer.name),
+        integer(layer.unknowns),
+        integer(layer.rank),
+        integer(layer.rank_deficiency),
+        bound if layer.structural_exact else f"≤ {bound} <small>bound</small>",
+        real(layer.condition),
+        integer(layer.dead_pixels),
+        real(layer.weight),
+        percent(layer.known_share),
+        depth,
+        integer(layer.parameters),
+    )
+
+
+def _noise_row(point: NoisePoint, private: list[str]) -> tuple[str, ...]:
+    bound = _OPEN if point.psnr_bound is None else _decibels(point.psnr_bound)
+    prior = _decibels(point.psnr_estimate_prior)
+    rest = (real(getattr(point, field)) for field in private)
+    return real(point.sigma), bound, prior, real(point.effective_dimensions, 4), *rest
+
+
+def _decibels(value: float | None) -> str:
+    return real(value, 4) if value is None or not np.isfinite(value) else f"{value:.1f}".replace("-", "−")
+
+
+def _after(dimensions: int, now: int, audit: Audit) -> tuple[str, str, str]:
+    share = percent(dimensions / audit.unknowns if audit.unknowns else None)
+    return integer(dimensions), share, integer(dimensions - now, signed=True)
+
+
+def _uncertainty(audit: Audit) -> str:
+    if audit.uncertainty is None or not audit.noise or not audit.uncertainty.size:
+        return ""
+    known = audit.uncertainty[np.isfinite(audit.uncertainty)]
+    middle = f"the median value to ± {real(float(np.median(known)))} (pixels in 0 to 1)" if known.size else "no value"
+    return paragraph(
+        f"At the first level, σ = {real(audit.noise[0].sigma)}, an unbiased attack determines {middle}; "
+        f"{percent(1 - known.size / audit.uncertainty.size)} of the values stay open altogether."
+    )
+
+
+def _not_computed(audit: Audit) -> str:
+    return paragraph("Not computed (shapes only)." if shapes_only(audit) else "Not computed.", "absent")
