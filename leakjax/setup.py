@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from leakjax.captures import read_capture
-from leakjax.datasets import load_dataset, load_npz, to_range
+from leakjax.datasets import Images, load_dataset, load_npz, to_range
 from leakjax.errors import InputError, unknown_name
 from leakjax.interop.torch import read_torch_capture
 from leakjax.losses import LOSSES
@@ -67,6 +67,24 @@ class Setup:
         self, dataset: str, index: Sequence[int], images: Path | None, batch_size: int, dtype: str
     ) -> tuple[Observation, np.ndarray]:
         """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
+        data = self._pictures(dataset, index, images)
+        observation = observe(
+            self.model,
+            (to_range(data.images, self.input_range), data.labels),
+            loss=self.loss,
+            input_range=self.input_range,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
+        return observation, data.images / 255.0
+
+    def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
+        """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""
+        data = self._pictures(dataset or "samples", index, images)
+        return to_range(data.images, self.input_range), data.labels
+
+    def _pictures(self, dataset: str, index: Sequence[int], images: Path | None) -> Images:
+        """Pictures that the model takes, with labels that it has logits for."""
         if self.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         if images is not None:
@@ -80,18 +98,8 @@ class Setup:
             raise InputError(
                 f"images have shape {tuple(data.images.shape[1:])}, the model takes {self.input_shape}; resize them"
             )
-        labels = data.labels
-        if output_count(self.model, self.input_shape) == 1:
-            labels = labels % 2
-        observation = observe(
-            self.model,
-            (to_range(data.images, self.input_range), labels),
-            loss=self.loss,
-            input_range=self.input_range,
-            batch_size=batch_size,
-            dtype=dtype,
-        )
-        return observation, data.images / 255.0
+        one = output_count(self.model, self.input_shape) == 1
+        return type(data)(data.images, data.labels % 2) if one else data
 
     def from_capture(
         self, capture: Path | None, torch_capture: Path | None, truth: Path | None

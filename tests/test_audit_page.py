@@ -14,7 +14,7 @@ from leakjax.report import markup
 from leakjax.report.audit_page import draw_map, draw_page
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x & http://evil.example/"
-VOID = {"meta", "link", "img", "br", "hr", "input", "path", "circle", "line", "rect", "polyline"}
+VOID = {"wbr", "meta", "link", "img", "br", "hr", "input", "path", "circle", "line", "rect", "polyline"}
 
 
 def a_map(examples=1):

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.jacobian import inverse_norms
 from leakjax.priors import from_natural
 
-RANK = 1e-13  # of the largest eigenvalue of J^T J, its rows divided by the norms of their parameters' gradients
+RANK = 1e-13  # of the largest eigenvalue of J^T J
 PRIOR_DEVIATION = 0.25  # of pixels in [0, 1]
 
 
@@ -39,12 +38,11 @@ def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: flo
 
     Arguments: `scale`, the width of the input range: one pixel's unit.
     """
-    weighted, plain, slope, norm = map(np.asarray, _grams(gradient)(variables, x, labels))
-    own, rows = np.linalg.eigh(weighted)
-    kept = own > RANK * own[-1]
-    seen = np.clip(np.sum(rows[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
+    plain, slope, norm = map(np.asarray, _gram(gradient)(variables, x, labels))
     gram = scale**2 * plain
     values, vectors = np.linalg.eigh(gram)
+    kept = values > RANK * values[-1]
+    seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
     return Leakage(gram, np.maximum(values, 0.0), vectors, int(np.sum(kept)), seen, scale * slope, float(norm))
 
 
@@ -79,20 +77,17 @@ def variance_with_prior(prior: WithPrior, sigma: float) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def _grams(gradient: Any) -> Any:
-    """(variables, x, labels) -> J^T J with J's rows divided by their parameters' norms, J^T J, J^T g, ||g||."""
+def _gram(gradient: Any) -> Any:
+    """(variables, x, labels) -> J^T J, J^T g, ||g||."""
 
     def build(variables: Any, x: Any, labels: Any) -> Any:
         at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         adjoint = jax.linear_transpose(tangent, x)
-        squares = jax.tree.map(jnp.square, inverse_norms(at_x))
 
-        def column(e: Array) -> tuple[Array, Array]:
-            rows = tangent(e.reshape(x.shape))
-            return jnp.ravel(adjoint(jax.tree.map(jnp.multiply, squares, rows))[0]), jnp.ravel(adjoint(rows)[0])
+        def column(e: Array) -> Array:
+            return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        weighted, plain = jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
-        norm = jnp.sqrt(sum(jnp.sum(g**2) for g in at_x.values()))
-        return weighted, plain, jnp.ravel(adjoint(at_x)[0]), norm
+        columns = jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+        return columns, jnp.ravel(adjoint(at_x)[0]), jnp.sqrt(sum(jnp.sum(g**2) for g in at_x.values()))
 
     return jax.jit(build)

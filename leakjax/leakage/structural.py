@@ -1,8 +1,9 @@
 """What the shapes of a layer allow it to tell of its input, counted in microseconds.
 
-A convolution's forward constraints are z_o = sum_k W_k x_(so + dk) and its gradient constraints sum_o dz_o x_(so + dk)
-= G_k. For generic W and dz they see an entry of x through its residue class modulo the stride alone: with O = min(C_out,
-outputs), the kernel's offsets split by residue on each axis into classes q of n_q offsets and L_q live positions,
+A convolution's forward constraints are z_o = sum_k W_k x_(so + dk), and its gradient constraints
+sum_o dz_o x_(so + dk) = G_k. For generic W and dz they see an entry of x through its residue class modulo the stride
+alone: with O = min(C_out, outputs), the kernel's offsets split by residue on each axis into classes q of n_q offsets
+and L_q live positions,
 
     rank = min( C_in (sum_q L_q)^2,  C_in sum_{q, q'} min(O n_q n_q', L_q L_q') + C_out (outputs - O) ),
 
@@ -41,13 +42,13 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
     outputs = _outputs(geometry, used)
     channels, features = geometry.channels // geometry.groups, geometry.features // geometry.groups
     rank_of_dz = min(features, outputs)
-    classes = [_classes(axis, used and used[k]) for k, axis in enumerate(geometry.axes)]
+    classes = [_classes(axis, mask) for axis, mask in _masks(geometry, used)]
     gradient, everything = 0, 0
     for combination in itertools.product(*classes):
         offsets, seen = math.prod(n for n, _ in combination), math.prod(size for _, size in combination)
         gradient += min(rank_of_dz * offsets, seen)
         everything += seen
-    limit = math.prod(int(np.sum(_read(axis, used and used[k]))) for k, axis in enumerate(geometry.axes))
+    limit = math.prod(int(np.sum(_read(axis, mask))) for axis, mask in _masks(geometry, used))
     rank = min(channels * everything, channels * limit, channels * gradient + features * (outputs - rank_of_dz))
     live = geometry.channels * math.prod(int(np.sum(p)) for p in live_positions(geometry, used))
     live = live if geometry.axes else geometry.unknowns
@@ -57,7 +58,11 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
 
 def live_positions(geometry: Geometry, used: Used = None) -> list[np.ndarray]:
     """(positions,) booleans of every axis: what the outputs that are `used` see."""
-    return [positions(axis, used and used[k]) for k, axis in enumerate(geometry.axes)]
+    return [positions(axis, mask) for axis, mask in _masks(geometry, used)]
+
+
+def _masks(geometry: Geometry, used: Used) -> list[tuple[Axis, np.ndarray | None]]:
+    return list(zip(geometry.axes, [None] * len(geometry.axes) if used is None else used, strict=True))
 
 
 def _outputs(geometry: Geometry, used: Used) -> int:

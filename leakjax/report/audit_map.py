@@ -33,7 +33,7 @@ def draw_map(path: Path | str, audit: Audit) -> bool:
     columns = min(len(panels), _COLUMNS)
     rows = -(-len(panels) // columns)
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(max(2.5 * columns, 3.3) + 0.9, 2.8 * rows + 0.8), layout="constrained", dpi=150)
+        figure = Figure(figsize=(max(2.5 * columns, 3.3) + 0.9, 2.6 * rows + 0.8), layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False)
         for axis in axes.flat:
@@ -43,7 +43,7 @@ def draw_map(path: Path | str, audit: Audit) -> bool:
             axis.imshow(panel.mean(axis=-1), norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
             axis.set_title(f"example {k} · {panel.mean():.1%} leaked\n{_unseen(panel):,} unseen pixels", fontsize=9)
         bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.03)
-        bar.set_label("0 = not in the gradient     1 = determined by it")
+        bar.set_label("share that the gradient determines")
         figure.suptitle(_title(audit), fontsize=11, fontweight="bold")
         figure.savefig(path, metadata={"Software": None})
     return True
@@ -59,9 +59,9 @@ def map_panels(audit: Audit) -> str:
         return ""
     panels = "\n".join(_panel(k, panel) for k, panel in enumerate(audit.leakage_map[:_SHOWN]))
     scale = (
-        f'<p class="scale"><span>0 <span>not in the gradient</span></span>'
+        f'<p class="scale"><span>0 unseen</span>'
         f'<img src="{_png(np.linspace(0, 1, 256)[None])}" alt="Color scale from 0, dark blue, to 1, yellow">'
-        f"<span>1 <span>determined by it</span></span></p>"
+        f"<span>1 determined</span></p>"
     )
     return f'<div class="maps">\n{panels}\n</div>\n{scale}'
 

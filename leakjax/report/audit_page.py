@@ -16,7 +16,7 @@ from leakjax.report.audit_sections import (
     withheld_section,
 )
 from leakjax.report.glossary import glossary
-from leakjax.report.markup import definitions, integer, paragraph, percent, real, section, text
+from leakjax.report.markup import definitions, integer, name, paragraph, percent, real, section, text
 
 __all__ = ["draw_map", "draw_page"]
 
@@ -67,7 +67,7 @@ def draw_page(audit: Audit) -> str:
 <body>
 <header>
 <p class="kicker">Leakage audit</p>
-<h1>{text(audit.model)}</h1>
+<h1>{name(audit.model)}</h1>
 <p>Input {shape} · {_examples(audit)} · {integer(audit.unknowns)} unknowns</p>
 </header>
 <main>
@@ -87,6 +87,8 @@ def _verdict(audit: Audit) -> str:
     title, meaning, icon = _VERDICTS.get(
         audit.verdict, (f"Verdict: {audit.verdict}", "", '<circle cx="12" cy="12" r="10"/>')
     )
+    if shapes_only(audit):
+        meaning += " Judged by shapes alone, which bound the leak from above."
     kind = audit.verdict if audit.verdict in _VERDICTS else "other"
     return (
         f'<section class="verdict {kind}" aria-labelledby="verdict-title">\n'

@@ -64,7 +64,7 @@ def _spectrum_words(audit: Audit, values: Sequence[float], floor: float) -> str:
         words += f" The last one that counts as leaked, number {integer(rank)}, is {real(values[rank - 1])}."
     below = sum(v < floor for v in values)
     if below:
-        words += f" Of these, {integer(below)} at or near zero are drawn at the lowest value shown."
+        words += f" {integer(below)} of them, at or near zero, are drawn at the lowest value shown."
     return words
 
 

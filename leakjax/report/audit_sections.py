@@ -5,7 +5,7 @@ import numpy as np
 from leakjax.leakage.result import Audit, LayerAudit, NoisePoint
 from leakjax.report.audit_map import map_panels, shown_panels
 from leakjax.report.audit_plots import noise_plot, spectrum_plot
-from leakjax.report.markup import definitions, integer, paragraph, percent, real, section, table, text
+from leakjax.report.markup import definitions, integer, name, paragraph, percent, real, section, table, text
 
 _LAYER_COLUMNS = (
     "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "Condition", "Dead pixels", "Weight in c(M)",
@@ -26,7 +26,7 @@ def layers_section(audit: Audit) -> str:
     """Every layer's numbers, first to last, and its sentence. Returns HTML."""
     rows = [_layer_row(layer) for layer in audit.layers]
     note = "A dash: not computed." if any(layer.rank is None for layer in audit.layers) else ""
-    sentences = definitions((layer.name, text(layer.sentence)) for layer in audit.layers)
+    sentences = definitions([(layer.name, text(layer.sentence)) for layer in audit.layers], "pairs")
     return section(
         "layers", "Layer by layer", table("Layers, first to last", _LAYER_COLUMNS, rows, note=note), sentences
     )
@@ -64,8 +64,16 @@ def noise_section(audit: Audit) -> str:
         "How good an image can become when noise is added to every entry of the gradient. Higher PSNR is a better "
         "image; on photos a mid-grey guess scores about 10 to 15 dB."
     )
-    private = [(field, name) for field, name in _DP_COLUMNS if any(getattr(p, field) is not None for p in audit.noise)]
-    columns = ["Noise σ", "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions", *(n for _, n in private)]
+    private = [
+        (field, title) for field, title in _DP_COLUMNS if any(getattr(p, field) is not None for p in audit.noise)
+    ]
+    columns = [
+        "Noise σ",
+        "PSNR bound, dB",
+        "PSNR with prior, dB",
+        "Effective dimensions",
+        *(title for _, title in private),
+    ]
     rows = [_noise_row(point, [field for field, _ in private]) for point in audit.noise]
     note = "“open”: the image is not determined, an unbiased attack has no finite error."
     shown = note if any(p.psnr_bound is None for p in audit.noise) else ""
@@ -79,7 +87,7 @@ def changes_section(audit: Audit) -> str:
         return ""
     now = audit.structural_leaked_dimensions
     rows = [
-        (text(c.layer), text(c.change), *_after(c.leaked_dimensions, now, audit), integer(c.parameters, signed=True))
+        (name(c.layer), text(c.change), *_after(c.leaked_dimensions, now, audit), integer(c.parameters, signed=True))
         for c in audit.changes
     ]
     columns = ("Layer", "Change", "Leaked dimensions after it", "Share", "Difference", "Parameters it costs")
@@ -105,7 +113,7 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
     bound = integer(layer.structural_rank)
     depth = _OPEN if layer.pull_back_depth is None and layer.rank is not None else integer(layer.pull_back_depth)
     return (
-        text(layer.name),
+        name(layer.name),
         integer(layer.unknowns),
         integer(layer.rank),
         integer(layer.rank_deficiency),

@@ -33,4 +33,4 @@ _TERMS = (
 
 def glossary() -> str:
     """The terms and their meanings, folded away until asked for. Returns HTML."""
-    return f'<details id="glossary">\n<summary>Glossary</summary>\n{definitions(_TERMS)}\n</details>'
+    return f'<details id="glossary">\n<summary>Glossary</summary>\n{definitions(_TERMS, "pairs")}\n</details>'

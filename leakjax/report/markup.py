@@ -2,9 +2,11 @@
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 
-MISSING = '<span aria-hidden="true">–</span><span class="spoken">not computed</span>'
+MISSING = '<span aria-hidden="true">–</span><span class="spoken">no value</span>'
+_LONG = 24
 _THIN = "\N{NARROW NO-BREAK SPACE}"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -12,6 +14,12 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def text(value: object) -> str:
     """Anything as text of a page: escaped, quotes included."""
     return html.escape(str(value), quote=True)
+
+
+def name(value: object) -> str:
+    """A name as text of a page, which a long one lets break after its separators."""
+    shown = text(value)
+    return re.sub(r"([._:/]+)", r"\1<wbr>", shown) if len(shown) > _LONG else shown
 
 
 def integer(value: int | None, signed: bool = False) -> str:
@@ -56,7 +64,7 @@ def percent(fraction: float | None) -> str:
         return f"&lt;{_THIN}0.1{_THIN}%"
     if 0.999 < fraction < 1:
         return f"&gt;{_THIN}99.9{_THIN}%"
-    return f"{100 * fraction:.1f}".removesuffix(".0") + f"{_THIN}%"
+    return ("0" if fraction == 0 else "100" if fraction == 1 else f"{100 * fraction:.1f}") + f"{_THIN}%"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -85,26 +93,26 @@ def table(
     """A table in a container that scrolls by itself and can be reached by the keyboard.
 
     Arguments: `caption` and `columns`, plain text; `rows`, cells of HTML, the first of which names its row; `words`,
-    the columns that hold words (aligned left), not numbers; `note`, plain text after the caption.
+    the columns that hold words (aligned left), not numbers; `note`, plain text below the table.
     """
-    heads = "".join(f'<th scope="col"{_words(k, words)}>{text(name)}</th>' for k, name in enumerate(columns))
+    heads = "".join(f'<th scope="col"{_words(k, words)}>{text(column)}</th>' for k, column in enumerate(columns))
     body = "\n".join(f"<tr>{_row(row, words)}</tr>" for row in rows)
-    small = f" <small>{text(note)}</small>" if note else ""
+    below = f'\n<p class="below">{text(note)}</p>' if note else ""
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}">\n<table>\n'
-        f"<caption><span>{text(caption)}</span>{small}</caption>\n"
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
+        f"<caption><span>{text(caption)}</span></caption>\n"
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>{below}"
     )
 
 
 def definitions(pairs: Iterable[tuple[str, str]], kind: str = "") -> str:
     """A list of terms (plain text) and what is said of them (HTML)."""
-    name = f' class="{kind}"' if kind else ""
-    return f"<dl{name}>\n" + "\n".join(f"<div><dt>{text(a)}</dt><dd>{b}</dd></div>" for a, b in pairs) + "\n</dl>"
+    classed = f' class="{kind}"' if kind else ""
+    return f"<dl{classed}>\n" + "\n".join(f"<div><dt>{name(a)}</dt><dd>{b}</dd></div>" for a, b in pairs) + "\n</dl>"
 
 
 def _row(row: Sequence[str], words: Sequence[int]) -> str:
-    head = f'<th scope="row" class="words">{row[0]}</th>'
+    head = f'<th scope="row" class="words"><span>{row[0]}</span></th>'
     return head + "".join(f"<td{_words(k, words)}>{cell}</td>" for k, cell in enumerate(row[1:], 1))
 
 

@@ -1,0 +1,119 @@
+"""Layer by layer: rank, conditioning and hidden entries of the constraints on its input, at images that are known.
+
+The audit holds the images, so the systems are built at the truth: what they leave open, no attack determines.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.activations import Preimage
+from leakjax.memory import fits_in_memory
+from leakjax.model import Arrays
+from leakjax.residuals import pull_gradients, pulled_back, push_forward
+from leakjax.segments import Segment
+from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
+
+NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
+LARGEST = 6000
+MOST_STEPS = 6000
+_RANK = 1e-13
+
+
+class LayerLeakage(NamedTuple):
+    """`rank` of a layer's own constraints and their `condition`, None where too large to count; `known_share` of its
+    outputs; `pull_back_depth`, None where all layers before it leave its input open."""
+
+    rank: int | None
+    condition: float | None
+    known_share: float
+    pull_back_depth: int | None
+
+
+def layer_leakage(
+    segments: Sequence[Segment], variables: Arrays, x: Float[Array, "B ..."], dz: Float[Array, "B K"]
+) -> list[LayerLeakage]:
+    """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone."""
+    xs, zs, _ = push_forward(segments, variables, x)
+    cotangents = _cotangents(segments, variables, xs, zs, dz)
+    found = []
+    for i, segment in enumerate(segments):
+        preimage = _preimage(segment, variables, zs[i], head=i == len(segments) - 1)
+        known = 1.0 if i == len(segments) - 1 else float(np.mean(np.asarray(preimage.known)))
+        depth, rank, condition = None, None, None
+        for back in range(i + 1):
+            span = tuple(segments[i - back : i + 1])
+            probe = _probe(span)(variables, preimage, cotangents[i], xs[i - back])
+            full = float(probe.lost) <= NULL_SPACE
+            if back == 0:
+                condition = lsmr_condition(probe)
+                rank = xs[i].size if full else _rank(span, variables, preimage, cotangents[i], xs[i])
+            if full:
+                depth = back
+                break
+        found.append(LayerLeakage(rank, condition, known, depth))
+    return found
+
+
+def _preimage(segment: Segment, variables: Arrays, z: Array, *, head: bool) -> Preimage:
+    """What the activation gives back of z; nothing at the head, whose output nobody sends."""
+    known = segment.activation.preimage(variables, segment.activation.function(variables, z), jnp.zeros((), z.dtype))
+    return known._replace(known=jnp.zeros_like(known.known)) if head else known
+
+
+def _cotangents(
+    segments: Sequence[Segment], variables: Arrays, xs: Sequence[Array], zs: Sequence[Array], dz: Array
+) -> list[Array]:
+    """dL/dz of every segment; `dz` is the last one's."""
+    found = [dz]
+    for i in reversed(range(1, len(segments))):
+        dx = jax.vjp(functools.partial(segments[i].function, variables), xs[i])[1](found[0])[0]
+        found.insert(0, segments[i - 1].activation.slope(variables, zs[i - 1]) * dx.reshape(zs[i - 1].shape))
+    return found
+
+
+def _residual(span: Sequence[Segment], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
+    """The pulled-back residual of `span` with what its own gradient blocks are at x."""
+    xs, _, slopes = push_forward(span, variables, x)
+    gradients, _ = pull_gradients(span, variables, xs, slopes, dz)
+    return pulled_back(span, variables, preimage, dz, gradients)
+
+
+@functools.lru_cache(maxsize=64)
+def _probe(span: tuple[Segment, ...]) -> Any:
+    def probe(variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> LsmrSolution:
+        residual = _residual(span, variables, preimage, dz, x)
+        rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        steps = min(4 * max(x.size, 100), MOST_STEPS)
+        return solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
+
+    return jax.jit(probe)
+
+
+def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:
+    if x.size > LARGEST or not fits_in_memory(4 * 8 * x.size**2):
+        return None
+    values = np.linalg.eigvalsh(np.asarray(_gram(span)(variables, preimage, dz, x)))
+    return int(np.sum(values > _RANK * values[-1])) if values[-1] > 0 else 0
+
+
+@functools.lru_cache(maxsize=64)
+def _gram(span: tuple[Segment, ...]) -> Any:
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Array:
+        residual = _residual(span, variables, preimage, dz, x)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        adjoint = jax.linear_transpose(tangent, x)
+
+        def column(e: Array) -> Array:
+            return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
+
+        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+
+    return jax.jit(build)

@@ -1,0 +1,42 @@
+"""An audit on a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from leakjax.leakage.result import Audit
+
+
+def print_audit(console: Console, audit: Audit) -> None:
+    """The verdict, a row for every layer, what noise leaves and what would help."""
+    console.print(f"[bold]{audit.verdict}[/bold]: {audit.sentence}", highlight=False)
+    leaked = audit.leaked_dimensions
+    shown = f"at most {audit.structural_leaked_dimensions:,}" if leaked is None else f"{leaked:,}"
+    console.print(f"leaked dimensions {shown} of {audit.unknowns:,}; c(M) {audit.c_m:.2f}", highlight=False)
+    table = Table("layer", title="layers", title_justify="left")
+    for column in ("unknowns", "rank", "by shapes", "condition", "dead", "weight", "pull-back"):
+        table.add_column(column, justify="right")
+    for layer in audit.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.unknowns:,}",
+            "-" if layer.rank is None else f"{layer.rank:,}",
+            f"{layer.structural_rank:,}" + ("" if layer.structural_exact else " at most"),
+            "-" if layer.condition is None else f"{layer.condition:.1e}",
+            str(layer.dead_pixels),
+            f"{layer.weight:.2f}",
+            "-" if layer.pull_back_depth is None else str(layer.pull_back_depth),
+        )
+    console.print(table)
+    for point in audit.noise or ():
+        bound = "undetermined" if point.psnr_bound is None else f"{point.psnr_bound:.1f} dB unbiased"
+        prior = "-" if point.psnr_estimate_prior is None else f"{point.psnr_estimate_prior:.1f} dB with a prior"
+        console.print(f"noise {point.sigma:g}: {bound}, {prior}", highlight=False)
+    for change in audit.changes[:3]:
+        console.print(
+            f"{change.layer}: {change.change} leaves {change.leaked_dimensions:,} ({change.parameters:+,} weights)",
+            highlight=False,
+        )
+    for held in audit.withheld:
+        console.print(f"without the gradients of {', '.join(held.layers)}: {held.leaked_dimensions:,}", highlight=False)
+    for remark in audit.remarks:
+        console.print(f"note: {remark}", highlight=False)
