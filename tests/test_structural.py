@@ -118,7 +118,7 @@ def numeric_rank(geometry, rng):
 
 def random_axis(rng, pooling):
     side, size, stride = rng.integers(3, 9), rng.integers(1, 5), rng.integers(1, 4)
-    dilation, low, high = rng.integers(1, 3), rng.integers(0, 3), rng.integers(0, 3)
+    dilation, low, high = rng.integers(1, 3), *rng.choice([0, 0, 0, 0, 1, 2], 2)
     before = Window(2, 2, 0, side // 2) if pooling == "before" and side >= 6 else None
     count = before.outputs if before else side
     outputs = (count + low + high - dilation * (size - 1) - 1) // stride + 1
@@ -169,7 +169,9 @@ class Odd(nnx.Module):
 
 
 def test_a_map_is_read_with_groups_padding_norm_and_pooling():
-    first, head = (s.geometry for s in read_segments(read_model(Odd(rngs=nnx.Rngs(0))), (12, 12, 4), jnp.float32).segments)
+    first, head = (
+        s.geometry for s in read_segments(read_model(Odd(rngs=nnx.Rngs(0))), (12, 12, 4), jnp.float32).segments
+    )
     assert first.simple
     assert (first.channels, first.features, first.groups, first.scales) == (4, 6, 2, 6)
     assert first.axes[0] == Axis(12, Window(3, 2, 1, 3, 1, 0), Window(2, 2, 0, 6))

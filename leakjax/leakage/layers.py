@@ -54,6 +54,7 @@ def layer_leakage(
             if back == 0:
                 condition = lsmr_condition(probe)
                 rank = xs[i].size if full else _rank(span, variables, preimage, cotangents[i], xs[i])
+                full = rank == xs[i].size
             if full:
                 depth = back
                 break
@@ -91,7 +92,7 @@ def _probe(span: tuple[Segment, ...]) -> Any:
         residual = _residual(span, variables, preimage, dz, x)
         rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        steps = min(4 * max(x.size, 100), MOST_STEPS)
+        steps = min(max(4 * x.size, 2000), MOST_STEPS)
         return solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
 
     return jax.jit(probe)

@@ -1,0 +1,185 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from leakjax import InputError, audit, read_model
+from leakjax.leakage.spectrum import PRIOR_DEVIATION
+from leakjax.models.networks import Conv, ConvNet
+from leakjax.network import batch_gradient, read_network
+from leakjax.precision import compute_in
+
+LAYER = ["name", "unknowns", "rank", "rank_deficiency", "structural_rank", "condition", "dead_pixels", "weight"]
+AUDIT = [
+    "model",
+    "input_shape",
+    "c_m",
+    "c_m_rounded",
+    "layers",
+    "unknowns",
+    "leaked_dimensions",
+    "leaked_fraction",
+    "unseen_pixels",
+    "spectrum",
+    "noise",
+    "verdict",
+]
+SHAPE = (7, 7, 2)
+
+
+def network(*layers, activation=jnp.tanh, seed=0):
+    """Convolutions on 7x7x2 and a dense head of four logits."""
+    return ConvNet(
+        [Conv(*layer) for layer in layers],
+        rngs=nnx.Rngs(seed),
+        activations=[activation] * len(layers),
+        input_shape=SHAPE,
+        outputs=4,
+    )
+
+
+def picture(seed=0, examples=1):
+    return np.random.default_rng(seed).uniform(size=(examples, *SHAPE))
+
+
+def jacobian(model, x, y):
+    """dg/dx, (parameters, entries), by reverse mode."""
+    read = read_model(model).astype("float64")
+    net = read_network(read, SHAPE, len(x), jnp.float64)
+    gradient = batch_gradient(net.logits, "softmax_cross_entropy", tuple(read.params))
+    rows = jax.jacrev(lambda x: gradient(dict(read.variables), x, jnp.asarray(y)))(jnp.asarray(x))
+    return np.concatenate([np.asarray(r).reshape(-1, x.size) for r in rows.values()])
+
+
+@pytest.mark.parametrize(
+    ("layers", "examples"), [(((3, 3, 1, 0),), 1), (((1, 3, 2, 0),), 1), (((3, 3, 2, 0), (4, 2, 1, 0)), 2)]
+)
+def test_spectrum_rank_map_and_bound_agree_with_a_dense_jacobian(layers, examples):
+    model, x, y = network(*layers), picture(examples=examples), np.arange(examples)
+    found = audit(model, SHAPE, images=x, labels=y, noise=[1e-4])
+    with compute_in("float64"):
+        _, s, rows = np.linalg.svd(jacobian(model, x, y), full_matrices=False)
+    rank = int(np.sum(s > 1e-9 * s[0]))
+    assert found.leaked_dimensions == rank
+    assert found.leaked_fraction == rank / x.size
+    np.testing.assert_allclose(found.spectrum[:rank], s[:rank], rtol=1e-5)
+    np.testing.assert_allclose(found.leakage_map.ravel(), np.sum(rows[:rank] ** 2, axis=0), atol=1e-6)
+    (point,) = found.noise
+    assert point.effective_dimensions == np.sum(PRIOR_DEVIATION * s > 1e-4)
+    if rank < x.size:
+        assert point.psnr_bound is None
+    else:
+        np.testing.assert_allclose(point.psnr_bound, -10 * np.log10(np.mean(1e-8 / s**2)), rtol=1e-6)
+        assert point.psnr_estimate_prior > point.psnr_bound - 1e-6
+
+
+def test_layers_say_rank_and_pull_back():
+    found = audit(network((6, 3, 1, 0), (5, 2, 1, 0), (1, 2, 1, 0)), SHAPE, images=picture(), noise=[])
+    assert [layer.rank for layer in found.layers] == [layer.structural_rank for layer in found.layers]
+    assert [layer.pull_back_depth for layer in found.layers] == [0, 0, 2, 0]
+    assert found.leaked_dimensions == found.structural_leaked_dimensions
+
+
+def test_relu_hides_outputs_and_says_so():
+    found = audit(network((3, 3, 1, 0), activation=jax.nn.relu), SHAPE, images=picture())
+    assert 0 < found.layers[0].known_share < 1
+    assert "hides" in found.layers[0].sentence
+
+
+def test_shapes_alone_are_enough():
+    found = audit(network((3, 3, 1, 0)), SHAPE, shapes_only=True)
+    assert found.leaked_dimensions is None
+    assert found.noise is None
+    assert found.spectrum is None
+    assert [layer.rank for layer in found.layers] == [None, None]
+    assert found.c_m == 0
+    assert found.verdict == "exact"
+
+
+def test_the_record_is_that_of_the_contract():
+    for options in ({}, {"shapes_only": True}):
+        held = json.loads(json.dumps(audit(network((3, 3, 2, 0)), SHAPE, **options).to_json(), allow_nan=False))
+        assert set(AUDIT) <= held.keys()
+        assert all(set(LAYER) <= layer.keys() for layer in held["layers"])
+        assert held["c_m"] is not None
+        assert held["input_shape"] == list(SHAPE)
+
+
+def test_any_differentiable_model_is_audited():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, 2, 4, 4, decode=False, deterministic=True, rngs=rngs)
+            self.norm = nnx.BatchNorm(2, use_running_average=False, rngs=rngs)
+            self.head = nnx.Linear(64, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.norm(x).reshape(x.shape[0], 16, 2)
+            return self.head(nnx.tanh(self.attention(x)).reshape(x.shape[0], -1))
+
+    found = audit(Net(nnx.Rngs(0)), (4, 4, 2), images=np.random.default_rng(0).uniform(size=(2, 4, 4, 2)))
+    assert found.unknowns == 64
+    assert 0 < found.leaked_dimensions <= 64
+
+
+def test_changes_lower_what_leaks():
+    found = audit(network((6, 3, 1, 0), (5, 2, 1, 0)), SHAPE, shapes_only=True)
+    assert found.changes
+    assert all(change.leaked_dimensions < found.structural_leaked_dimensions for change in found.changes)
+    (held,) = found.withheld
+    assert held.leaked_dimensions < found.unknowns
+
+
+def test_a_change_does_what_it_says():
+    """The best change of a layer's filters or stride, built for real, leaks what was promised."""
+    found = audit(network((3, 3, 1, 0)), SHAPE, shapes_only=True)
+    (change,) = found.changes
+    promised = {"1 filters for 3": (1, 3, 1, 0), "stride 2 for 1": (3, 3, 2, 0), "kernel 1 for 3": (3, 1, 1, 0)}
+    layer = next(layer for text, layer in promised.items() if change.change.startswith(text))
+    assert audit(network(layer), SHAPE, images=picture(), noise=[]).leaked_dimensions == change.leaked_dimensions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise": [-1.0]}, "noise"),
+        ({"noise": [float("nan")]}, "noise"),
+        ({"images": np.zeros((0, *SHAPE))}, "images"),
+        ({"images": np.full((1, *SHAPE), 2.0)}, "input_range"),
+        ({"images": np.zeros((1, 3, 3, 1))}, "images"),
+        ({"images": np.zeros((1, *SHAPE)), "labels": np.array([9])}, "labels"),
+        ({"labels": np.array([1])}, "labels"),
+        ({"loss": "hinge"}, "loss"),
+        ({"input_range": (1.0, 0.0)}, "input_range"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        audit(network((3, 3, 1, 0)), SHAPE, **options)
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(InputError, match="no parameters"):
+        audit((lambda params, x: x.reshape(len(x), -1), {}), SHAPE)
+
+
+def test_an_absurd_shape_is_refused():
+    with pytest.raises(InputError, match="input_shape"):
+        audit(network((3, 3, 1, 0)), (0, 7, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "leaked", "unseen"), [("cnn4_c3", 2883, 63), ("cnn6d", 3072, 0), ("cnn2_c4", 926, 0)])
+def test_golden_leakage(name, leaked, unseen):
+    from leakjax.models import MODELS, build_model
+
+    spec = MODELS[name]
+    options = {"loss": spec.loss, "input_range": spec.input_range, "noise": []}
+    found = audit(build_model(name, activation="tanh"), spec.input_shape, **options)
+    assert (found.leaked_dimensions, found.unseen_pixels) == (leaked, unseen)
+    if name == "cnn4_c3":
+        gone = np.max(found.leakage_map[0], axis=-1) < 1e-6
+        assert gone[-1].all()
+        assert gone[:, -1].all()
