@@ -183,3 +183,17 @@ def test_golden_leakage(name, leaked, unseen):
         gone = np.max(found.leakage_map[0], axis=-1) < 1e-6
         assert gone[-1].all()
         assert gone[:, -1].all()
+
+
+def test_many_unknowns_are_estimated(monkeypatch):
+    import importlib
+
+    module = importlib.import_module("leakjax.leakage.audit")
+    model, x = network((1, 3, 2, 0)), picture()
+    exact = audit(model, SHAPE, images=x, labels=np.array([0]), noise=[1e-4])
+    monkeypatch.setattr(module, "LARGEST", 10)
+    found = audit(model, SHAPE, images=x, labels=np.array([0]), noise=[1e-4])
+    assert found.leaked_dimensions is None
+    np.testing.assert_allclose(found.noise[0].effective_dimensions, exact.noise[0].effective_dimensions, atol=8)
+    np.testing.assert_allclose(found.spectrum[0], exact.spectrum[0], rtol=1e-3)
+    assert "estimates" in found.remarks[0]

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
+from leakjax.leakage.estimates import estimate_spectrum
 from leakjax.leakage.index import copa_index, layer_weights, smallest_withheld, structural_leaked
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
 from leakjax.leakage.result import Audit, LayerAudit, NoisePoint, Withheld
@@ -79,25 +80,29 @@ def audit(
     numeric: Sequence[LayerLeakage | None] = [None] * len(geometries)
     leakage, batch = None, 1
     points: tuple[NoisePoint, ...] | None = None
+    spectrum: tuple[float, ...] | None = None
     low, high = input_range
     if not shapes_only:
         x, y = _batch(read, shape, images, labels, input_range, seed)
         batch = len(x)
+        n = x.size
+        dense = n <= LARGEST and fits_in_memory(6 * 8 * n**2)
         with compute_in("float64"):
             wide = read.astype("float64")
-            if segments:
-                tell("looking at every layer")
-                numeric = _numeric_layers(wide, shape, x[:1], y[:1], loss)
-            n = x.size
-            if n > LARGEST or not fits_in_memory(6 * 8 * n**2):
-                remarks.append(
-                    f"the Jacobian of {n:,} unknowns is too large for dense matrices: no spectrum, map or noise bound"
-                )
-            else:
+            gradient = _gradient(wide, shape, batch, loss)
+            arrays = dict(wide.variables), jnp.asarray(x), jnp.asarray(y)
+            if dense:
+                if segments:
+                    tell("looking at every layer")
+                    numeric = _numeric_layers(wide, shape, x[:1], y[:1], loss)
                 tell("building the Jacobian")
-                leakage = _leakage(wide, shape, x, y, loss, high - low)
+                leakage = dense_leakage(gradient, *arrays, high - low)
                 tell("bounding what noise leaves")
                 points = _noise_points(leakage, x.shape, noise)
+            elif noise:
+                tell("estimating the spectrum")
+                points, spectrum, remark = _estimated_points(gradient, arrays, high - low, noise, seed)
+                remarks.append(f"{n:,} unknowns are too many for dense matrices: {remark}")
     ranks = [m.rank if m is not None and m.rank is not None else None for m in numeric]
     counts = [structural_count(g) for g in geometries]
     if not segments and leakage is not None:
@@ -114,6 +119,8 @@ def audit(
     if batch > 1:
         remarks.append(f"layers are those of the first of {batch} images; leaked dimensions are all images' together")
     leaked = None if leakage is None else leakage.rank
+    if leakage is not None:
+        spectrum = tuple(np.sqrt(leakage.values[::-1]).tolist())
     status, sentence = verdict(
         min(structural, unknowns) if leaked is None else leaked,
         geometries[0].unknowns if leaked is None else unknowns,
@@ -140,7 +147,7 @@ def audit(
         leaked_dimensions_error=None,
         leaked_fraction=None if leaked is None else leaked / unknowns,
         unseen_pixels=None if seen is None else int(np.sum(np.max(seen, axis=-1) < UNSEEN)),
-        spectrum=None if leakage is None else tuple(np.sqrt(leakage.values[::-1]).tolist()),
+        spectrum=spectrum,
         noise=points,
         verdict=status,
         sentence=sentence,
@@ -257,10 +264,24 @@ def _numeric_layers(model: Model, shape: tuple[int, ...], x: Any, y: Any, loss: 
     return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
 
 
-def _leakage(model: Model, shape: tuple[int, ...], x: Any, y: Any, loss: str, scale: float) -> Leakage:
-    network = read_network(model, shape, len(x), jnp.float64)
-    gradient = batch_gradient(network.logits, loss, tuple(model.params))
-    return dense_leakage(gradient, dict(model.variables), jnp.asarray(x), jnp.asarray(y), scale)
+def _gradient(model: Model, shape: tuple[int, ...], examples: int, loss: str) -> Any:
+    return batch_gradient(read_network(model, shape, examples, jnp.float64).logits, loss, tuple(model.params))
+
+
+def _estimated_points(
+    gradient: Any, arrays: tuple[Any, Array, Array], scale: float, noise: Sequence[float], seed: int
+) -> tuple[tuple[NoisePoint, ...], tuple[float, ...], str]:
+    """Effective dimensions by random probes, the largest singular values, and a remark with the errors."""
+    floors = [sigma / (PRIOR_DEVIATION * scale) for sigma in noise]
+    found = estimate_spectrum(gradient, *arrays, floor=floors, seed=seed)
+    points = tuple(NoisePoint(s, None, None, float(c)) for s, c in zip(noise, found.counts, strict=True))
+    errors = ", ".join(
+        f"{c:,.0f} +- {e:,.0f} at {s:g}" for s, c, e in zip(noise, found.counts, found.counts_error, strict=True)
+    )
+    remark = (
+        f"effective dimensions are estimated ({errors}), the spectrum holds its largest values alone, and there is "
+    )
+    return points, tuple((scale * found.singular_values).tolist()), remark + "no map and no bound"
 
 
 def _noise_points(leakage: Leakage, shape: tuple[int, ...], noise: Sequence[float]) -> tuple[NoisePoint, ...]:
