@@ -196,4 +196,4 @@ def test_many_unknowns_are_estimated(monkeypatch):
     assert found.leaked_dimensions is None
     np.testing.assert_allclose(found.noise[0].effective_dimensions, exact.noise[0].effective_dimensions, atol=8)
     np.testing.assert_allclose(found.spectrum[0], exact.spectrum[0], rtol=1e-3)
-    assert "estimates" in found.remarks[0]
+    assert "estimated" in found.remarks[0]

@@ -68,16 +68,15 @@ def psnr_of(s, noise):
     return -10 * np.log10(np.mean(1 / (s**2 / noise**2 + 1 / PRIOR**2)))
 
 
-@pytest.mark.parametrize(("sizes", "examples"), [((16, 12, 5), 1), ((16, 3, 5), 3), ((16, 2, 2, 5), 2)])
-def test_exact_is_the_svd_of_the_dense_jacobian(rng, sizes, examples):
+@pytest.mark.parametrize(("sizes", "examples", "noise"), [((16, 12, 5), 1, 1e-3), ((16, 2, 2, 5), 3, 0.02)])
+def test_exact_is_the_svd_of_the_dense_jacobian(rng, sizes, examples, noise):
     params, (images, labels) = dense(sizes, rng), batch_of(rng, examples)
     s = singular_values(params, images, labels)
     rank = np.sum(s > 1e-12 * s[0])
-    for noise in (1e-3, 0.1 * s[0], s[0]):
-        score = score_by(params, images, labels, max_leaked_fraction=1.0, noise=noise, method="exact")
-        assert score.leaked_dimensions == rank
-        assert score.leaked_fraction == pytest.approx(rank / images.size)
-        assert score.predicted_psnr == pytest.approx(psnr_of(s, noise), abs=1e-4)
+    score = score_by(params, images, labels, max_leaked_fraction=1.0, noise=noise, method="exact")
+    assert score.leaked_dimensions == rank
+    assert score.leaked_fraction == pytest.approx(rank / images.size)
+    assert score.predicted_psnr == pytest.approx(psnr_of(s, noise), abs=1e-4)
 
 
 def test_exact_keeps_the_rank_in_float32(rng):
@@ -90,29 +89,28 @@ def test_exact_keeps_the_rank_in_float32(rng):
 
 
 def test_without_noise_the_error_is_what_the_prior_leaves(rng):
-    params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 3)
-    score = score_by(params, images, labels, max_leaked_fraction=1.0, method="exact")
+    params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 8)
+    score = score_by(params, images, labels, max_leaked_fraction=1.0)
     expected = -10 * np.log10(PRIOR**2 * (1 - float(score.leaked_fraction)))
     assert score.predicted_psnr == pytest.approx(expected, abs=1e-4)
     params, (images, labels) = dense((16, 16, 5), rng), batch_of(rng, 1)
     assert score_by(params, images, labels, max_psnr=30.0, method="exact").predicted_psnr == 350
 
 
-@pytest.mark.parametrize(("sizes", "examples"), [((16, 12, 5), 1), ((16, 3, 5), 6), ((16, 2, 5), 12)])
-def test_a_sketch_is_never_below_what_leaks(rng, sizes, examples):
+@pytest.mark.parametrize(("sizes", "examples", "noise"), [((16, 12, 5), 1, 0.2), ((16, 2, 5), 8, 0.01)])
+def test_a_sketch_is_never_below_what_leaks(rng, sizes, examples, noise):
     params, (images, labels) = dense(sizes, rng), batch_of(rng, examples)
-    for noise in (1e-4, 1e-2, 1.0):
-        truth, *bounds = (
-            score_by(params, images, labels, max_psnr=40.0, noise=noise, probes=16, **how)
-            for how in ({"method": "exact"}, {"steps": 1}, {"steps": 4}, {"steps": 16})
-        )
-        assert all(b.leaked_dimensions >= truth.leaked_dimensions for b in bounds)
-        psnr = [float(b.predicted_psnr) for b in bounds]
-        assert psnr[0] >= psnr[1] - 1e-4 >= psnr[2] - 2e-4  # each Lanczos step makes the bound closer
-        left = images.size * 10 ** (-0.1 * float(truth.predicted_psnr)) / PRIOR**2
-        sampling = 10 * np.log10(1 + 3 * np.sqrt(2 / (16 * left)))
-        assert psnr[2] >= truth.predicted_psnr - sampling
-    assert abs(psnr[2] - truth.predicted_psnr) <= sampling + 0.1  # and at this noise it is there
+    truth, *bounds = (
+        score_by(params, images, labels, max_psnr=40.0, noise=noise, probes=16, **how)
+        for how in ({"method": "exact"}, {"steps": 1}, {"steps": 3}, {"steps": 10})
+    )
+    assert all(b.leaked_dimensions >= truth.leaked_dimensions for b in bounds)
+    one, three, ten = (float(b.predicted_psnr) for b in bounds)
+    assert one >= three - 1e-4 >= ten - 2e-4  # each Lanczos step makes the bound closer
+    left = images.size * 10 ** (-0.1 * float(truth.predicted_psnr)) / PRIOR**2
+    sampling = 10 * np.log10(1 + 3 * np.sqrt(2 / (16 * left)))  # three standard deviations
+    assert abs(ten - truth.predicted_psnr) <= sampling + 0.1
+    assert three >= truth.predicted_psnr - sampling
 
 
 def test_a_sketch_counts_the_parameters_that_see_data_or_finds_a_small_rank(rng):
@@ -196,7 +194,7 @@ def test_zeros_above_the_limit_and_counts(rng):
 
 def test_in_a_chain_under_jit_and_scan(rng):
     params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 12)
-    tx = optax.chain(guard(loss_fn, max_leaked_fraction=0.5, noise=0.05).transformation, optax.adam(0.01))
+    tx = optax.chain(guard(loss_fn, max_leaked_fraction=0.5, noise=0.05).transformation, optax.sgd(0.1, momentum=0.9))
     tx = optax.with_extra_args_support(tx)
 
     def step(carry, batch):
@@ -264,7 +262,7 @@ def test_federated_averaging_over_real_digits(rng):
     parts, (test_images, test_labels) = digits()
     params = dense((64, 8, 10), rng)
     protect = guard(loss_fn, max_leaked_fraction=0.2)
-    tx = optax.chain(protect.transformation, optax.sgd(2.0))
+    tx = optax.chain(protect.transformation, optax.sgd(1.0))
 
     @jax.jit
     def client(params, state, images, labels):

@@ -278,9 +278,7 @@ def _estimated_points(
     errors = ", ".join(
         f"{c:,.0f} +- {e:,.0f} at {s:g}" for s, c, e in zip(noise, found.counts, found.counts_error, strict=True)
     )
-    remark = (
-        f"effective dimensions are estimated ({errors}), the spectrum holds its largest values alone, and there is "
-    )
+    remark = f"effective dimensions are estimated ({errors}), the spectrum is its largest values, and there is "
     return points, tuple((scale * found.singular_values).tolist()), remark + "no map and no bound"
 
 
