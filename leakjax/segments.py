@@ -73,8 +73,13 @@ class Chain:
     parametric: bool
 
 
-def read_segments(model: Model, input_shape: Sequence[int], dtype: Any, examples: int = 1) -> Chain:
+def read_segments(
+    model: Model, input_shape: Sequence[int], dtype: Any, examples: int = 1, *, checked: bool = True
+) -> Chain:
     """Trace a model at inputs (examples, *input_shape) of `dtype` and cut it into segments.
+
+    Without `checked` the derivatives of nonlinear pieces are not looked at, which takes most of the time: enough for
+    whoever wants their sizes alone.
 
     Raises `UnreadableModelError` naming the primitive and the user's line where a nonlinear piece cannot be
     differentiated, where data meets random numbers, or where two segments share a parameter.
@@ -85,7 +90,8 @@ def read_segments(model: Model, input_shape: Sequence[int], dtype: Any, examples
     graph = _jaxpr.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
     precision = _jaxpr.dtype_of_least_precision(graph)
     segments = tuple(
-        _segment(graph, model, paths, position, group, dtype) for position, group in enumerate(read_groups(graph))
+        _segment(graph, model, paths, position, group, dtype, checked)
+        for position, group in enumerate(read_groups(graph))
     )
     owner: dict[str, str] = {}
     for segment in segments:
@@ -108,6 +114,7 @@ def _segment(
     position: int,
     group: Group,
     dtype: Any,
+    checked: bool,
 ) -> Segment:
     names = dict(zip(graph.variables, paths, strict=True))
     start, end = group.map
@@ -141,7 +148,7 @@ def _segment(
         group.nonlinearity,
         read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
     )
-    if not segment.linear:
+    if checked and not segment.linear:
         weights = {path: model.variables[path] for path in used}
         flaw = map_flaw(apply, weights, segment.input, segment.output)
         if flaw is not None:

@@ -74,7 +74,7 @@ def audit(
     shape = _check_shape(input_shape)
     _check_options(loss, input_range, noise)
     tell("reading the model")
-    segments, remarks = _segments(read, shape)
+    segments, remarks = _segments(read, shape, checked=not shapes_only)
     geometries = [s.geometry for s in segments] or [_whole(read, shape)]
     names = [s.name for s in segments] or ["network"]
     numeric: Sequence[LayerLeakage | None] = [None] * len(geometries)
@@ -180,10 +180,10 @@ def _check_options(loss: str, input_range: tuple[float, float], noise: Sequence[
             raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")
 
 
-def _segments(model: Model, shape: tuple[int, ...]) -> tuple[tuple[Segment, ...], list[str]]:
+def _segments(model: Model, shape: tuple[int, ...], *, checked: bool) -> tuple[tuple[Segment, ...], list[str]]:
     """The model's layers at one example; none, and the reason, where it cannot be read."""
     try:
-        return read_segments(model, shape, jnp.float32).segments, []
+        return read_segments(model, shape, jnp.float32, checked=checked).segments, []
     except UnreadableModelError as error:
         return (), [f"not readable layer by layer, audited as one map: {error}"]
 
