@@ -188,7 +188,7 @@ def test_golden_leakage(name, leaked, unseen):
 def test_many_unknowns_are_estimated(monkeypatch):
     import importlib
 
-    module = importlib.import_module("leakjax.leakage.audit")
+    module = importlib.import_module("leakjax.leakage.measuring")
     model, x = network((1, 3, 2, 0)), picture()
     exact = audit(model, SHAPE, images=x, labels=np.array([0]), noise=[1e-4])
     monkeypatch.setattr(module, "LARGEST", 10)

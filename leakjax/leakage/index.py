@@ -38,7 +38,7 @@ def structural_leaked(
     From the last layer to the first: what is known of a layer's input is all that both of its blocks see where all it
     needs of its output is known, and else at most what is known of its output and its own gradient block together,
 
-        K_i = min(rank_i, share_i K_(i+1) + gradient rank_i),
+        K_i = min(rank_i, min(K_(i+1), share_i rows_i) + gradient rank_i),
 
     over those outputs that the layers behind it read at all. `shares`: what each activation gives back of its input, 1
     where it is monotone. Of the layers `withheld` no gradient is sent.
@@ -53,8 +53,9 @@ def structural_leaked(
             known = min(own, count.rank)
         else:
             share = 1.0 if shares is None else shares[i]
+            rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
             complete = whole and share == 1.0 and i not in withheld
-            known = count.rank if complete else min(count.rank, math.floor(share * known) + own)
+            known = count.rank if complete else min(count.rank, min(known, math.floor(share * rows)) + own)
         whole = known >= count.live
         used = live_positions(geometry, used) if geometry.simple and geometry.axes else None
     return known

@@ -1,0 +1,68 @@
+"""What an audit is asked: checked, and drawn where it is not given."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from leakjax.errors import InputError, unknown_name
+from leakjax.leakage.spectrum import PRIOR_DEVIATION
+from leakjax.losses import LOSSES
+from leakjax.model import Model
+from leakjax.observation import output_count
+from leakjax.priors import from_natural
+
+
+def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
+    """Positive sizes of one example."""
+    try:
+        shape = tuple(int(n) for n in input_shape)
+    except (TypeError, ValueError):
+        raise InputError(f"input_shape must be a sequence of sizes like (32, 32, 3), got {input_shape!r}") from None
+    if not shape or min(shape) < 1:
+        raise InputError(f"input_shape must hold positive sizes, got {tuple(input_shape)}")
+    return shape
+
+
+def check_options(loss: str, input_range: tuple[float, float], noise: Sequence[float]) -> None:
+    """A known loss, a range, noise that is noise."""
+    if loss not in LOSSES:
+        raise unknown_name("loss", loss, LOSSES)
+    low, high = input_range
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise InputError(f"input_range must be (low, high) with low below high, got {input_range}")
+    for sigma in noise:
+        if not (np.isfinite(sigma) and sigma > 0):
+            raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")
+
+
+def batch_of(
+    model: Model,
+    shape: tuple[int, ...],
+    images: Any,
+    labels: Any,
+    input_range: tuple[float, float],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (B, *shape) and labels (B,), given or drawn."""
+    outputs = max(output_count(model, shape), 2)
+    low, high = input_range
+    key, other = jax.random.split(jax.random.key(seed))
+    if images is None:
+        if labels is not None:
+            raise InputError("labels go with images; without images both are drawn with seed")
+        noise = jax.random.normal(key, (1, *shape))
+        drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(from_natural(noise)), 0.0, 1.0)
+        return low + (high - low) * drawn.astype(float), np.asarray(jax.random.randint(other, (1,), 0, outputs))
+    x = np.asarray(images, float)
+    if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
+        raise InputError(f"images must have shape (B, {', '.join(map(str, shape))}) with B >= 1, got {x.shape}")
+    if not np.all(np.isfinite(x)) or x.min() < low or x.max() > high:
+        raise InputError(f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}")
+    if labels is None:
+        return x, np.asarray(jax.random.randint(other, (len(x),), 0, outputs))
+    y = np.asarray(labels)
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= outputs:
+        raise InputError(f"labels must be {len(x)} integers in 0..{outputs - 1}, got {y.tolist()}")
+    return x, y
