@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leakjax import InputError, audit, read_model
+from leakjax import InputError, audit, invert, observe, read_model
 from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.models.networks import Conv, ConvNet
 from leakjax.network import batch_gradient, read_network
@@ -197,3 +198,20 @@ def test_many_unknowns_are_estimated(monkeypatch):
     np.testing.assert_allclose(found.noise[0].effective_dimensions, exact.noise[0].effective_dimensions, atol=8)
     np.testing.assert_allclose(found.spectrum[0], exact.spectrum[0], rtol=1e-3)
     assert "estimated" in found.remarks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [((6, 3, 1, 0),), ((8, 3, 1, 0), (8, 3, 1, 1))])
+@pytest.mark.parametrize("level", [40, 28])
+def test_attacks_come_within_three_decibels_of_the_bound(layers, level):
+    model, x, y = network(*layers), picture(3), np.array([2])
+    found = audit(model, SHAPE, images=x, labels=y, noise=[1e-6])
+    sigma = 1e-6 * 10 ** ((found.noise[0].psnr_bound - level) / 20)
+    sent, rng = observe(model, (x, y)), np.random.default_rng(0)
+    noisy = {p: np.asarray(g) + sigma * rng.normal(size=(16, *g.shape[1:])) for p, g in sent.gradients.items()}
+    reached = []
+    for attack in ("match", "copa"):
+        options = {"attack": attack, "labels": [2] * 16, "prior": "none"}
+        answer = invert(dataclasses.replace(sent, gradients=noisy), **options)
+        reached.append(-10 * np.log10(np.mean((answer.images - x) ** 2)))
+    assert level - 3 < max(reached) < level + 0.5
