@@ -142,10 +142,10 @@ def _pools(equations: Sequence[_jaxpr.Equation], graph: _jaxpr.Graph) -> list[_S
         out = graph.structs[e.outputs[0]].shape
         if e.name in _NEUTRAL:
             continue
-        if e.name in _RESHAPING:
+        if e.name in _RESHAPING and math.prod(out) == math.prod(shape):
             steps.append(tuple(out))
         elif e.name == "reduce_sum":
-            steps.append({d: Window(shape[d], shape[d], 0, 1) for d in e.params["axes"]})
+            steps += [{d: Window(shape[d], shape[d], 0, 1) for d in e.params["axes"]}, tuple(out)]
         elif e.name == "reduce_window_sum" and all(d == 1 for d in e.params["base_dilation"]):
             p = e.params
             rows = zip(p["window_dimensions"], p["window_strides"], p["padding"], p["window_dilation"], strict=True)

@@ -74,10 +74,8 @@ def audit(
     numeric = found.layers or [None] * len(geometries)
     leakage = found.leakage
     ranks = [None if layer is None else layer.rank for layer in numeric]
-    if not segments and leakage is not None:
-        ranks = [leakage.rank]
     counts = [structural_count(g) for g in geometries]
-    if not segments and leakage is not None:
+    if not segments and leakage is not None and batch == 1:
         ranks = [leakage.rank]
     deficiencies = [
         (counts[i].rank if rank is None else rank) - g.unknowns
@@ -86,12 +84,13 @@ def audit(
     c_m, rounded = copa_index(deficiencies)
     weights = layer_weights(len(geometries))
     shares = [1.0 if m is None else m.known_share for m in numeric]
-    structural = structural_leaked(geometries, shares=shares)
     unknowns = batch * geometries[0].unknowns
+    numbers = sum(int(np.prod(p.shape)) for p in read.params.values())
+    structural = min(batch * structural_leaked(geometries, shares=shares), max(numbers, 1), unknowns)
     leaked = None if leakage is None else leakage.rank
     status, sentence = verdict(
-        min(structural, unknowns) if leaked is None else leaked,
-        geometries[0].unknowns if leaked is None else unknowns,
+        structural if leaked is None else leaked,
+        unknowns,
         numeric=leaked is not None,
     )
     chosen = smallest_withheld(geometries)

@@ -58,7 +58,7 @@ def batch_of(
     x = np.asarray(images, float)
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
         raise InputError(f"images must have shape (B, {', '.join(map(str, shape))}) with B >= 1, got {x.shape}")
-    if not np.all(np.isfinite(x)) or x.min() < low or x.max() > high:
+    if not np.all(np.isfinite(x)) or x.min() < low - 1e-9 or x.max() > high + 1e-9:
         raise InputError(f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}")
     if labels is None:
         return x, np.asarray(jax.random.randint(other, (len(x),), 0, outputs))

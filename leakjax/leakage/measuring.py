@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from leakjax.errors import InputError
 from leakjax.leakage.estimates import estimate_spectrum
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
 from leakjax.leakage.result import NoisePoint
@@ -64,6 +65,7 @@ def measure(
         wide = model.astype("float64")
         gradient = batch_gradient(read_network(wide, shape, len(x), jnp.float64).logits, loss, tuple(wide.params))
         arrays = dict(wide.variables), jnp.asarray(x), jnp.asarray(y)
+        _refuse_nothing(wide, gradient(*arrays))
         if n > LARGEST or not fits_in_memory(6 * 8 * n**2):
             tell("estimating the spectrum")
             remark = f"{n:,} unknowns are too many for dense matrices: "
@@ -80,6 +82,18 @@ def measure(
         tell("bounding what noise leaves")
         points = _noise_points(leakage, x.shape, noise)
     return Measured(layers, leakage, points, tuple(np.sqrt(leakage.values[::-1]).tolist()))
+
+
+def _refuse_nothing(model: Model, gradient: dict[str, Array]) -> None:
+    """Weights that are not finite, and a gradient that is zero everywhere, say nothing of what leaks."""
+    for path, array in model.variables.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+            raise InputError(f"the model's {path!r} holds numbers that are not finite; mend the weights")
+    if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
+        raise InputError(
+            "the gradient at this image is zero everywhere, and an audit of it would say 'safe'; use other images, or "
+            'loss="sigmoid_binary_cross_entropy" (--loss) for a model with one logit'
+        )
 
 
 def _numeric_layers(model: Model, shape: tuple[int, ...], x: Any, y: Any, loss: str) -> list[LayerLeakage]:

@@ -56,7 +56,7 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
     apart = all(axis.kernel.stride >= axis.kernel.size for axis in geometry.axes)
     exact = all(_inside(axis) for axis in geometry.axes) and (apart or geometry.groups * rank == live)
     own = geometry.groups * channels * min(gradient, limit)
-    return Count(geometry.groups * rank, min(own + geometry.scales, live), live, exact)
+    return Count(min(geometry.groups * rank, live), min(own + geometry.scales, live), live, exact)
 
 
 def live_positions(geometry: Geometry, used: Used = None) -> list[np.ndarray]:
