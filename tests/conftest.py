@@ -59,7 +59,7 @@ def folder(tmp_path):
 @pytest.fixture
 def cache(monkeypatch):
     """No compiled program is kept on disk; a module may keep them in a place of its own."""
-    monkeypatch.setattr("leakjax.cli._enable_compilation_cache", lambda: None)
+    monkeypatch.setattr("leakjax.cli.session.enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture

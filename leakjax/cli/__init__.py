@@ -1,0 +1,29 @@
+"""The command line: thin commands over the library."""
+
+import typer
+
+from leakjax.cli.audit import audit
+from leakjax.cli.capture import capture
+from leakjax.cli.invert import invert
+from leakjax.cli.listing import list_
+from leakjax.cli.session import OneLineErrors
+
+app = typer.Typer(
+    name="leakjax",
+    cls=OneLineErrors,
+    help="What a gradient gives away about the image that produced it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command()(invert)
+app.command()(capture)
+app.command()(audit)
+app.command("list")(list_)
+
+
+def main() -> None:
+    """Entry point of `leakjax`."""
+    app()

@@ -1,0 +1,5 @@
+"""`python -m leakjax.cli`."""
+
+from leakjax.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""`leakjax capture`."""
+
+import json
+from pathlib import Path
+
+from leakjax.cli.options import (
+    ActivationName,
+    BatchSize,
+    Dataset,
+    Dtype,
+    ImagesFile,
+    Index,
+    Init,
+    Json,
+    LossName,
+    Name,
+    Out,
+    Range,
+    Seed,
+    Shape,
+    integers,
+)
+from leakjax.cli.session import session, writable
+
+
+def capture(
+    model: Name = "cnn6",
+    activation: ActivationName = None,
+    dataset: Dataset = "samples",
+    index: Index = "0",
+    images: ImagesFile = None,
+    batch_size: BatchSize = 1,
+    loss: LossName = None,
+    input_shape: Shape = None,
+    input_range: Range = None,
+    init: Init = None,
+    seed: Seed = 0,
+    dtype: Dtype = "float64",
+    out: Out = Path("leakjax-out"),
+    json_output: Json = False,
+) -> None:
+    """Write the gradient that a client would send, with the weights, to capture.npz; never the image."""
+    with session() as console:
+        from leakjax.captures import write_capture
+        from leakjax.setup import Setup
+
+        directory = writable(out)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype)
+        path = directory / "capture.npz"
+        write_capture(observation, path)
+        if json_output:
+            summary = {"capture": str(path), "model": model, "activation": setup.activation, "dtype": dtype}
+            print(json.dumps({**summary, "victims": observation.victims, "examples": observation.examples}))
+        else:
+            console.print(f"wrote {path}: {observation.victims} gradient(s) of {model}", highlight=False)

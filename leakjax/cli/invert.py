@@ -1,0 +1,126 @@
+"""`leakjax invert`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leakjax.cli.options import (
+    ActivationName,
+    BatchSize,
+    Dataset,
+    Dtype,
+    ImagesFile,
+    Index,
+    Init,
+    Json,
+    LossName,
+    Name,
+    Out,
+    Range,
+    Seed,
+    Shape,
+    integers,
+)
+from leakjax.cli.session import progress, session, writable
+from leakjax.errors import InputError, unknown_name
+
+
+def invert(
+    model: Name = "cnn6",
+    attack: Annotated[str | None, typer.Option("--attack", metavar="NAME", help="See `leakjax list attacks`.")] = None,
+    activation: ActivationName = None,
+    dataset: Dataset = "samples",
+    index: Index = "0",
+    images: ImagesFile = None,
+    capture: Annotated[Path | None, typer.Option("--capture", metavar="FILE.npz", help="A written gradient.")] = None,
+    torch_capture: Annotated[
+        Path | None, typer.Option("--torch-capture", metavar="FILE.npz", help="A gradient from PyTorch.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option("--truth", metavar="FILE.npz", help="Images beside a capture, for the report only.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
+    batch_size: BatchSize = 1,
+    loss: LossName = None,
+    input_shape: Shape = None,
+    input_range: Range = None,
+    init: Init = None,
+    solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
+    prior: Annotated[
+        str | None, typer.Option("--prior", metavar="tv|none", help="What chooses where information is missing.")
+    ] = None,
+    pull_back: Annotated[
+        str, typer.Option("--pull-back", metavar="auto|levenberg_marquardt|optax", help="Pull-back solver.")
+    ] = "auto",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", metavar="lbfgs|adam", help="What first-order descent goes by.")
+    ] = "lbfgs",
+    starts: Annotated[int, typer.Option("--starts", help="Random starts that `match` solves at once.")] = 1,
+    seed: Seed = 0,
+    dtype: Dtype = "float64",
+    out: Out = Path("leakjax-out"),
+    json_output: Json = False,
+) -> None:
+    """Reconstruct the images behind gradients; writes report.json, reconstruction.npz and figure.png."""
+    with session() as console:
+        from leakjax import inversion
+        from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+        from leakjax.priors import DEFAULT_PRIOR, PRIORS
+        from leakjax.report.figure import draw_figure
+        from leakjax.report.pairing import pair_with_truth
+        from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
+        from leakjax.report.table import print_report
+        from leakjax.setup import Setup
+
+        attack = DEFAULT_ATTACK if attack is None else attack
+        if attack not in ATTACKS:
+            raise unknown_name("attack", attack, ATTACKS)
+        prior = DEFAULT_PRIOR if prior is None else prior
+        if prior not in PRIORS:
+            raise unknown_name("prior", prior, PRIORS)
+        if truth is not None and capture is None and torch_capture is None:
+            raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
+        if sum(source is not None for source in (images, capture, torch_capture)) > 1:
+            raise InputError("give one of --images, --capture and --torch-capture")
+        directory = writable(out)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        if capture is not None or torch_capture is not None:
+            observation, shown = setup.from_capture(capture, torch_capture, truth)
+            _agree("--loss", loss, setup.loss, observation.loss)
+            _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
+            _agree("--input-range", input_range, setup.input_range, observation.input_range)
+        else:
+            observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype)
+        given = None if labels is None else integers("--labels", labels)
+        with progress(console) as tell:
+            result = inversion.invert(
+                observation,
+                attack=attack,
+                dtype=dtype,
+                labels=given,
+                solver=solver,
+                pull_back=pull_back,
+                optimizer=optimizer,
+                starts=starts,
+                prior=prior,
+                progress=tell,
+            )
+        pictures = unit_scale(result.images, observation.input_range)
+        if shown is not None:
+            shown = pair_with_truth(shown, pictures, observation.examples)
+        report = build_report(RunInfo(model, setup.activation, seed), observation, result, shown)
+        write_report(directory, report, result)
+        draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
+        if json_output:
+            print(json.dumps(report, allow_nan=False))
+        else:
+            print_report(console, report)
+            console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
+    """A capture says for itself what it holds; an option that says otherwise is a mistake."""
+    if typed is not None and asked != captured:
+        raise InputError(f"{option}: {typed} contradicts the capture's own {captured}; leave the option out")

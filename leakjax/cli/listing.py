@@ -1,0 +1,65 @@
+"""`leakjax list`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from leakjax.cli.options import Json
+from leakjax.cli.session import session, writable
+from leakjax.errors import unknown_name
+
+
+def list_(
+    what: Annotated[str, typer.Argument(metavar="models|attacks|datasets|defenses|activations")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also write WHAT.json there.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Without effect here.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """List what can be named on the command line."""
+    del seed
+    with session():
+        tables = _tables()
+        if what not in tables:
+            raise unknown_name("list", what, tables)
+        rows = tables[what]()
+        if out is not None:
+            (writable(out) / f"{what}.json").write_text(json.dumps(rows, indent=2) + "\n")
+        if json_output:
+            print(json.dumps(rows))
+        else:
+            table = Table("name", "summary", title=what, title_justify="left")
+            for name, summary in rows.items():
+                table.add_row(name, summary)
+            Console(soft_wrap=False).print(table if rows else f"no {what} in this version")
+
+
+def _tables() -> dict[str, Callable[[], dict[str, str]]]:
+    def models() -> dict[str, str]:
+        from leakjax.models import MODELS
+
+        return {name: f"{spec.summary}; default {spec.activation}" for name, spec in MODELS.items()}
+
+    def attacks() -> dict[str, str]:
+        from leakjax.attacks import ATTACKS
+
+        return {name: attack.summary for name, attack in ATTACKS.items()}
+
+    def datasets() -> dict[str, str]:
+        from leakjax.datasets import DATASETS
+
+        return dict(DATASETS)
+
+    def activations() -> dict[str, str]:
+        from leakjax.activations import ACTIVATIONS
+
+        return {
+            name: "no parameter" if kind.default is None else f"parameter, default {kind.default:g}"
+            for name, kind in ACTIVATIONS.items()
+        }
+
+    return {"models": models, "attacks": attacks, "datasets": datasets, "defenses": dict, "activations": activations}
