@@ -9,7 +9,7 @@ act entry by entry (`is_elementwise`). Primitives of our own are made here, too 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -78,10 +78,11 @@ class Graph:
         return tuple(reversed(chosen))
 
 
-def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Graph:
+def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inlined: Set[str] = CALLS) -> Graph:
     """Trace `function(variables, x)`, one array out, into a flat `Graph`.
 
-    Arguments: `variables` is a list of arrays (or structs), `x` an array or struct. Nothing is computed.
+    Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
+    replaced by the jaxpr they carry. Nothing is computed.
     """
     closed = jax.make_jaxpr(lambda v, x: function(v, x))(list(variables), x)
     structs: dict[int, jax.ShapeDtypeStruct] = {}
@@ -102,8 +103,8 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any) -> Gra
 
         for eqn in jaxpr.eqns:
             inputs = tuple(map(read, eqn.invars))
-            if eqn.primitive.name in CALLS:
-                inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            if eqn.primitive.name in inlined:
+                inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
                 body, body_consts = _open(inner)
                 env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
                 continue
@@ -143,6 +144,28 @@ def evaluate(
         operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
         rule = rules.get(equation.name)
         results = [rule(*operands, **equation.params)] if rule else bind(equation, operands)
+        values.update(zip(equation.outputs, results, strict=True))
+    return values[target]
+
+
+def evaluate_in(dtype: Any, equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
+    """The value `target` with every floating number in `dtype`, whatever precision the equations were traced in.
+
+    Rounding to another precision is left out. Raises `ValueError` for a primitive that carries a jaxpr of its own
+    (a loop, a branch), which was traced for one precision.
+    """
+    values = dict(env)
+    for equation in equations:
+        if any(isinstance(v, jex.Jaxpr | jex.ClosedJaxpr) for v in equation.params.values()):
+            raise ValueError(f"{equation.name} ({equation.location}) was traced for one precision")
+        read = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
+        operands = [jnp.asarray(v, dtype) if jnp.issubdtype(jnp.result_type(v), jnp.floating) else v for v in read]
+        if equation.name == "reduce_precision":
+            results = operands
+        else:
+            params = {k: dtype if _is_floating_dtype(v) else v for k, v in equation.params.items()}
+            result = equation.primitive.bind(*operands, **params)
+            results = result if equation.primitive.multiple_results else [result]
         values.update(zip(equation.outputs, results, strict=True))
     return values[target]
 
@@ -315,6 +338,10 @@ def bind(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
         return equation.custom(*(v for v, given in zip(operands, equation.inputs, strict=True) if not _literal(given)))
     result = equation.primitive.bind(*operands, **equation.params)
     return result if equation.primitive.multiple_results else [result]
+
+
+def _is_floating_dtype(value: Any) -> bool:
+    return isinstance(value, np.dtype) and jnp.issubdtype(value, jnp.floating)
 
 
 def _literal(operand: int | Constant) -> bool:

@@ -40,7 +40,8 @@ class Geometry(NamedTuple):
     """The sizes of one affine map of one example.
 
     - `axes`, `channels`, `features`, `groups`: of its convolution (a dense layer has no axes; channels are its inputs);
-    - `scales`: entries of further parameters that multiply the data (a batch norm's scale);
+    - `scales`: entries of further parameters that multiply the data (a batch norm's scale); `biases`: of those that are
+      added to it;
     - `simple`: whether that is all of the map, so that its generic rank can be counted; otherwise only the numbers of
       rows count: `rows` of the output, `parameters` that meet the data;
     - `unknowns`: entries of the input.
@@ -55,6 +56,7 @@ class Geometry(NamedTuple):
     features: int = 0
     groups: int = 1
     scales: int = 0
+    biases: int = 0
 
 
 _Step = tuple[int, ...] | dict[int, Window]
@@ -71,13 +73,15 @@ def read_geometry(graph: _jaxpr.Graph, start: int, end: int, trained: Set[int]) 
     """
     live = graph.dependents([start])
     moving = [e for e in graph.needed(end, [start]) if any(o in live for o in e.outputs)]
-    multiplying = _multiplying(graph, moving, live, trained)
+    owners = _owners(graph, moving, live, trained)
+    multiplying = {k: [] if moving[k].name in ("add", "sub") else found for k, found in owners.items()}
     size = {v: math.prod(graph.structs[v].shape) for v in trained}
     counted = Geometry(
         math.prod(graph.structs[start].shape),
         math.prod(graph.structs[end].shape),
         sum(size[v] for v in set().union(*multiplying.values())),
         simple=False,
+        biases=sum(size[v] for v in set().union(*owners.values()) - set().union(*multiplying.values())),
     )
     cores = [k for k, e in enumerate(moving) if e.name in ("conv_general_dilated", "dot_general") and multiplying[k]]
     if len(cores) != 1:
@@ -116,16 +120,15 @@ def _read_by(window: Window, count: int, outputs: np.ndarray) -> np.ndarray:
     return taken
 
 
-def _multiplying(
+def _owners(
     graph: _jaxpr.Graph, moving: Sequence[_jaxpr.Equation], live: set[int], trained: Set[int]
 ) -> dict[int, list[int]]:
-    """By equation: the trained variables that meet the data there other than by addition."""
+    """By equation: the trained variables that meet the data there."""
     behind = {v: graph.dependents([v]) for v in trained}
     found = {}
     for k, e in enumerate(moving):
         still = [v for v in e.inputs if isinstance(v, int) and v not in live]
-        owners = [v for v in behind if any(s in behind[v] for s in still)]
-        found[k] = [] if e.name in ("add", "sub") else owners
+        found[k] = [v for v in behind if any(s in behind[v] for s in still)]
     return found
 
 

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -20,25 +21,54 @@ def test_files_and_summary(run, folder):
     assert not (folder / "out" / "leakage_map.png").exists()
 
 
+MINE = """
+from flax import nnx
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 2, (3, 3), padding="VALID", rngs=rngs)
+        self.head = nnx.Linear(32, 3, rngs=rngs)
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.conv(x)).reshape(len(x), -1))
+
+def net(seed):
+    return Net(nnx.Rngs(seed))
+"""
+OWN = ("--model", "mine:net", "--input-shape", "6,6,1")
+
+
+@pytest.fixture
+def mine(folder):
+    (folder / "mine.py").write_text(MINE)
+
+
+@pytest.mark.usefixtures("mine")
 def test_a_model_of_ones_own_is_audited_with_its_map(run, folder):
-    (folder / "mine.py").write_text(
-        "from flax import nnx\n"
-        "class Net(nnx.Module):\n"
-        "    def __init__(self, rngs):\n"
-        "        self.conv = nnx.Conv(1, 2, (3, 3), padding='VALID', rngs=rngs)\n"
-        "        self.head = nnx.Linear(32, 3, rngs=rngs)\n"
-        "    def __call__(self, x):\n"
-        "        return self.head(nnx.tanh(self.conv(x)).reshape(len(x), -1))\n"
-        "def net(seed):\n"
-        "    return Net(nnx.Rngs(seed))\n"
-    )
-    result = run("audit", "--model", "mine:net", "--input-shape", "6,6,1", "--noise", "1e-3,1e-2", "--out", "out")
+    result = run("audit", *OWN, "--noise", "1e-3,1e-2", "--out", "out")
     assert result.exit_code == 0
     assert "leaked dimensions" in result.stderr
     held = json.loads((folder / "out" / "audit.json").read_text())
     assert [point["sigma"] for point in held["noise"]] == [1e-3, 1e-2]
     assert held["leaked_dimensions"] == held["structural_leaked_dimensions"]
     assert (folder / "out" / "leakage_map.png").stat().st_size > 1000
+    with np.load(folder / "out" / "maps.npz", allow_pickle=False) as maps:
+        assert maps["leakage_map"].shape == maps["uncertainty"].shape == (1, 6, 6, 1)
+        assert maps["leakage_map"].sum() == pytest.approx(held["leaked_dimensions"])
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_step_of_dp_sgd_has_a_bound_and_an_epsilon(run, folder):
+    private = ("--clip", "0.5", "--noise-multiplier", "0.1,2", "--delta", "1e-6")
+    assert run("audit", *OWN, "--noise", "1e-3", *private, "--out", "out").exit_code == 0
+    plain, *points = json.loads((folder / "out" / "audit.json").read_text())["noise"]
+    assert plain["epsilon"] is None
+    assert [(p["noise_multiplier"], p["sigma"], p["clip"], p["delta"]) for p in points] == [
+        (0.1, 0.05, 0.5, 1e-6),
+        (2.0, 1.0, 0.5, 1e-6),
+    ]
+    assert points[0]["epsilon"] > points[1]["epsilon"] > 0
+    assert points[0]["psnr_estimate_prior"] > points[1]["psnr_estimate_prior"]
+    assert "ε" in (folder / "out" / "audit.html").read_text()
 
 
 def test_too_much_leakage_fails(folder, cache, monkeypatch):
@@ -59,8 +89,15 @@ def test_too_much_leakage_fails(folder, cache, monkeypatch):
         (("--shapes-only", "--dataset", "samples"), "--shapes-only"),
         (("--model", "mine:net"), "--input-shape"),
         (("--dataset", "samples", "--index", "99"), "index"),
+        (("--index", "3"), "--index"),
+        (("--shapes-only", "--index", "3"), "--shapes-only"),
+        (("--dataset", "samples", "--images", "x.npz"), "--images"),
+        (("--clip", "1"), "--noise-multiplier"),
+        (("--clip", "-1", "--noise-multiplier", "1"), "clip"),
+        (("--clip", "1", "--noise-multiplier", "1", "--delta", "3"), "delta"),
     ],
 )
+@pytest.mark.usefixtures("mine")
 def test_bad_input_is_one_line(run, words, message):
     result = run("audit", "--model", "cnn2_c4", "--out", "out", *words)
     assert result.exit_code == 2

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from leakjax.errors import InputError
 from leakjax.leakage import privacy
-from leakjax.leakage.privacy import clipped, epsilon
+from leakjax.leakage.privacy import DPSGD, clipped_gradient, epsilon
 
 
 def gaussian_delta(multiplier, loss):
@@ -21,27 +21,47 @@ def gaussian_delta(multiplier, loss):
 
 
 @pytest.mark.parametrize("clip", [0.3, 1e6])
-def test_clipped_is_the_jacobian_of_the_clipped_gradient(clip):
+def test_clipping_takes_one_direction_at_most(clip):
+    """J_c = (C / ||g||) (I - h h^T) J, h = g / ||g||, where the norm of g is above C; else J."""
     generator = np.random.default_rng(0)
     a, b = jnp.asarray(generator.normal(size=(9, 4))), jnp.asarray(generator.normal(size=9))
-    x = jnp.asarray(generator.normal(size=4))
+    x, labels = jnp.asarray(generator.normal(size=(1, 4))), jnp.zeros(1, int)
 
-    def gradient(x):
-        return jnp.tanh(a @ x) + b
+    def gradient(variables, x, labels):
+        del variables, labels
+        return {"w": jnp.tanh(a @ x[0]) + b}
 
-    def limited(x):
-        g = gradient(x)
-        return g * jnp.minimum(1.0, clip / jnp.linalg.norm(g))
-
-    g, j, expected = gradient(x), jax.jacobian(gradient)(x), jax.jacobian(limited)(x)
-    found = clipped(np.asarray(j.T @ j), np.asarray(j.T @ g), float(jnp.linalg.norm(g)), clip)
-    np.testing.assert_allclose(found, expected.T @ expected, rtol=1e-10, atol=1e-14)
+    g, j = gradient(None, x, labels)["w"], jax.jacobian(lambda x: gradient(None, x, labels)["w"])(x)[:, 0]
+    found = jax.jacobian(lambda x: clipped_gradient(gradient, clip)(None, x, labels)["w"])(x)[:, 0]
+    h = g / jnp.linalg.norm(g)
+    expected = clip / jnp.linalg.norm(g) * (j - jnp.outer(h, h @ j)) if clip < jnp.linalg.norm(g) else j
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize(("clip", "size", "named"), [(0.0, 1.0, "clip"), (-1.0, 1.0, "clip"), (1.0, math.nan, "norm")])
-def test_clipped_names_bad_input(clip, size, named):
+def test_every_example_is_clipped_by_itself():
+    def gradient(variables, x, labels):
+        del variables, labels
+        return {"w": x[0]}
+
+    x = jnp.asarray([[3.0, 4.0], [0.3, 0.4]])
+    found = clipped_gradient(gradient, 1.0)(None, x, jnp.zeros(2, int))["w"]
+    np.testing.assert_allclose(found, [(0.6 + 0.3) / 2, (0.8 + 0.4) / 2], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"clip": 0.0}, "clip"),
+        ({"clip": math.nan}, "clip"),
+        ({"noise_multipliers": (-1.0,)}, "noise_multipliers"),
+        ({"sampling_rate": 2.0}, "sampling_rate"),
+        ({"steps": 0}, "steps"),
+        ({"delta": 1.0}, "delta"),
+    ],
+)
+def test_a_dp_sgd_names_bad_input(changed, named):
     with pytest.raises(InputError, match=named):
-        clipped(np.eye(2), np.ones(2), size, clip)
+        DPSGD(**{"clip": 1.0, "noise_multipliers": (1.0,), **changed}).epsilons()
 
 
 @pytest.mark.parametrize("multiplier", [0.5, 1.0, 5.0])

@@ -30,11 +30,21 @@ def audit(
     dataset: Annotated[
         str | None, typer.Option("--dataset", metavar="NAME", help="Images of a data set; see `leakjax list datasets`.")
     ] = None,
-    index: Annotated[str, typer.Option("--index", metavar="I[,J..]", help="Which images; one batch together.")] = "0",
+    index: Annotated[
+        str | None, typer.Option("--index", metavar="I[,J..]", help="Which images (0); one batch together.")
+    ] = None,
     images: ImagesFile = None,
     noise: Annotated[
         str | None, typer.Option("--noise", metavar="S[,T..]", help="Standard deviations of noise in the gradient.")
     ] = None,
+    noise_multiplier: Annotated[
+        str | None,
+        typer.Option("--noise-multiplier", metavar="M[,N..]", help="DP-SGD's noise over its clip; with --clip."),
+    ] = None,
+    clip: Annotated[float | None, typer.Option("--clip", metavar="C", help="DP-SGD's norm of a gradient.")] = None,
+    sampling_rate: Annotated[float, typer.Option("--sampling-rate", help="Share of the examples in a batch.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of DP-SGD that epsilon is for.")] = 1,
+    delta: Annotated[float, typer.Option("--delta", help="Delta of (epsilon, delta).")] = 1e-5,
     shapes_only: Annotated[bool, typer.Option("--shapes-only", help="Count on shapes alone: no weights.")] = False,
     fail_above: Annotated[
         float | None, typer.Option("--fail-above", metavar="FRACTION", help="Exit with 1 if more than this leaks.")
@@ -47,26 +57,38 @@ def audit(
     out: Out = Path("leakjax-out"),
     json_output: Json = False,
 ) -> None:
-    """Measure how much a model leaks, and why; writes audit.json, audit.html and leakage_map.png."""
+    """Measure how much a model leaks, and why; writes audit.json, audit.html, leakage_map.png, maps.npz."""
     with session() as console:
+        import numpy as np
+
         from leakjax.leakage.audit import SIGMAS
         from leakjax.leakage.audit import audit as run
+        from leakjax.leakage.privacy import DPSGD
         from leakjax.report.audit_map import draw_map
-        from leakjax.report.audit_page import draw_page
         from leakjax.report.audit_table import print_audit
         from leakjax.setup import Setup
 
         if fail_above is not None and not 0 <= fail_above <= 1:
             raise InputError(f"--fail-above: expected a fraction in 0..1, got {fail_above}")
-        if shapes_only and (dataset is not None or images is not None or noise is not None):
-            raise InputError("--shapes-only needs no --dataset, --images or --noise; leave them out")
+        if (noise_multiplier is None) != (clip is None):
+            raise InputError("--noise-multiplier and --clip go together: give both, or neither")
+        drawn = dataset is None and images is None
+        if shapes_only and not (drawn and index is None and noise is None and clip is None):
+            raise InputError("--shapes-only needs no images and no noise; leave their options out")
+        if dataset is not None and images is not None:
+            raise InputError("give one of --dataset and --images")
+        if drawn and index is not None:
+            raise InputError("--index goes with --dataset or --images; without them a random image is drawn by --seed")
+        dp_sgd = None
+        if clip is not None and noise_multiplier is not None:
+            multipliers = tuple(numbers("--noise-multiplier", noise_multiplier))
+            dp_sgd = DPSGD(clip, multipliers, sampling_rate, steps, delta)
         sigmas = SIGMAS if noise is None else numbers("--noise", noise)
         directory = writable(out)
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
-        drawn = dataset is None and images is None
-        batch = (None, None) if drawn else setup.batch(dataset, integers("--index", index), images)
+        batch = (None, None) if drawn else setup.batch(dataset, integers("--index", index or "0"), images)
         with progress(console) as tell:
             result = run(
                 setup.model,
@@ -76,6 +98,7 @@ def audit(
                 loss=setup.loss,
                 input_range=setup.input_range,
                 noise=sigmas,
+                dp_sgd=dp_sgd,
                 shapes_only=shapes_only,
                 seed=seed,
                 name=model if setup.activation is None else f"{model} ({setup.activation})",
@@ -83,13 +106,15 @@ def audit(
             )
         summary = result.to_json()
         (directory / "audit.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        (directory / "audit.html").write_text(draw_page(result), encoding="utf-8")
+        (directory / "audit.html").write_text(result.to_html(), encoding="utf-8")
         mapped = draw_map(directory / "leakage_map.png", result)
+        if mapped:
+            np.savez_compressed(directory / "maps.npz", allow_pickle=False, **result.maps())
         if json_output:
             print(json.dumps(summary, allow_nan=False))
         else:
             print_audit(console, result)
-            files = "audit.json, audit.html" + (", leakage_map.png" if mapped else "")
+            files = "audit.json, audit.html" + (", leakage_map.png, maps.npz" if mapped else "")
             console.print(f"wrote {directory}/{files}", highlight=False)
         leaked = result.leaked_dimensions
         share = (result.structural_leaked_dimensions if leaked is None else leaked) / result.unknowns

@@ -56,12 +56,12 @@ def session() -> Iterator[Console]:
         say(f"--out: cannot write {error.filename} ({error.strerror}); name another folder")
         raise typer.Exit(2) from None
     except MemoryError as error:
-        say(f"out of memory ({error}); use a smaller model, fewer images or --solver lsmr")
+        say(f"out of memory ({error}); use a smaller model or fewer images")
         raise typer.Exit(2) from None
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        say(f"out of memory ({str(error).splitlines()[0]}); use a smaller model, fewer images or --solver lsmr")
+        say(f"out of memory ({str(error).splitlines()[0]}); use a smaller model or fewer images")
         raise typer.Exit(2) from None
 
 

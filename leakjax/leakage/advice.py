@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from leakjax.geometry import Axis, Geometry
 from leakjax.leakage.index import structural_leaked
 from leakjax.leakage.result import Change
-from leakjax.leakage.structural import live_positions
+from leakjax.leakage.structural import kernel_entries, live_positions
 
 RELU_SHARE = 0.5  # of the entries of its input that a ReLU gives back, about
 
@@ -50,7 +50,8 @@ def _trials(geometries: Sequence[Geometry], shares: tuple[float, ...], i: int) -
     half = geometry.features // 2
     if half >= geometry.groups and half % geometry.groups == 0:
         text = f"{half} filters for {geometry.features}" if geometry.axes else f"{half} units for {geometry.features}"
-        yield _Trial(text, _followed(geometries, i, geometry._replace(features=half)), shares)
+        fewer = geometry._replace(features=half, biases=geometry.biases // 2, scales=geometry.scales // 2)
+        yield _Trial(text, _followed(geometries, i, fewer), shares)
     if not geometry.axes:
         return
     strides = [axis.kernel.stride for axis in geometry.axes]
@@ -120,9 +121,7 @@ def _behind(before: Geometry, old: Geometry, geometry: Geometry) -> Geometry | N
 
 def _kernels(geometries: Sequence[Geometry] | None) -> int:
     """Weights of all kernels."""
-    return sum(
-        g.features * (g.channels // g.groups) * math.prod(axis.kernel.size for axis in g.axes) for g in geometries or ()
-    )
+    return sum(map(kernel_entries, geometries or ()))
 
 
 def dead_pixels(geometry: Geometry) -> int:

@@ -1,5 +1,6 @@
 """`audit`: how much a model leaks of the images it is trained on, why, and what would help."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,19 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from leakjax.errors import UnreadableModelError
+from leakjax.errors import InputError, UnreadableModelError
 from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
+from leakjax.leakage.asking import Asked, Measured, Tell
 from leakjax.leakage.index import copa_index, layer_weights, smallest_withheld, structural_leaked
 from leakjax.leakage.inputs import batch_of, check_options, check_shape
 from leakjax.leakage.layers import LayerLeakage
-from leakjax.leakage.measuring import Measured, Tell, measure
+from leakjax.leakage.measuring import in_precision, measure, measure_without
+from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.result import Audit, LayerAudit, Withheld
 from leakjax.leakage.sentences import layer_sentence, verdict
 from leakjax.leakage.spectrum import variances
-from leakjax.leakage.structural import structural_count
+from leakjax.leakage.structural import Count, padded_count, structural_count
 from leakjax.model import Model, read_model
 from leakjax.observation import output_count
+from leakjax.precision import compute_in
 from leakjax.segments import Segment, read_segments
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -36,6 +40,7 @@ def audit(
     loss: str = "softmax_cross_entropy",
     input_range: tuple[float, float] = (0.0, 1.0),
     noise: Sequence[float] = SIGMAS,
+    dp_sgd: DPSGD | None = None,
     shapes_only: bool = False,
     seed: int = 0,
     name: str = "model",
@@ -48,6 +53,7 @@ def audit(
     - `images` (B, H, W, C) in `input_range` with `labels` (B,): the B examples of one gradient; without them a random
       smooth image drawn with `seed`;
     - `noise`: standard deviations of Gaussian noise in every gradient entry, for the bounds;
+    - `dp_sgd`: a DP-SGD whose clipping and noise are to be bounded too, with its epsilon (needs `leakjax[dp]`);
     - `shapes_only`: count on shapes alone, without weights or images, in milliseconds;
     - `name`: what the report calls the model; `progress` hears of every stage.
 
@@ -56,21 +62,36 @@ def audit(
     tell = progress or (lambda stage: None)
     read = read_model(model)
     shape = check_shape(input_shape)
-    check_options(loss, input_range, noise)
-    tell("reading the model")
-    segments, remarks = _segments(read, shape, checked=not shapes_only)
-    geometries = [s.geometry for s in segments] or [_whole(read, shape)]
-    names = [s.name for s in segments] or ["network"]
-    found, batch = Measured(), 1
-    if not shapes_only:
-        x, y = batch_of(read, shape, images, labels, input_range, seed)
-        batch, scale = len(x), input_range[1] - input_range[0]
-        options = {"loss": loss, "scale": scale, "noise": noise, "seed": seed, "tell": tell}
-        found = measure(read, x, y, readable=bool(segments), **options)
+    limits, sigmas = check_options(loss, input_range, noise)
+    if shapes_only and dp_sgd is not None:
+        raise InputError("dp_sgd needs a gradient to clip; leave out shapes_only")
+    epsilons = [] if dp_sgd is None else dp_sgd.epsilons()
+    dtype = jnp.dtype("float32" if shapes_only else "float64")
+    with compute_in(dtype.name):
+        tell("reading the model")
+        read, remarks = in_precision(read, shape, dtype)
+        segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
+        remarks += unreadable
+        geometries = [s.geometry for s in segments] or [_whole(read, shape)]
+        names = [s.name for s in segments] or ["network"]
+        chosen = smallest_withheld(geometries)
+        found, batch = Measured(), 1
+        withheld = [] if chosen is None else [Withheld(tuple(names[i] for i in chosen[0]), chosen[1])]
+        if not shapes_only:
+            x, y = batch_of(read, shape, images, labels, limits, seed)
+            batch, asked = len(x), Asked(loss, limits[1] - limits[0], sigmas, dp_sgd, epsilons, seed, tell)
+            found = measure(read, segments, x, y, asked)
+            if chosen is not None and segments and found.leakage is not None:
+                paths = {path for i in chosen[0] for path in segments[i].paths}
+                rank, remaining = measure_without(read, x, y, asked, paths)
+                withheld = [dataclasses.replace(withheld[0], measured_dimensions=rank, leakage_map=remaining)]
     if found.remark:
         remarks.append(found.remark)
     if batch > 1:
-        remarks.append(f"layers are those of the first of {batch} images; leaked dimensions are all images' together")
+        remarks.append(
+            f"layers are those of the first of {batch} images, changes and layers to withhold are counted for one; "
+            "leaked dimensions are all images' together"
+        )
     numeric = found.layers or [None] * len(geometries)
     leakage = found.leakage
     ranks = [None if layer is None else layer.rank for layer in numeric]
@@ -83,21 +104,15 @@ def audit(
     ]
     c_m, rounded = copa_index(deficiencies)
     weights = layer_weights(len(geometries))
-    shares = [1.0 if m is None else m.known_share for m in numeric]
+    shares = [1.0 if m is None else m.passing_share for m in numeric]
     unknowns = batch * geometries[0].unknowns
     numbers = sum(int(np.prod(p.shape)) for p in read.params.values())
     structural = min(batch * structural_leaked(geometries, shares=shares), max(numbers, 1), unknowns)
     leaked = None if leakage is None else leakage.rank
-    status, sentence = verdict(
-        structural if leaked is None else leaked,
-        unknowns,
-        numeric=leaked is not None,
-    )
-    chosen = smallest_withheld(geometries)
-    seen = None if leakage is None else leakage.map
+    status, sentence = verdict(structural if leaked is None else leaked, unknowns, batch, numeric=leaked is not None)
     spread = None
-    if leakage is not None and noise:
-        spread = np.sqrt(variances(leakage, noise[0])).reshape(leakage.map.shape)
+    if leakage is not None and sigmas:
+        spread = np.sqrt(variances(leakage, sigmas[0])).reshape(leakage.map.shape)
     return Audit(
         model=name,
         input_shape=shape,
@@ -105,31 +120,41 @@ def audit(
         c_m=c_m,
         c_m_rounded=rounded,
         layers=tuple(
-            _layer(names[i], geometry, ranks[i], weights[i], numeric[i], _size(read, segments, i))
+            _layer(
+                names[i],
+                geometry,
+                counts[i],
+                ranks[i],
+                weights[i],
+                numeric[i],
+                _size(read, segments, i),
+                head=bool(segments) and i == len(segments) - 1,
+            )
             for i, geometry in enumerate(geometries)
         ),
         unknowns=unknowns,
         structural_leaked_dimensions=structural,
         leaked_dimensions=leaked,
-        leaked_dimensions_error=None,
         leaked_fraction=None if leaked is None else leaked / unknowns,
-        unseen_pixels=None if seen is None else int(np.sum(np.max(seen, axis=-1) < UNSEEN)),
+        unseen_pixels=None if leakage is None else int(np.sum(np.max(leakage.map, axis=-1) < UNSEEN)),
         spectrum=found.spectrum,
         noise=found.points,
         verdict=status,
         sentence=sentence,
         changes=best_changes(names, geometries, shares) if segments else (),
-        withheld=() if chosen is None else (Withheld(tuple(names[i] for i in chosen[0]), chosen[1]),),
+        withheld=tuple(withheld),
         remarks=tuple(remarks),
-        leakage_map=seen,
+        leakage_map=found.map,
         uncertainty=spread,
     )
 
 
-def _segments(model: Model, shape: tuple[int, ...], *, checked: bool) -> tuple[tuple[Segment, ...], list[str]]:
+def _segments(
+    model: Model, shape: tuple[int, ...], dtype: Any, *, checked: bool
+) -> tuple[tuple[Segment, ...], list[str]]:
     """The model's layers at one example; none, and the reason, where it cannot be read."""
     try:
-        return read_segments(model, shape, jnp.float32, checked=checked).segments, []
+        return read_segments(model, shape, dtype, checked=checked).segments, []
     except UnreadableModelError as error:
         return (), [f"not readable layer by layer, audited as one map: {error}"]
 
@@ -145,9 +170,17 @@ def _size(model: Model, segments: Sequence[Segment], i: int) -> int:
 
 
 def _layer(
-    name: str, geometry: Geometry, rank: int | None, weight: float, numeric: LayerLeakage | None, parameters: int
+    name: str,
+    geometry: Geometry,
+    count: Count,
+    rank: int | None,
+    weight: float,
+    numeric: LayerLeakage | None,
+    parameters: int,
+    *,
+    head: bool,
 ) -> LayerAudit:
-    count, dead = structural_count(geometry), dead_pixels(geometry)
+    dead = dead_pixels(geometry)
     known = None if numeric is None else numeric.known_share
     depth = None if numeric is None else numeric.pull_back_depth
     return LayerAudit(
@@ -163,5 +196,6 @@ def _layer(
         known_share=known,
         pull_back_depth=depth,
         parameters=parameters,
+        padded=padded_count(geometry, count.rank if rank is None else rank, head=head),
         sentence=layer_sentence(geometry.unknowns, count, rank, dead, known, depth),
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from leakjax.geometry import Geometry
-from leakjax.leakage.structural import live_positions, structural_count
+from leakjax.leakage.structural import gradient_entries, live_positions, structural_count
 
 MOST_SUBSETS = 4096
 
@@ -36,26 +36,26 @@ def structural_leaked(
     """An upper bound, generically met, on how many numbers about the image a gradient holds.
 
     From the last layer to the first: what is known of a layer's input is all that both of its blocks see where all it
-    needs of its output is known, and else at most what is known of its output and its own gradient block together,
+    needs of its output is known, and else at most what is known of its output and the entries of its own gradient,
 
-        K_i = min(rank_i, min(K_(i+1), share_i rows_i) + gradient rank_i),
+        K_i = min(live_i, min(K_(i+1), share_i rows_i) + entries_i),
 
-    over those outputs that the layers behind it read at all. `shares`: what each activation gives back of its input, 1
-    where it is monotone. Of the layers `withheld` no gradient is sent.
+    over those outputs that the layers behind it read at all. `shares`: of each layer's outputs those whose activation
+    passes a change on. Of the layers `withheld` no gradient is sent.
     """
     known, used, whole = 0, None, False
     for i in reversed(range(len(geometries))):
         geometry = geometries[i]
         used = used if used is not None and _same_axes(geometry, used) else None
         count = structural_count(geometry, used)
-        own = 0 if i in withheld else count.gradient
+        own = 0 if i in withheld else gradient_entries(geometry)
         if i == len(geometries) - 1:
-            known = min(own, count.rank)
+            known = min(own, count.live)
         else:
             share = 1.0 if shares is None else shares[i]
             rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
             complete = whole and share == 1.0 and i not in withheld
-            known = count.rank if complete else min(count.rank, min(known, math.floor(share * rows)) + own)
+            known = count.rank if complete else min(count.live, min(known, math.floor(share * rows)) + own)
         whole = known >= count.live
         used = live_positions(geometry, used) if geometry.simple and geometry.axes else None
     return known

@@ -1,5 +1,6 @@
 """What an audit is asked: checked, and drawn where it is not given."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,24 +18,32 @@ from leakjax.priors import from_natural
 def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     """Positive sizes of one example."""
     try:
-        shape = tuple(int(n) for n in input_shape)
-    except (TypeError, ValueError):
-        raise InputError(f"input_shape must be a sequence of sizes like (32, 32, 3), got {input_shape!r}") from None
+        shape = tuple(operator.index(n) for n in input_shape)
+    except TypeError:
+        raise InputError(f"input_shape must be whole sizes like (32, 32, 3), got {input_shape!r}") from None
     if not shape or min(shape) < 1:
         raise InputError(f"input_shape must hold positive sizes, got {tuple(input_shape)}")
     return shape
 
 
-def check_options(loss: str, input_range: tuple[float, float], noise: Sequence[float]) -> None:
-    """A known loss, a range, noise that is noise."""
+def check_options(loss: str, input_range: Any, noise: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
+    """The input range and the noise levels, once they and the loss are known to be good."""
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
-    low, high = input_range
+    try:
+        low, high = (float(v) for v in input_range)
+    except (TypeError, ValueError):
+        raise InputError(f"input_range must be two numbers (low, high), got {input_range!r}") from None
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise InputError(f"input_range must be (low, high) with low below high, got {input_range}")
-    for sigma in noise:
+    try:
+        sigmas = tuple(float(sigma) for sigma in noise)
+    except (TypeError, ValueError):
+        raise InputError(f"noise must be a sequence of numbers, () for none, got {noise!r}") from None
+    for sigma in sigmas:
         if not (np.isfinite(sigma) and sigma > 0):
             raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")
+    return (low, high), sigmas
 
 
 def batch_of(
@@ -55,7 +64,10 @@ def batch_of(
         noise = jax.random.normal(key, (1, *shape))
         drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(from_natural(noise)), 0.0, 1.0)
         return low + (high - low) * drawn.astype(float), np.asarray(jax.random.randint(other, (1,), 0, outputs))
-    x = np.asarray(images, float)
+    try:
+        x = np.asarray(images, float)
+    except (TypeError, ValueError):
+        raise InputError(f"images must be one array (B, {', '.join(map(str, shape))}) of numbers") from None
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
         raise InputError(f"images must have shape (B, {', '.join(map(str, shape))}) with B >= 1, got {x.shape}")
     if not np.all(np.isfinite(x)) or x.min() < low - 1e-9 or x.max() > high + 1e-9:

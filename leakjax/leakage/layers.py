@@ -28,11 +28,13 @@ _RANK = 1e-13
 
 class LayerLeakage(NamedTuple):
     """`rank` of a layer's own constraints and their `condition`, None where too large to count; `known_share` of its
-    outputs; `pull_back_depth`, None where all layers before it leave its input open."""
+    outputs that can be read back, `passing_share` of those whose activation passes a change on; `pull_back_depth`, None
+    where all layers before it leave its input open."""
 
     rank: int | None
     condition: float | None
     known_share: float
+    passing_share: float
     pull_back_depth: int | None
 
 
@@ -45,7 +47,10 @@ def layer_leakage(
     found = []
     for i, segment in enumerate(segments):
         preimage = _preimage(segment, variables, zs[i], head=i == len(segments) - 1)
-        known = 1.0 if i == len(segments) - 1 else float(np.mean(np.asarray(preimage.known)))
+        known, passing = 1.0, 1.0
+        if i < len(segments) - 1:
+            known = float(np.mean(np.asarray(preimage.known)))
+            passing = float(np.mean(np.asarray(segment.activation.slope(variables, zs[i])) != 0))
         depth, rank, condition = None, None, None
         for back in range(i + 1):
             span = tuple(segments[i - back : i + 1])
@@ -58,7 +63,7 @@ def layer_leakage(
             if full:
                 depth = back
                 break
-        found.append(LayerLeakage(rank, condition, known, depth))
+        found.append(LayerLeakage(rank, condition, known, passing, depth))
     return found
 
 

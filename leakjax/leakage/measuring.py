@@ -1,16 +1,19 @@
 """The numeric part of an audit: layers, Jacobian and noise bounds at a batch of images."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from leakjax._widening import widened
 from leakjax.errors import InputError
-from leakjax.leakage.estimates import estimate_spectrum
+from leakjax.leakage.asking import Asked, Measured
+from leakjax.leakage.estimating import estimate
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
+from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.result import NoisePoint
 from leakjax.leakage.spectrum import (
     PRIOR_DEVIATION,
@@ -23,72 +26,80 @@ from leakjax.leakage.spectrum import (
 from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
 from leakjax.model import Model
-from leakjax.network import batch_gradient, read_network
-from leakjax.precision import compute_in
+from leakjax.network import Gradient, batch_gradient, read_network
+from leakjax.observation import run_model
 from leakjax.residuals import push_forward
-from leakjax.segments import read_segments
+from leakjax.segments import Segment
 
 LARGEST = 6000  # unknowns up to which the Jacobian's Gram matrix is dense
-
-Tell = Callable[[str], None]
-
-
-class Measured(NamedTuple):
-    """By layer what its constraints tell, the Jacobian's `leakage`, noise `points`, singular values, and a `remark`:
-    None, or empty, where it was not asked for or is too large."""
-
-    layers: Sequence[LayerLeakage] = ()
-    leakage: Leakage | None = None
-    points: tuple[NoisePoint, ...] | None = None
-    spectrum: tuple[float, ...] | None = None
-    remark: str | None = None
+LARGEST_LAYERS = 20_000  # unknowns up to which layers are probed
 
 
-def measure(
-    model: Model,
-    x: np.ndarray,
-    y: np.ndarray,
-    *,
-    readable: bool,
-    loss: str,
-    scale: float,
-    noise: Sequence[float],
-    seed: int,
-    tell: Tell,
-) -> Measured:
-    """Look at images x (B, *shape) with labels y (B,), `scale` being the width of their range.
+def in_precision(model: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Model, list[str]]:
+    """The model in `dtype`, its own roundings (half precision, a softmax in float32) taken out, and remarks on that."""
+    wide = model.astype(dtype)
+    own = jnp.dtype(read_network(wide, shape, 1, dtype).precision)
+    if jnp.finfo(own).bits >= jnp.finfo(dtype).bits:
+        return wide, []
+    exact = widened(model, dtype)
+    try:
+        run_model(exact, jax.ShapeDtypeStruct((1, *shape), dtype))
+    except InputError as error:
+        return wide, [f"ranks are uncertain: the model computes in {own.name} by itself, and {error}"]
+    return exact, [f"the model computes in {own.name} by itself; looked at as if it did in {jnp.dtype(dtype).name}"]
 
-    Arguments: `readable`, whether the model has layers; these are looked at for the first image alone.
+
+def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndarray, asked: Asked) -> Measured:
+    """Look at images x (B, *shape) with labels y (B,), `model` and its `segments` being in float64.
+
+    Arguments: `segments`, () where there are none; they are looked at for the first image alone.
     """
     n, shape = x.size, x.shape[1:]
-    with compute_in("float64"):
-        wide = model.astype("float64")
-        gradient = batch_gradient(read_network(wide, shape, len(x), jnp.float64).logits, loss, tuple(wide.params))
-        arrays = dict(wide.variables), jnp.asarray(x), jnp.asarray(y)
-        _refuse_nothing(wide, gradient(*arrays))
-        if n > LARGEST or not fits_in_memory(6 * 8 * n**2):
-            tell("estimating the spectrum")
-            remark = f"{n:,} unknowns are too many for dense matrices: "
-            if not noise:
-                return Measured(remark=remark + "no spectrum, map or bound")
-            points, spectrum, errors = _estimated_points(gradient, arrays, scale, noise, seed)
-            return Measured((), None, points, spectrum, remark + errors)
-        layers: Sequence[LayerLeakage] = ()
-        if readable:
-            tell("looking at every layer")
-            layers = _numeric_layers(wide, shape, x[:1], y[:1], loss)
-        tell("building the Jacobian")
-        leakage = dense_leakage(gradient, *arrays, scale)
-        tell("bounding what noise leaves")
-        points = _noise_points(leakage, x.shape, noise)
-    return Measured(layers, leakage, points, tuple(np.sqrt(leakage.values[::-1]).tolist()))
+    _refuse_not_finite(model)
+    logits = read_network(model, shape, len(x), jnp.float64).logits
+    gradient = batch_gradient(logits, asked.loss, tuple(model.params))
+    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    _refuse_zero(gradient(*arrays))
+    layers: Sequence[LayerLeakage] = ()
+    if segments and x[:1].size <= LARGEST_LAYERS:
+        asked.tell("looking at every layer")
+        layers = _numeric_layers(model, segments, x[:1], y[:1], asked.loss)
+    dense = n <= LARGEST and fits_in_memory(6 * 8 * n**2)
+    clipped = None if asked.dp_sgd is None else _clipped(model, shape, asked)
+    if not dense:
+        return estimate(gradient, clipped, arrays, layers, asked)
+    asked.tell("building the Jacobian")
+    leakage = dense_leakage(gradient, *arrays, asked.scale)
+    points = _noise_points(leakage, x.shape, asked.noise)
+    if clipped is not None:
+        asked.tell("building the Jacobian of clipped gradients")
+        limited = dense_leakage(clipped, *arrays, asked.scale)
+        points += asked.private(_noise_points(limited, x.shape, asked.private_sigmas(len(x))))
+    return Measured(layers, leakage, points, tuple(np.sqrt(leakage.values[::-1]).tolist()), leakage.map)
 
 
-def _refuse_nothing(model: Model, gradient: dict[str, Array]) -> None:
-    """Weights that are not finite, and a gradient that is zero everywhere, say nothing of what leaks."""
+def measure_without(
+    model: Model, x: np.ndarray, y: np.ndarray, asked: Asked, paths: Collection[str]
+) -> tuple[int, Float[np.ndarray, "B ..."]]:
+    """(the rank of the Jacobian, its map) of what a client sends without the gradients of some parameter `paths`."""
+    asked.tell("building the Jacobian without the gradients to withhold")
+    kept = tuple(path for path in model.params if path not in paths)
+    if not kept:
+        return 0, np.zeros(x.shape)
+    logits = read_network(model, x.shape[1:], len(x), jnp.float64).logits
+    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    found = dense_leakage(batch_gradient(logits, asked.loss, kept), *arrays, asked.scale)
+    return found.rank, found.map
+
+
+def _refuse_not_finite(model: Model) -> None:
     for path, array in model.variables.items():
         if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
             raise InputError(f"the model's {path!r} holds numbers that are not finite; mend the weights")
+
+
+def _refuse_zero(gradient: dict[str, Array]) -> None:
+    """A gradient that is zero everywhere says nothing of what leaks."""
     if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
         raise InputError(
             "the gradient at this image is zero everywhere, and an audit of it would say 'safe'; use other images, or "
@@ -96,8 +107,7 @@ def _refuse_nothing(model: Model, gradient: dict[str, Array]) -> None:
         )
 
 
-def _numeric_layers(model: Model, shape: tuple[int, ...], x: Any, y: Any, loss: str) -> list[LayerLeakage]:
-    segments = read_segments(model, shape, jnp.float64).segments
+def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: str) -> list[LayerLeakage]:
     images, head = jnp.asarray(x), segments[-1]
     z = push_forward(segments, model.variables, images)[1][-1]
 
@@ -108,21 +118,15 @@ def _numeric_layers(model: Model, shape: tuple[int, ...], x: Any, y: Any, loss: 
     return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
 
 
-def _estimated_points(
-    gradient: Any, arrays: tuple[Any, Array, Array], scale: float, noise: Sequence[float], seed: int
-) -> tuple[tuple[NoisePoint, ...], tuple[float, ...], str]:
-    """Effective dimensions by random probes, the largest singular values, and a remark with the errors."""
-    floors = [sigma / (PRIOR_DEVIATION * scale) for sigma in noise]
-    found = estimate_spectrum(gradient, *arrays, floor=floors, seed=seed)
-    points = tuple(NoisePoint(s, None, None, float(c)) for s, c in zip(noise, found.counts, strict=True))
-    errors = ", ".join(
-        f"{c:,.0f} +- {e:,.0f} at {s:g}" for s, c, e in zip(noise, found.counts, found.counts_error, strict=True)
-    )
-    remark = f"effective dimensions are estimated ({errors}), the spectrum is its largest values, and there is "
-    return points, tuple((scale * found.singular_values).tolist()), remark + "no map and no bound"
+def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:
+    assert asked.dp_sgd is not None
+    logits = read_network(model, shape, 1, jnp.float64).logits
+    return clipped_gradient(batch_gradient(logits, asked.loss, tuple(model.params)), asked.dp_sgd.clip)
 
 
 def _noise_points(leakage: Leakage, shape: tuple[int, ...], noise: Sequence[float]) -> tuple[NoisePoint, ...]:
+    if not noise:
+        return ()
     prior = with_natural_prior(leakage, shape)
     spread = np.sqrt(leakage.values) * PRIOR_DEVIATION
 

@@ -1,43 +1,73 @@
-"""What DP-SGD leaves of a gradient: the Jacobian of the clipped gradient, and the privacy that its noise buys."""
+"""What DP-SGD sends: the mean of clipped gradients, and the privacy that its noise buys."""
 
+import dataclasses
+import functools
 import importlib
 import math
-from numbers import Integral
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
 
 from leakjax.errors import InputError
 
 
-def clipped(
-    gram: Float[np.ndarray, "n n"], slope: Float[np.ndarray, " n"], norm: float, clip: float
-) -> Float[np.ndarray, "n n"]:
-    """J_c^T J_c of the clipped gradient g_c = g min(1, C / ||g||), from J^T J, J^T g and ||g||.
+@dataclasses.dataclass(frozen=True)
+class DPSGD:
+    """Steps of DP-SGD: each example's gradient clipped to the norm `clip`, noise added to the sum of a batch.
 
-    Where ||g|| <= C it is J^T J. Elsewhere g_c = C g / ||g|| keeps the direction alone, and with h = g / ||g||
+        u = (1/B) (sum_b g_b min(1, clip / ||g_b||) + noise_multiplier clip N(0, 1))
 
-        J_c = (C / ||g||) (I - h h^T) J,
-        J_c^T J_c = (C / ||g||)^2 (J^T J - (J^T h) (J^T h)^T):
+    - `noise_multipliers`: those to look at; 0 is no noise, and has no epsilon;
+    - `sampling_rate`, `steps`, `delta`: of the training that epsilon is asked for.
 
-    one direction of the images at most is hidden, the rest is scaled.
-
-    Arguments: `gram` J^T J, `slope` J^T g, `norm` ||g|| and `clip` C, the latter two in the gradient's unit. The rows
-    of J are not weighted. For a batch, g is the gradient that is clipped: clipping each example's own is another map.
-
-    Raises `InputError` for a clip that is not positive or a norm that is negative.
-
-    Reference: clipping, Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
+    Reference: Abadi et al., "Deep learning with differential privacy", CCS 2016, algorithm 1.
     """
-    if not clip > 0:
-        raise InputError(f"clip must be positive, got {clip}")
-    if not 0 <= norm < math.inf:
-        raise InputError(f"norm must be finite and not negative, got {norm}")
-    if norm <= clip:
-        return np.asarray(gram)
-    direction = np.asarray(slope) / norm
-    return (clip / norm) ** 2 * (np.asarray(gram) - np.outer(direction, direction))
+
+    clip: float
+    noise_multipliers: tuple[float, ...]
+    sampling_rate: float = 1.0
+    steps: int = 1
+    delta: float = 1e-5
+
+    def sigma(self, noise_multiplier: float, examples: int) -> float:
+        """The noise's standard deviation in every entry of u, the mean over so many examples."""
+        return noise_multiplier * self.clip / examples
+
+    def epsilons(self) -> list[float]:
+        """The epsilon of every multiplier; bad settings raise `InputError`, each by its name."""
+        if not (isinstance(self.clip, Real) and 0 < self.clip < math.inf):
+            raise InputError(f"clip must be positive and finite, got {self.clip!r}")
+        for m in self.noise_multipliers:
+            if not (isinstance(m, Real) and 0 < m < math.inf):
+                raise InputError(f"noise_multipliers must be positive and finite, got {m!r}")
+        spent = {"sampling_rate": self.sampling_rate, "steps": self.steps, "delta": self.delta}
+        return [epsilon(m, **spent) for m in self.noise_multipliers]
+
+
+@functools.lru_cache(maxsize=16)
+def clipped_gradient(gradient: Callable[..., Any], clip: float) -> Callable[..., Any]:
+    """(variables, x (B, ...), labels (B,)) -> (1/B) sum_b g_b min(1, C / ||g_b||), g_b the gradient of one example.
+
+    Arguments: `gradient` of a batch of one, a dict of arrays; C = `clip`, in the gradient's unit.
+
+    Where ||g_b|| > C only the direction of g_b is left: of one example all of the Jacobian's row space but one
+    direction at most, scaled by C / ||g_b||.
+    """
+
+    def mean(variables: Any, x: Float[Array, "B ..."], labels: Int[Array, " B"]) -> Any:
+        def one(x: Array, label: Array) -> Any:
+            g = gradient(variables, x[None], label[None])
+            scale = jnp.minimum(1.0, clip / optax.tree.norm(g))
+            return jax.tree.map(lambda a: scale * a, g)
+
+        return jax.tree.map(lambda a: jnp.mean(a, axis=0), jax.vmap(one)(x, labels))
+
+    return mean
 
 
 def epsilon(noise_multiplier: float, *, sampling_rate: float, steps: int, delta: float) -> float:

@@ -1,11 +1,24 @@
 """What an audit found: a frozen record that knows how to write itself."""
 
 import dataclasses
+import html
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+
+class PaddedCount(NamedTuple):
+    """A layer's system as R-GAP writes it, zeros of the padding among the unknowns, with an equation each.
+
+    `rows` (forward, gradient and padding equations), `columns` (unknowns with padding), `rank`: the structural one, or
+    the measured one where there is one. As many rows as columns do not make a layer solvable; full rank does.
+    """
+
+    rows: int
+    columns: int
+    rank: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +33,7 @@ class LayerAudit:
       activation gives back (ReLU hides the others);
     - `weight` of its deficiency in c(M), 0 for the dense head; `pull_back_depth`: layers before it whose constraints an
       attacker needs to determine its input, None where even all of them leave it open (or nothing numeric was asked);
-    - `parameters`: how many; `sentence`: what it costs an attacker.
+    - `parameters`: how many; `padded`: rows, columns and rank as R-GAP counts; `sentence`: what it costs an attacker.
     """
 
     name: str
@@ -35,6 +48,7 @@ class LayerAudit:
     known_share: float | None
     pull_back_depth: int | None
     parameters: int
+    padded: PaddedCount
     sentence: str
 
 
@@ -45,7 +59,8 @@ class NoisePoint:
     - `psnr_bound`: no unbiased attack has a higher 10 log10(1 / mean squared error), pixels in [0, 1] (Cramer-Rao);
       None where the image is not determined;
     - `psnr_estimate_prior`: the same with the prior that natural images are smooth, a local estimate;
-    - `effective_dimensions`: directions that stand out of the noise;
+    - `effective_dimensions`: directions that stand out of the noise, and `effective_dimensions_error`, their standard
+      error where they are estimated;
     - `noise_multiplier`, `clip`, `epsilon`, `delta`: of the DP-SGD step that adds this noise, None elsewhere.
     """
 
@@ -53,6 +68,7 @@ class NoisePoint:
     psnr_bound: float | None
     psnr_estimate_prior: float | None
     effective_dimensions: float
+    effective_dimensions_error: float | None = None
     noise_multiplier: float | None = None
     clip: float | None = None
     epsilon: float | None = None
@@ -71,10 +87,19 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Withheld:
-    """What leaks when these layers' gradients are not sent: `leaked_dimensions` out of the unknowns."""
+    """What leaks when these layers' gradients are not sent.
+
+    `leaked_dimensions`: what the shapes then allow, of one example; `measured_dimensions` and `leakage_map` (B, H, W,
+    C): the rank that is left at the audited images and each entry's share in it, None where nothing numeric was asked.
+    """
 
     layers: tuple[str, ...]
     leaked_dimensions: int
+    measured_dimensions: int | None = None
+    leakage_map: Float[np.ndarray, "B H W C"] | None = None
+
+
+_MAPS = ("leakage_map", "uncertainty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +108,7 @@ class Audit:
 
     - `c_m`, `c_m_rounded`: Chen & Campbell's index, 0 where every layer is determined, more negative where less leaks;
     - `structural_leaked_dimensions`: the leaked dimensions that the shapes allow; `leaked_dimensions`: the rank of the
-      gradient's Jacobian at the audited images, with `leaked_dimensions_error` where it is an estimate;
+      gradient's Jacobian at the audited images;
     - `spectrum`: the Jacobian's singular values, descending; `leakage_map` (B, H, W, C): each entry's share in the row
       space, 1 where the gradient determines it; `unseen_pixels`: positions below 1e-6 in every channel;
     - `uncertainty`: (B, H, W, C) standard deviations, pixels in [0, 1], that the first noise level leaves an unbiased
@@ -100,7 +125,6 @@ class Audit:
     unknowns: int
     structural_leaked_dimensions: int
     leaked_dimensions: int | None
-    leaked_dimensions_error: float | None
     leaked_fraction: float | None
     unseen_pixels: int | None
     spectrum: tuple[float, ...] | None
@@ -115,14 +139,31 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """The object of audit.json: every field but the maps; numbers that are not finite are None."""
-        held = dataclasses.asdict(dataclasses.replace(self, leakage_map=None, uncertainty=None))
-        del held["leakage_map"], held["uncertainty"]
-        return _finite(held)
+        return _plain(self)
+
+    def to_html(self) -> str:
+        """The page of audit.html: one HTML document without scripts or links, readable offline."""
+        from leakjax.report.audit_page import draw_page
+
+        return draw_page(self)
+
+    def maps(self) -> dict[str, Float[np.ndarray, "B H W C"]]:
+        """The maps that there are: `leakage_map`, `uncertainty`, and `withheld`, what then remains of the first."""
+        remaining = self.withheld[0].leakage_map if self.withheld else None
+        found = {"leakage_map": self.leakage_map, "uncertainty": self.uncertainty, "withheld": remaining}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.to_html(), quote=True)
+        return f'<iframe srcdoc="{page}" title="Leakage audit" style="width:100%;height:40rem;border:0"></iframe>'
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {name: _plain(v) for name, v in fields.items() if name not in _MAPS}
+    if isinstance(value, PaddedCount):
+        return value._asdict()
     if isinstance(value, (tuple, list)):
-        return [_finite(v) for v in value]
+        return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,17 +27,18 @@ def layer_sentence(
     return "; ".join(parts) + "."
 
 
-def verdict(leaked: int, unknowns: int, *, numeric: bool) -> tuple[str, str]:
-    """("exact", "partial" or "safe", a sentence)."""
+def verdict(leaked: int, unknowns: int, examples: int, *, numeric: bool) -> tuple[str, str]:
+    """("exact", "partial" or "safe", a sentence), of so many leaked of all unknowns."""
     share = leaked / unknowns
+    whose, them = ("an image", "that image") if examples == 1 else (f"{examples} images", "them")
     how = "the gradient" if numeric else "a gradient of this shape can"
     if leaked >= unknowns:
         verb = "determines" if numeric else "determine"
         return "exact", (
-            f"Not safe to share: {how} {verb} every one of the {unknowns:,} numbers of an image, and whoever "
-            "receives it can compute that image to machine precision."
+            f"Not safe to share: {how} {verb} every one of the {unknowns:,} numbers of {whose}, and whoever "
+            f"receives it can compute {them} to machine precision."
         )
-    numbers = f"{leaked:,} of the {unknowns:,} numbers of an image ({100 * share:.0f} %)"
+    numbers = f"{leaked:,} of the {unknowns:,} numbers of {whose} ({100 * share:.0f} %)"
     holds = f"{how} {'holds' if numeric else 'hold'} {'' if numeric else 'at most '}{numbers}"
     if share < SAFE:
         return "safe", f"Little to reconstruct: {holds}; a blur at best, though not nothing."

@@ -22,15 +22,13 @@ PRIOR_DEVIATION = 0.25  # of pixels in [0, 1]
 
 class Leakage(NamedTuple):
     """`gram` (n, n) of J in units of pixels in [0, 1], its eigenvalues, ascending, and vectors; `rank`; the leakage
-    `map` (B, *shape); J^T g (n,) and ||g||, which clipping needs."""
+    `map` (B, *shape)."""
 
     gram: Float[np.ndarray, "n n"]
     values: Float[np.ndarray, " n"]
     vectors: Float[np.ndarray, "n n"]
     rank: int
     map: Float[np.ndarray, "B ..."]
-    slope: Float[np.ndarray, " n"]
-    norm: float
 
 
 def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: float) -> Leakage:
@@ -38,12 +36,11 @@ def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: flo
 
     Arguments: `scale`, the width of the input range: one pixel's unit.
     """
-    plain, slope, norm = map(np.asarray, _gram(gradient)(variables, x, labels))
-    gram = scale**2 * plain
+    gram = scale**2 * np.asarray(_gram(gradient)(variables, x, labels))
     values, vectors = np.linalg.eigh(gram)
     kept = values > RANK * values[-1]
     seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
-    return Leakage(gram, np.maximum(values, 0.0), vectors, int(np.sum(kept)), seen, scale * slope, float(norm))
+    return Leakage(gram, np.maximum(values, 0.0), vectors, int(np.sum(kept)), seen)
 
 
 def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
@@ -78,16 +75,15 @@ def variance_with_prior(prior: WithPrior, sigma: float) -> float:
 
 @functools.lru_cache(maxsize=16)
 def _gram(gradient: Any) -> Any:
-    """(variables, x, labels) -> J^T J, J^T g, ||g||."""
+    """(variables, x, labels) -> J^T J."""
 
     def build(variables: Any, x: Any, labels: Any) -> Any:
-        at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        _, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         adjoint = jax.linear_transpose(tangent, x)
 
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        columns = jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
-        return columns, jnp.ravel(adjoint(at_x)[0]), jnp.sqrt(sum(jnp.sum(g**2) for g in at_x.values()))
+        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
 
     return jax.jit(build)

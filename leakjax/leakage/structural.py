@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from leakjax.geometry import Axis, Geometry, positions
+from leakjax.leakage.result import PaddedCount
 
 
 class Count(NamedTuple):
-    """`rank` of both blocks together, of the `gradient` block alone, input entries that are `live`; whether `exact`."""
+    """`rank` of both blocks together, input entries that are `live`; whether the rank is `exact`."""
 
     rank: int
-    gradient: int
     live: int
     exact: bool
 
@@ -39,7 +39,7 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
     """The rank that a map's shapes allow the constraints on its input, those of the outputs that are `used`."""
     if not geometry.simple:
         live = geometry.unknowns
-        return Count(min(live, geometry.rows + geometry.parameters), min(live, geometry.parameters), live, False)
+        return Count(min(live, geometry.rows + geometry.parameters), live, False)
     outputs = _outputs(geometry, used)
     channels, features = geometry.channels // geometry.groups, geometry.features // geometry.groups
     rank_of_dz = min(features, outputs)
@@ -55,8 +55,35 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
     live = read if geometry.axes else geometry.unknowns
     apart = all(axis.kernel.stride >= axis.kernel.size for axis in geometry.axes)
     exact = all(_inside(axis) for axis in geometry.axes) and (apart or geometry.groups * rank == live)
-    own = geometry.groups * channels * min(gradient, limit)
-    return Count(min(geometry.groups * rank, live), min(own + geometry.scales, live), live, exact)
+    return Count(min(geometry.groups * rank, live), live, exact)
+
+
+def padded_count(geometry: Geometry, rank: int, *, head: bool) -> PaddedCount:
+    """Rows, columns and rank of the layer's system with the zeros around its input as unknowns, as R-GAP counts.
+
+    Every such zero adds an unknown and the equation that it is 0, so that the deficiency stays what it is without.
+    Arguments: `rank` without them; `head`: whether it is the last layer, of which nobody sends the outputs.
+    """
+    inside, outside = 1, 1
+    for axis in geometry.axes if geometry.simple else ():
+        size = axis.positions if axis.before is None else axis.before.outputs
+        inside, outside = inside * size, outside * (size + axis.kernel.low + axis.kernel.high)
+    zeros = geometry.channels * (outside - inside)
+    own = kernel_entries(geometry) if geometry.simple else geometry.parameters
+    rows = own + (0 if head else geometry.rows) + zeros
+    return PaddedCount(rows, geometry.unknowns + zeros, rank + zeros)
+
+
+def kernel_entries(geometry: Geometry) -> int:
+    """Entries of the kernel of a simple map."""
+    window = math.prod(axis.kernel.size for axis in geometry.axes)
+    return geometry.features * (geometry.channels // geometry.groups) * window
+
+
+def gradient_entries(geometry: Geometry) -> int:
+    """How many numbers the gradient of this map's own parameters is."""
+    own = kernel_entries(geometry) + geometry.scales if geometry.simple else geometry.parameters
+    return own + geometry.biases
 
 
 def live_positions(geometry: Geometry, used: Used = None) -> list[np.ndarray]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -49,15 +50,15 @@ def draw_map(path: Path | str, audit: Audit) -> bool:
     return True
 
 
-def map_panels(audit: Audit) -> str:
-    """The leakage map as HTML: images within the page, a caption each, and the scale of their colors.
+def map_panels(held: Float[np.ndarray, "B H W C"], what: str = "") -> str:
+    """A leakage map as HTML: images within the page, a caption each, and the scale of their colors.
 
-    Arguments: `audit`, whose `leakage_map` is drawn.
-    Returns: HTML, empty where there is no map.
+    Arguments: `held`, the map; `what`, words for each caption.
+    Returns: HTML, empty where the map is.
     """
-    if audit.leakage_map is None or not len(audit.leakage_map):
+    if not len(held):
         return ""
-    panels = "\n".join(_panel(k, panel) for k, panel in enumerate(audit.leakage_map[:_SHOWN]))
+    panels = "\n".join(_panel(k, panel, what) for k, panel in enumerate(held[:_SHOWN]))
     scale = (
         f'<p class="scale"><span>0 unseen</span>'
         f'<img src="{_png(np.linspace(0, 1, 256)[None])}" alt="Color scale from 0, dark blue, to 1, yellow">'
@@ -71,14 +72,14 @@ def shown_panels(audit: Audit) -> int:
     return 0 if audit.leakage_map is None else min(len(audit.leakage_map), _SHOWN)
 
 
-def _panel(k: int, panel: np.ndarray) -> str:
+def _panel(k: int, panel: np.ndarray, what: str) -> str:
     height, width = panel.shape[:2]
     unseen = _unseen(panel)
-    said = f"Leakage map of example {k}, {height} by {width} pixels, {unseen} of them unseen"
+    said = f"Leakage map of example {k}{what and ' ' + what}, {height} by {width} pixels, {unseen} of them unseen"
     words = f"{percent(float(panel.mean()))} leaked, {integer(unseen)} of {integer(height * width)} pixels unseen"
     return (
         f'<figure><img src="{_png(panel.mean(axis=-1))}" width="{width}" height="{height}" alt="{text(said)}">'
-        f"<figcaption>Example {k}: {words}</figcaption></figure>"
+        f"<figcaption>Example {k}{what and ' ' + text(what)}: {words}</figcaption></figure>"
     )
 
 

@@ -121,11 +121,8 @@ def _leaked(audit: Audit) -> str:
     fraction = audit.leaked_fraction
     if fraction is None and audit.unknowns:
         fraction = audit.leaked_dimensions / audit.unknowns
-    error = audit.leaked_dimensions_error
-    estimate = f" An estimate, ± {real(error)}." if error is not None and math.isfinite(error) and error > 0 else ""
     return (
-        f"{_figure(integer(audit.leaked_dimensions))} {of}, {percent(fraction)}.{estimate} "
-        f"The shapes allow at most {structural}."
+        f"{_figure(integer(audit.leaked_dimensions))} {of}, {percent(fraction)}. The shapes allow at most {structural}."
     )
 
 

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from leakjax.leakage.result import Audit, LayerAudit, NoisePoint
+from leakjax.leakage.result import Audit, LayerAudit, NoisePoint, Withheld
 from leakjax.report.audit_map import map_panels, shown_panels
 from leakjax.report.audit_plots import noise_plot, spectrum_plot
 from leakjax.report.markup import definitions, integer, name, paragraph, percent, real, section, table, text
 
 _LAYER_COLUMNS = (
-    "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "Condition", "Dead pixels", "Weight in c(M)",
-    "Known share", "Pull-back depth", "Parameters",
+    "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "R-GAP rows", "R-GAP columns", "R-GAP rank",
+    "Condition", "Dead pixels", "Weight in c(M)", "Known share", "Pull-back depth", "Parameters",
 )  # fmt: skip
 _DP_COLUMNS: tuple[tuple[str, str], ...] = (
     ("noise_multiplier", "Noise multiplier"), ("clip", "Clip"), ("epsilon", "ε"), ("delta", "δ"),
@@ -34,7 +34,7 @@ def layers_section(audit: Audit) -> str:
 
 def map_section(audit: Audit) -> str:
     """The leakage map, a panel an example. Returns HTML."""
-    panels = map_panels(audit)
+    panels = "" if audit.leakage_map is None else map_panels(audit.leakage_map)
     if not panels:
         return section("map", "Leakage map", _not_computed(audit))
     held, shown = len(audit.leakage_map) if audit.leakage_map is not None else 0, shown_panels(audit)
@@ -74,9 +74,10 @@ def noise_section(audit: Audit) -> str:
         "Effective dimensions",
         *(title for _, title in private),
     ]
-    rows = [_noise_row(point, [field for field, _ in private]) for point in audit.noise]
+    measured = audit.leaked_dimensions is not None
+    rows = [_noise_row(point, [field for field, _ in private], measured) for point in audit.noise]
     note = "“open”: the image is not determined, an unbiased attack has no finite error."
-    shown = note if any(p.psnr_bound is None for p in audit.noise) else ""
+    shown = note if measured and any(p.psnr_bound is None for p in audit.noise) else ""
     parts = table("Noise and the image it leaves", columns, rows, note=shown), noise_plot(audit.noise)
     return section("noise", "Noise", paragraph(words), *parts, _uncertainty(audit))
 
@@ -102,11 +103,17 @@ def withheld_section(audit: Audit) -> str:
     if not audit.withheld:
         return ""
     now = audit.structural_leaked_dimensions if audit.leaked_dimensions is None else audit.leaked_dimensions
-    rows = [(text(", ".join(w.layers)) or "none", *_after(w.leaked_dimensions, now, audit)) for w in audit.withheld]
+    rows = [(text(", ".join(w.layers)) or "none", *_after(_remaining(w), now, audit)) for w in audit.withheld]
     columns = ("Layers not sent", "Leaked dimensions", "Share", "Difference")
     words = f"What still leaks when the gradients of these layers stay on the client, against {integer(now)} now."
-    parts = paragraph(words), table("Gradients withheld", columns, rows)
+    panels = [map_panels(w.leakage_map, "without them") for w in audit.withheld if w.leakage_map is not None]
+    after = paragraph("What the gradient then still determines of each pixel:") if panels else ""
+    parts = paragraph(words), table("Gradients withheld", columns, rows), after, *panels
     return section("withheld", "Which gradients to withhold", *parts)
+
+
+def _remaining(held: Withheld) -> int:
+    return held.leaked_dimensions if held.measured_dimensions is None else held.measured_dimensions
 
 
 def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
@@ -118,6 +125,9 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
         integer(layer.rank),
         integer(layer.rank_deficiency),
         bound if layer.structural_exact else f"≤ {bound} <small>bound</small>",
+        integer(layer.padded.rows),
+        integer(layer.padded.columns),
+        integer(layer.padded.rank),
         real(layer.condition),
         integer(layer.dead_pixels),
         real(layer.weight),
@@ -127,11 +137,13 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
     )
 
 
-def _noise_row(point: NoisePoint, private: list[str]) -> tuple[str, ...]:
-    bound = _OPEN if point.psnr_bound is None else _decibels(point.psnr_bound)
+def _noise_row(point: NoisePoint, private: list[str], measured: bool) -> tuple[str, ...]:
+    bound = _OPEN if point.psnr_bound is None and measured else _decibels(point.psnr_bound)
     prior = _decibels(point.psnr_estimate_prior)
     rest = (real(getattr(point, field)) for field in private)
-    return real(point.sigma), bound, prior, real(point.effective_dimensions, 4), *rest
+    error = point.effective_dimensions_error
+    dimensions = real(point.effective_dimensions, 4) + ("" if error is None else f" ± {real(error, 2)}")
+    return real(point.sigma), bound, prior, dimensions, *rest
 
 
 def _decibels(value: float | None) -> str:
