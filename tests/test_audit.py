@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from leakjax import InputError, audit, invert, observe, read_model
+from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.models.networks import Conv, ConvNet
 from leakjax.network import batch_gradient, read_network
@@ -125,6 +126,103 @@ def test_any_differentiable_model_is_audited():
     assert 0 < found.leaked_dimensions <= 64
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+def test_a_models_own_precision_does_not_blur_its_ranks(dtype):
+    class Net(nnx.Module):
+        def __init__(self, dtype):
+            rngs = nnx.Rngs(0)
+            self.conv = nnx.Conv(2, 1, (3, 3), padding="VALID", dtype=dtype, rngs=rngs)
+            self.head = nnx.Linear(25, 4, dtype=dtype, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.gelu(self.conv(x)).reshape(len(x), -1))
+
+    (rounded, exact) = (audit(Net(d), SHAPE, images=picture(), noise=[]) for d in (dtype, None))
+    assert [layer.rank for layer in rounded.layers] == [layer.rank for layer in exact.layers]
+    assert rounded.leaked_dimensions == exact.leaked_dimensions < rounded.unknowns
+    assert any(jnp.dtype(dtype).name in remark for remark in rounded.remarks)
+    assert not exact.remarks
+
+
+@pytest.mark.parametrize(
+    ("activation", "filters", "seed"), [(jnp.tanh, 1, 0), (jax.nn.gelu, 1, 1), (jax.nn.relu, 2, 2)]
+)
+def test_shapes_bound_what_leaks(activation, filters, seed):
+    """Curvature lets a bias's gradient speak, too, and slopes that are not zero pass on what they fold."""
+    model = network((filters, 3, 2, 0), (1, 2, 1, 0), activation=activation, seed=seed)
+    found = audit(model, SHAPE, images=picture(seed), noise=[])
+    assert found.leaked_dimensions <= found.structural_leaked_dimensions < found.unknowns
+
+
+def test_a_batch_is_bounded_by_the_numbers_of_its_gradient():
+    x, model = picture(examples=3), network((2, 3, 2, 0))
+    found, shapes = (
+        audit(model, SHAPE, images=x, labels=np.arange(3), noise=[]),
+        audit(model, SHAPE, shapes_only=True),
+    )
+    numbers = sum(p.size for p in read_model(model).params.values())
+    assert found.leaked_dimensions <= found.structural_leaked_dimensions == min(3 * 98, numbers)
+    assert shapes.structural_leaked_dimensions <= 98
+    assert "3 images" in found.sentence
+
+
+def test_a_remainder_is_measured_where_gradients_are_withheld():
+    model, x, y = network((3, 3, 1, 0)), picture(), np.zeros(1, int)
+    found = audit(model, SHAPE, images=x, labels=y, noise=[])
+    (held,) = found.withheld
+    with compute_in("float64"):
+        read = read_model(model).astype("float64")
+        kept = tuple(p for p in read.params if not any(p.startswith(layer) for layer in held.layers))
+        gradient = batch_gradient(read_network(read, SHAPE, 1, jnp.float64).logits, "softmax_cross_entropy", kept)
+        rows = jax.jacrev(lambda x: gradient(dict(read.variables), x, jnp.asarray(y)))(jnp.asarray(x))
+        matrix = np.concatenate([np.asarray(r).reshape(-1, x.size) for r in rows.values()])
+    assert held.measured_dimensions == np.linalg.matrix_rank(matrix, tol=1e-9 * np.linalg.norm(matrix, 2))
+    assert held.leakage_map.sum() == pytest.approx(held.measured_dimensions)
+    assert set(found.maps()) == {"leakage_map", "withheld"}
+
+
+def test_clipping_and_noise_of_a_batch_are_those_of_dp_sgd():
+    model, x, y = network((3, 3, 1, 0)), picture(examples=2), np.array([0, 3])
+    private = DPSGD(0.05, (0.1,), steps=1, delta=1e-5)
+    found = audit(model, SHAPE, images=x, labels=y, noise=[], dp_sgd=private)
+    with compute_in("float64"):
+        read = read_model(model).astype("float64")
+        net = read_network(read, SHAPE, 1, jnp.float64)
+        gradient = batch_gradient(net.logits, "softmax_cross_entropy", tuple(read.params))
+
+        def sent(x):
+            g = [
+                jax.flatten_util.ravel_pytree(gradient(dict(read.variables), x[k : k + 1], y[k : k + 1]))[0]
+                for k in (0, 1)
+            ]
+            return sum(0.05 * v / jnp.linalg.norm(v) for v in g) / 2
+
+        s = np.linalg.svd(np.asarray(jax.jacrev(sent)(jnp.asarray(x))).reshape(-1, x.size), compute_uv=False)
+    (point,) = found.noise
+    assert point.sigma == pytest.approx(0.1 * 0.05 / 2)
+    assert point.effective_dimensions == np.sum(PRIOR_DEVIATION * s > point.sigma)
+    assert point.epsilon > 1
+
+
+def test_a_result_draws_itself():
+    found = audit(network((3, 3, 1, 0)), SHAPE, shapes_only=True)
+    assert found.to_html().startswith("<!DOCTYPE html>")
+    assert "<iframe srcdoc=" in found._repr_html_()
+    assert "<script" not in found._repr_html_()
+
+
+def test_a_gradient_of_nothing_is_refused():
+    with pytest.raises(InputError, match="zero everywhere"):
+        audit((lambda params, x: 0 * x.reshape(len(x), -1) @ params["w"], {"w": jnp.ones((98, 1))}), SHAPE)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    model = network((3, 3, 1, 0))
+    model.conv1.bias[...] = jnp.full(3, jnp.nan)
+    with pytest.raises(InputError, match="finite"):
+        audit(model, SHAPE)
+
+
 def test_changes_lower_what_leaks():
     found = audit(network((6, 3, 1, 0), (5, 2, 1, 0)), SHAPE, shapes_only=True)
     assert found.changes
@@ -154,6 +252,13 @@ def test_a_change_does_what_it_says():
         ({"labels": np.array([1])}, "labels"),
         ({"loss": "hinge"}, "loss"),
         ({"input_range": (1.0, 0.0)}, "input_range"),
+        ({"input_range": (0.0, 1.0, 2.0)}, "input_range"),
+        ({"input_range": ("a", "b")}, "input_range"),
+        ({"noise": None}, "noise"),
+        ({"noise": 0.1}, "noise"),
+        ({"images": [[1.0], [1.0, 2.0]]}, "images"),
+        ({"dp_sgd": DPSGD(1.0, (1.0,)), "shapes_only": True}, "dp_sgd"),
+        ({"dp_sgd": DPSGD(-1.0, (1.0,))}, "clip"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -169,6 +274,8 @@ def test_a_model_without_parameters_is_refused():
 def test_an_absurd_shape_is_refused():
     with pytest.raises(InputError, match="input_shape"):
         audit(network((3, 3, 1, 0)), (0, 7, 2))
+    with pytest.raises(InputError, match="input_shape"):
+        audit(network((3, 3, 1, 0)), (7.5, 7, 2))
 
 
 @pytest.mark.slow

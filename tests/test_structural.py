@@ -11,7 +11,7 @@ from flax import nnx
 from leakjax import read_model
 from leakjax.geometry import Axis, Geometry, Window
 from leakjax.leakage.index import copa_index, smallest_withheld, structural_leaked
-from leakjax.leakage.structural import structural_count
+from leakjax.leakage.structural import padded_count, structural_count
 from leakjax.models import MODELS, build_model
 from leakjax.segments import read_segments
 
@@ -62,6 +62,35 @@ def test_golden_ranks_and_index(name):
     deficiencies, rounded = DEFICIENCIES[name]
     assert found == [*deficiencies, 0]
     assert copa_index(found)[1] == rounded
+
+
+@pytest.mark.parametrize(
+    ("name", "systems"),
+    [
+        (
+            "cnn6",
+            [
+                (4860, 3888, 3888),
+                (7668, 4332, 4332),
+                *2 * [(16020, 4356, 4356)],
+                (23776, 4356, 4356),
+                (78464, 3136, 3136),
+            ],
+        ),
+        ("cnn6d", [None, (4644, 4332, 4052)]),
+    ],
+)
+def test_systems_with_padding_are_those_of_rgap(name, systems):
+    """Table 2 of the field's measurements: rows, columns and rank, zeros of the padding among the unknowns."""
+    for geometry, system in zip(geometries(name), systems, strict=False):
+        if system is not None:
+            assert padded_count(geometry, structural_count(geometry).rank, head=False) == system
+
+
+@pytest.mark.parametrize("name", DEFICIENCIES)
+def test_both_countings_give_one_index(name):
+    padded = [padded_count(g, structural_count(g).rank, head=False) for g in geometries(name)]
+    assert copa_index([p.rank - p.columns for p in padded])[1] == DEFICIENCIES[name][1]
 
 
 def test_the_index_is_rounded_term_by_term():
