@@ -218,7 +218,7 @@ def test_a_gradient_of_nothing_is_refused():
 
 def test_weights_that_are_no_numbers_are_refused():
     model = network((3, 3, 1, 0))
-    model.conv1.bias[...] = jnp.full(3, jnp.nan)
+    model.conv1.kernel[...] = jnp.full((3, 3, 2, 3), jnp.nan)
     with pytest.raises(InputError, match="finite"):
         audit(model, SHAPE)
 
