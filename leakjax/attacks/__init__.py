@@ -7,6 +7,7 @@ from leakjax.attacks.copa import copa
 from leakjax.attacks.hybrid import hybrid
 from leakjax.attacks.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.rconv import rconv
 from leakjax.attacks.rgap import rgap
 
 
@@ -30,6 +31,7 @@ ATTACKS: Mapping[str, Attack] = {
         hybrid, "rgap, then gradient matching with the first layer's system and a prior (arXiv 2210.13231)", True
     ),
     "match": Attack(match, "full gradient matching from noise by Levenberg-Marquardt; any batch, any model", False),
+    "rconv": Attack(rconv, "rgap on gradient constraints alone (R-CONV, arXiv 2406.04227)", True),
     "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)", True),
 }
 """Attacks by name."""
