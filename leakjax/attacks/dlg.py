@@ -6,6 +6,8 @@ from x, l ~ N(0, 1), by L-BFGS with learning rate 1 and no line search, as in th
 optimizer with up to 20 iterations each. The label is the largest entry of l.
 """
 
+from typing import Any
+
 import optax
 
 from leakjax.attacks.matching import Limits, Recipe, match_by_descent, squared_distance
@@ -16,7 +18,7 @@ STEPS = 300 * 20
 PATIENCE = 500
 
 
-def lbfgs(steps: int, limits: Limits) -> optax.GradientTransformation:
+def lbfgs(steps: Any, limits: Limits) -> optax.GradientTransformation:
     """L-BFGS with fixed steps."""
     del steps, limits
     return optax.lbfgs(RATE, memory_size=MEMORY, linesearch=None)

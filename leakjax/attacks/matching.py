@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
     """
 
     distance: Callable[[Gradients, Gradients], Float[Array, ""]]
-    optimizer: Callable[[int, Limits], optax.GradientTransformation]
+    optimizer: Callable[[Any, Limits], optax.GradientTransformation]
     steps: int
     patience: int | None = None
     prior: Callable[[Float[Array, "B *space C"]], Float[Array, ""]] | None = None
@@ -70,7 +70,8 @@ def match_by_descent(
     `problem.starts` noises a victim, that depend on `problem.seed` and its position alone; `problem.chunk` victims at a
     time. Returns an `Outcome` an example.
     """
-    program = _program(problem_gradient(problem), recipe, problem.steps or recipe.steps, problem.input_range)
+    program = _program(problem_gradient(problem), recipe, problem.input_range)
+    steps = jnp.asarray(problem.steps or recipe.steps)
     size, found = min(problem.chunk, problem.victims), []
     for first in range(0, problem.victims, size):
         monitor.tell(f"matching gradients {first} to {min(first + size, problem.victims) - 1}")
@@ -79,7 +80,7 @@ def match_by_descent(
         tags = None if labels is None else jnp.asarray(labels[rows])
         noise = [_noise(problem, int(victim), labels is None) for victim in rows]
         starts = jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts), problem.dtype), *noise)
-        answer = jax.tree.map(np.asarray, program(dict(problem.variables), sent, tags, starts))
+        answer = jax.tree.map(np.asarray, program(dict(problem.variables), steps, sent, tags, starts))
         found += [Found(*(part[k] for part in answer)) for k in range(min(size, problem.victims - first))]
     outcomes = []
     for victim, one in enumerate(found):
@@ -101,11 +102,11 @@ def _noise(problem: Problem, victim: int, soft: bool) -> dict[str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=16)
-def _program(gradient: Gradient, recipe: Recipe, steps: int, limits: Limits) -> Any:
-    """Compiled: (variables, sent, labels, starts) -> (x, labels, residual, steps), all but the first by victim."""
-    optimizer = recipe.optimizer(steps, limits)
+def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Any:
+    """Compiled: (variables, steps, sent, labels, starts) -> (x, labels, residual, steps), by victim."""
 
-    def of_victim(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
+    def of_victim(variables: Any, steps: Any, sent: Any, labels: Any, starts: Any) -> Any:
+        optimizer = recipe.optimizer(steps, limits)
         over, size = inverse_norms(sent), jnp.sqrt(float(len(sent)))
 
         def objective(u: Any) -> Array:
@@ -124,4 +125,4 @@ def _program(gradient: Gradient, recipe: Recipe, steps: int, limits: Limits) -> 
         best = jnp.argmin(jnp.nan_to_num(tried[2], nan=jnp.inf))
         return *(part[best] for part in tried[:3]), jnp.sum(tried[3])
 
-    return jax.jit(jax.vmap(of_victim, in_axes=(None, 0, 0, 0)))
+    return jax.jit(jax.vmap(of_victim, in_axes=(None, None, 0, 0, 0)))
