@@ -39,7 +39,7 @@ ATTACKS: Mapping[str, Attack] = {
         inverting_gradients, "baseline: cosine distance and total variation, signed Adam (arXiv 2003.14053)", False
     ),
     "match": Attack(match, "full gradient matching from noise by Levenberg-Marquardt; any batch, any model", False),
-    "rconv": Attack(rconv, "baseline: gradient constraints alone but at the first layer (R-CONV, arXiv 2406.04227)", True),
+    "rconv": Attack(rconv, "baseline: gradient constraints, but at the first layer (R-CONV, arXiv 2406.04227)", True),
     "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)", True),
 }
 """Attacks by name."""
