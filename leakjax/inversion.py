@@ -38,6 +38,8 @@ def invert(
     prior: str = DEFAULT_PRIOR,
     pull_back: str = "auto",
     optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
+    steps: int | None = None,
+    seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -51,13 +53,16 @@ def invert(
     - `solver`: "lsmr" is matrix-free, "dense" factorizes every layer's matrix, "auto" does the latter only where LSMR
       met a null space or bad conditioning and the matrix is small; "dense" gives `match` few, costly steps, for models
       whose gradient says little of an image (global average pooling);
-    - `starts`: how many random starts `match` solves at once, the best by residual kept;
+    - `starts`: how many random starts `match` and the matching baselines solve at once, the best by residual kept;
     - `prior`: a name of `priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
       is the one of minimum norm);
     - `pull_back`: what solves pulled-back constraints: an active set behind piecewise-linear activations and
       Levenberg-Marquardt elsewhere ("auto"), "levenberg_marquardt" alone, or first-order descent ("optax");
     - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `optimizers.OPTIMIZERS` or any
       `optax.GradientTransformation`;
+    - `steps`: bound on the first-order descent of `hybrid` and the matching baselines (L-BFGS or Adam iterations); None
+      for their papers' own;
+    - `seed`: of the random starts;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own.
@@ -74,6 +79,10 @@ def invert(
     chosen = ATTACKS[attack]
     if not (isinstance(starts, int) and starts >= 1):
         raise InputError(f"starts must be a positive integer, got {starts!r}")
+    if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1):
+        raise InputError(f"steps must be a positive integer, or None for the attack's own, got {steps!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed must be an integer from 0, got {seed!r}")
     if prior not in PRIORS:
         raise unknown_name("prior", prior, PRIORS)
     if pull_back not in PULL_BACKS:
@@ -114,6 +123,8 @@ def invert(
             observation.examples,
             starts,
             prior,
+            steps,
+            seed,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)

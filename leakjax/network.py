@@ -65,11 +65,14 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
 def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
     """(variables, x, labels) -> {path: d/dtheta (1/B) sum_b loss(logits(x)_b, y_b)} for the parameters `paths`.
 
-    A fourth argument, where given, is the smoothing of `logits`.
+    Labels are integers, or rows of soft labels. A fourth argument, where given, is the smoothing of `logits`.
     """
 
     def gradient(
-        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+        variables: Arrays,
+        x: Float[Array, "B ..."],
+        labels: Int[Array, " B"] | Float[Array, "B K"],
+        smoothing: Any = None,
     ) -> dict[str, Array]:
         def mean_loss(params: Arrays) -> Array:
             weights = {**variables, **params}

@@ -20,6 +20,9 @@ from leakjax.activations import Preimage
 from leakjax.model import Arrays
 from leakjax.segments import Segment
 
+BLOCKS = ("forward", "gradient")
+"""The constraints that a segment puts on its input, by the names of their rows."""
+
 _CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x counts for at least
 
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
@@ -48,11 +51,13 @@ def layer_system(
     dz: Float[Array, "..."],
     gradient: Mapping[str, Float[Array, "..."]],
     slope_floor: float = 0.0,
+    blocks: tuple[str, ...] = BLOCKS,
 ) -> LayerSystem:
     """The weighted system on the input of `segment`.
 
     Arguments: `preimage`, of the activation at the segment's output; `dz`, dL/dz, 0 where its slope is not known;
-    `gradient`, dL/dtheta by path; `slope_floor`, the slope far above which rounding does not matter.
+    `gradient`, dL/dtheta by path; `slope_floor`, the slope far above which rounding does not matter; `blocks`, which
+    of `BLOCKS` to use: the rows of the others get weight 0.
 
     The weights match the noise: an error e in x_next is an error e / act'(z) in z, so forward rows are multiplied by
     act'(z) / sqrt(act'(z)^2 + slope_floor^2) where a floor is given (equal weights condition the system better, and
@@ -64,11 +69,11 @@ def layer_system(
     zero = jnp.zeros(segment.input.shape, dz.dtype)
     origin, bias = segment_rows(segment, variables, dz, zero)
     damped = jnp.sqrt(preimage.slope**2 + slope_floor**2) if slope_floor else 1.0
-    forward_weight = jnp.where(preimage.known, preimage.slope / damped, 0.0)
+    forward_weight = jnp.where(preimage.known & ("forward" in blocks), preimage.slope / damped, 0.0)
     hidden = jnp.where(preimage.slope_known, 0.0, 1.0)
     anywhere = jax.random.uniform(jax.random.key(1), zero.shape, dz.dtype, 0.5, 1.5)
     touched = segment_rows(segment, variables, hidden.astype(dz.dtype), anywhere)[1]
-    scale = _safe_inverse(jnp.linalg.norm(jnp.ravel(dz)))
+    scale = _safe_inverse(jnp.linalg.norm(jnp.ravel(dz))) * ("gradient" in blocks)
     gradient_weight = {path: jnp.where(touched[path] == 0, scale, 0.0) for path in segment.paths}
     forward = forward_weight * (preimage.value - origin)
     grads = {path: gradient_weight[path] * (gradient[path] - bias[path]) for path in segment.paths}

@@ -155,14 +155,14 @@ def test_pairing_is_by_least_error_within_each_gradient(rng):
 
 def two_answers(monkeypatch, ranks):
     """Certificates of one gradient of two examples, from two answers, each outside the range in one of them."""
-    module = importlib.import_module("leakjax.attacks.match")
+    module = importlib.import_module("leakjax.attacks.matched")
     answers = iter(ranks)
     monkeypatch.setattr(module, "_local_rank", lambda *_: (next(answers), np.ones((2, 1, 1, 2)), 1.0))
     monkeypatch.setattr(module, "twins", lambda *_: [])
-    monkeypatch.setattr(module, "_gradient", lambda _: None)
+    monkeypatch.setattr(module, "problem_gradient", lambda _: None)
     inside, outside = np.full((1, 1, 2), 0.5), np.full((1, 1, 2), 3.0)
     trials = [
-        module._Found(np.stack(pair), np.array([0, 1]), 0.0, 0) for pair in ((inside, outside), (outside, 0.4 * inside))
+        module.Found(np.stack(pair), np.array([0, 1]), 0.0, 0) for pair in ((inside, outside), (outside, 0.4 * inside))
     ]
     low, high = 0.0, 1.0
     problem = types.SimpleNamespace(
@@ -173,7 +173,7 @@ def two_answers(monkeypatch, ranks):
         input_range=(low, high),
         in_range=lambda x: bool(x.min() >= low and x.max() <= high),
     )
-    outcomes = module._outcomes(problem, 0, trials)
+    outcomes = module.matched_outcomes(problem, 0, trials)
     return [certify(problem, outcome, 4) for outcome in outcomes]
 
 

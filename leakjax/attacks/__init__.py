@@ -4,9 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from leakjax.attacks.copa import copa
+from leakjax.attacks.dlg import dlg
 from leakjax.attacks.hybrid import hybrid
+from leakjax.attacks.idlg import idlg
+from leakjax.attacks.inverting_gradients import inverting_gradients
 from leakjax.attacks.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.rconv import rconv
 from leakjax.attacks.rgap import rgap
 
 
@@ -26,10 +30,16 @@ ATTACKS: Mapping[str, Attack] = {
     "copa": Attack(
         copa, "rgap, with deficient layers pulled back through the ones before (COPA, arXiv 2111.10178)", True
     ),
+    "dlg": Attack(dlg, "baseline: image and soft label matched by L-BFGS (DLG, arXiv 1906.08935)", False),
     "hybrid": Attack(
         hybrid, "rgap, then gradient matching with the first layer's system and a prior (arXiv 2210.13231)", True
     ),
+    "idlg": Attack(idlg, "baseline: the label from the head, then DLG on the image (iDLG, arXiv 2001.02610)", False),
+    "inverting_gradients": Attack(
+        inverting_gradients, "baseline: cosine distance and total variation, signed Adam (arXiv 2003.14053)", False
+    ),
     "match": Attack(match, "full gradient matching from noise by Levenberg-Marquardt; any batch, any model", False),
+    "rconv": Attack(rconv, "baseline: gradient constraints, but at the first layer (R-CONV, arXiv 2406.04227)", True),
     "rgap": Attack(rgap, "layer-wise linear systems, last layer to first (R-GAP, arXiv 2010.07733)", True),
 }
 """Attacks by name."""

@@ -41,7 +41,9 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
         return path
     monitor.tell(f"matching gradient {path.victim}")
     gradient = batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
-    program = _program(gradient, problem.segments[0], problem.input_range, problem.prior, problem.optimizer)
+    program = _program(
+        gradient, problem.segments[0], problem.input_range, problem.prior, problem.optimizer, problem.steps or STEPS
+    )
     sent = {p: jnp.asarray(g[path.victim]) for p, g in problem.gradients.items()}
     known = Known(path.source.x, path.source.dx, path.source.noise, path.victim)
     low, high = problem.input_range
@@ -58,6 +60,7 @@ def _program(
     limits: tuple[float, float],
     name: str,
     optimizer: optax.GradientTransformation,
+    steps: int,
 ) -> Any:
     low, high = limits
     prior = PRIORS[name]
@@ -77,6 +80,6 @@ def _program(
                 value if prior is None else value + weight * jnp.sum(jax.vmap(prior)((x - low) / (high - low))) / x.size
             )
 
-        return descend(objective, start, optimizer, steps=STEPS).x
+        return descend(objective, start, optimizer, steps=steps).x
 
     return jax.jit(run)

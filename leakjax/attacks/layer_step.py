@@ -16,7 +16,7 @@ from leakjax.precision import compute_in
 from leakjax.segments import Segment
 from leakjax.side_by_side import cores
 from leakjax.solvers.linear import LsmrSolution, materialize, solve_side
-from leakjax.systems import layer_system
+from leakjax.systems import BLOCKS, layer_system
 
 SLOPE_FLOOR = 1e-2
 MOST_STEPS = 6000
@@ -35,11 +35,20 @@ class LayerState(NamedTuple):
 Step = Callable[..., tuple[LsmrSolution, Array]]
 
 
-def build_system(segment: Segment, variables: Any, x: Any, dx: Any, noise: Any, gradient: Any, floor: float) -> Any:
+def build_system(
+    segment: Segment,
+    variables: Any,
+    x: Any,
+    dx: Any,
+    noise: Any,
+    gradient: Any,
+    floor: float,
+    blocks: tuple[str, ...] = BLOCKS,
+) -> Any:
     """(dz, the layer's system) from what the next layer gave."""
     preimage = segment.activation.preimage(variables, x.reshape(segment.output.shape), noise)
     dz = preimage.slope * dx.reshape(segment.output.shape)
-    return dz, layer_system(segment, variables, preimage, dz, gradient, floor)
+    return dz, layer_system(segment, variables, preimage, dz, gradient, floor, blocks)
 
 
 def max_steps(segment: Segment) -> int:
@@ -48,9 +57,9 @@ def max_steps(segment: Segment) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def _lowered(segment: Segment, size: int, dtype: str, floor: float) -> Any:
+def _lowered(segment: Segment, size: int, dtype: str, floor: float, blocks: tuple[str, ...]) -> Any:
     def step(variables: Any, random: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
-        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
+        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor, blocks)
         rounds = 1 if dtype == "float64" else 3
         solution = solve_side(
             system.operator, system.vector, random, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
@@ -67,7 +76,7 @@ _COMPILED_LIMIT = 128
 
 def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
     """The compiled step of every segment for chunks of `size`, compiled side by side."""
-    keys = [(s, size, str(problem.dtype), _floor(problem)) for s in segments]
+    keys = [(s, size, str(problem.dtype), _floor(problem), problem.blocks(s)) for s in segments]
     lowered, start = {}, time.perf_counter()
     for key in keys:
         if key not in _COMPILED:
@@ -96,9 +105,9 @@ def _floor(problem: Problem) -> float:
 
 
 @functools.lru_cache(maxsize=64)
-def _matrix(segment: Segment, floor: float) -> Any:
+def _matrix(segment: Segment, floor: float, blocks: tuple[str, ...]) -> Any:
     def build(variables: Any, x: Any, dx: Any, noise: Any, gradient: Any) -> Any:
-        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
+        dz, system = build_system(segment, variables, x, dx, noise, gradient, floor, blocks)
         return dz, *materialize(system.operator, system.vector)
 
     return jax.jit(build)
@@ -108,7 +117,8 @@ def dense_system(problem: Problem, segment: Segment, state: LayerState, path: in
     """(dz, matrix, vector) of one path's system, as numpy arrays."""
     gradient = {p: jnp.asarray(problem.gradients[p][victim], problem.dtype) for p in segment.paths}
     arrays = (jnp.asarray(state.x[path]), jnp.asarray(state.dx[path]), jnp.asarray(state.noise[path]))
-    return tuple(map(np.asarray, _matrix(segment, _floor(problem))(dict(problem.variables), *arrays, gradient)))
+    build = _matrix(segment, _floor(problem), problem.blocks(segment))
+    return tuple(map(np.asarray, build(dict(problem.variables), *arrays, gradient)))
 
 
 def run_steps(

@@ -10,40 +10,25 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
-from leakjax.attacks.outcomes import kept, split
+from leakjax.attacks.matched import Found, given, matched_outcomes, problem_gradient
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
-from leakjax.attacks.symmetries import twins
 from leakjax.errors import InputError
-from leakjax.jacobian import jacobian_gram
 from leakjax.memory import fits_in_memory
-from leakjax.network import batch_gradient
 from leakjax.priors import from_natural
-from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
-from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
-
-
-class _Found(NamedTuple):
-    """x (B, ...), its labels, ||r|| / size, and the LSMR (or dense) steps spent."""
-
-    x: np.ndarray
-    labels: np.ndarray
-    residual: float
-    steps: int
 
 
 class _Start(NamedTuple):
@@ -68,7 +53,7 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
         _check_memory(problem)
     found = []
     for victim in range(problem.victims):
-        trials: list[_Found] = []
+        trials: list[Found] = []
         for start in _order(problem, monitor, victim):
             done = any(t.residual <= problem.matched for t in trials)
             if done and not start.layerwise:
@@ -79,7 +64,7 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
             solve = _solve_densely if problem.solver == "dense" else _solve
             trials.append(solve(problem, monitor, victim, start))
         monitor.tell(f"looking at gradient {victim}")
-        found += _outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
+        found += matched_outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
 
 
@@ -124,34 +109,24 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
             yield _Start(path.x[None], path.labels, False, "the layer-wise answer", layerwise=True)
 
 
-def _gradient(problem: Problem) -> Any:
-    return batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
-
-
-def _given(problem: Problem, victim: int, labels: np.ndarray) -> tuple[Any, Any, Any]:
-    """What the compiled programs take before x: weights, the gradient sent, labels."""
-    sent = {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}
-    return dict(problem.variables), sent, jnp.asarray(labels)
-
-
 def _noise(problem: Problem, attempt: int) -> np.ndarray:
     """(S, B, ...): the middle of the range, disturbed; smoothly, and little at first, for dense steps."""
     low, high = problem.input_range
-    noise = np.random.default_rng(attempt).normal(size=(problem.starts, *problem.batch_shape))
+    noise = np.random.default_rng(TRIALS * problem.seed + attempt).normal(size=(problem.starts, *problem.batch_shape))
     if problem.solver == "dense":
         noise = np.stack([from_natural(jnp.asarray(one)) for one in noise])
     spread = (SMOOTH_SPREADS if problem.solver == "dense" else SPREADS)[attempt % len(SPREADS)] * (high - low)
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
-def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
+def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> Found:
     """From each of the starts until one matches."""
-    rows, given = dense_rows(_gradient(problem)), _given(problem, victim, start.labels)
+    rows, known = dense_rows(problem_gradient(problem)), given(problem, victim, start.labels)
     trials = []
     for first in start.xs:
         here = jnp.asarray(first)
         solution = dense_levenberg_marquardt(
-            Rows(*(functools.partial(function, *given, here) for function in rows)),
+            Rows(*(functools.partial(function, *known, here) for function in rows)),
             np.zeros(here.size, problem.dtype),
             size=float(np.sqrt(len(problem.gradients))),
             tolerance=10 * float(problem.tolerance),
@@ -159,77 +134,28 @@ def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Star
             tell=monitor.tell,
         )
         x = np.asarray(here + from_natural(jnp.asarray(solution.x.reshape(here.shape))))
-        trials.append(_Found(x, start.labels, solution.residual, solution.steps))
+        trials.append(Found(x, start.labels, solution.residual, solution.steps))
         if solution.residual <= problem.matched:
             break
     return min(trials, key=lambda trial: np.nan_to_num(trial.residual, nan=np.inf))
 
 
-def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
-    solve, smooth, *_ = match_programs(_gradient(problem), float(problem.tolerance))
-    given = _given(problem, victim, start.labels)
+def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> Found:
+    solve, smooth, *_ = match_programs(problem_gradient(problem), float(problem.tolerance))
+    known = given(problem, victim, start.labels)
     starts = jnp.asarray(start.xs, problem.dtype)
-    solution = solve(*given, starts)
+    solution = solve(*known, starts)
     steps = int(jnp.sum(solution.inner_steps))
     if not float(jnp.nanmin(solution.residual)) <= problem.matched and start.smoothed:
-        blurred = smooth(*given, starts)
-        again = solve(*given, blurred.x)
+        blurred = smooth(*known, starts)
+        again = solve(*known, blurred.x)
         steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
         solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
     best = int(np.argmin(np.nan_to_num(np.asarray(solution.residual), nan=np.inf)))
-    return _Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
+    return Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
 
 
 def _misfit(problem: Problem, victim: int, start: _Start) -> float:
     """||r|| / size at the first of the starts."""
-    *_, misfit = match_programs(_gradient(problem), float(problem.tolerance))
-    return float(misfit(*_given(problem, victim, start.labels), jnp.asarray(start.xs[0])))
-
-
-def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outcome]:
-    """One example each: candidates inside the range, and the whole batch as the one "layer" that was solved.
-
-    `trials`, best first: the others that match are candidates too, and so are the twins of each. What is certified is
-    said of the answer that comes first.
-    """
-    n = trials[0].x.size
-    matching = [trial for trial in trials if trial.residual <= problem.matched]
-    ranks = [_local_rank(problem, victim, trial) for trial in matching] or [(None, None, None)]
-    whole = bool(matching) and all(rank == n for rank, _, _ in ranks)
-    answers = []
-    for k, trial in enumerate(matching or trials[:1]):
-        answers.append((trial.x, trial.labels, trial.residual, k))
-        if matching:
-            given = problem.variables, trial.x, trial.labels, problem.matched
-            pairs = twins(problem.network.logits, _gradient(problem), problem.loss, *given)
-            answers += [(images, tags, trial.residual, k) for images, tags in pairs]
-    answers = kept(problem, answers, lambda answer: answer[0], whole=whole)
-    if whole and not problem.in_range(answers[0][0]):
-        answers = answers[:1]
-    rank, seen, condition = ranks[answers[0][3]]
-    status = "failed" if not matching else "determined" if rank == n else "deficient"
-    deficiency = None if rank is None else rank - n
-    steps = sum(trial.steps for trial in trials)
-    info = LayerInfo("network", n, rank, deficiency, condition, answers[0][2], 0, steps, status)
-    images = split([answer[:3] for answer in answers])
-    return [Outcome(mine, (info,), None if seen is None else seen[b]) for b, mine in enumerate(images)]
-
-
-def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
-    """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, _ = match_programs(_gradient(problem), float(problem.tolerance))
-    probe: LsmrSolution = look(*_given(problem, victim, found.labels), jnp.asarray(found.x))
-    condition, n = lsmr_condition(probe), found.x.size
-    if float(probe.lost) <= NULL_SPACE:
-        return n, np.ones(found.x.shape), condition
-    single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
-    if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
-        return None, None, condition
-    gram = jacobian_gram(_gradient(problem))
-    values, vectors = np.linalg.eigh(
-        np.asarray(gram(dict(problem.variables), jnp.asarray(found.x), jnp.asarray(found.labels)))
-    )
-    large = values > 1e-13 * values[-1]
-    seen = np.clip(np.sum(vectors[:, large] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
-    condition = float(np.sqrt(values[-1] / values[large][0]))
-    return int(np.sum(large)), seen, condition
+    *_, misfit = match_programs(problem_gradient(problem), float(problem.tolerance))
+    return float(misfit(*given(problem, victim, start.labels), jnp.asarray(start.xs[0])))

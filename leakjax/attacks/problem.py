@@ -13,6 +13,7 @@ from leakjax.network import Network
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.segments import Chain, Segment
+from leakjax.systems import BLOCKS
 
 PULL_BACKS = ("auto", "levenberg_marquardt", "optax")
 """What solves pulled-back constraints: an active set behind piecewise-linear activations and Levenberg-Marquardt
@@ -29,7 +30,8 @@ class Problem:
 
     `noise` is the relative rounding of the client's own precision; `chunk` bounds
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense"; `pull_back` a name of `PULL_BACKS`;
-    `optimizer` the Optax transformation of whatever goes by first-order descent.
+    `optimizer` the Optax transformation of whatever goes by first-order descent. `steps` bounds that descent, None for
+    an attack's own; `seed` is that of random starts. `blocks` says which constraints of a segment its system uses.
     """
 
     chain: Chain | None
@@ -49,6 +51,9 @@ class Problem:
     examples: int = 1
     starts: int = 1
     prior: str = "none"
+    steps: int | None = None
+    seed: int = 0
+    blocks: Callable[[Segment], tuple[str, ...]] = lambda segment: BLOCKS
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -87,7 +87,7 @@ def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
     found = next((s for s in segments if not s.linear), None)
     if found is not None and not pulling:
         raise UnreadableModelError(
-            f"{found.name} is no affine map ({found.nonlinearity}): attack 'rgap' solves linear systems alone; use "
+            f"{found.name} is no affine map ({found.nonlinearity}): this attack solves linear systems alone; use "
             'attack="copa" (--attack copa), or model.eval() if this is batch norm that the client ran in eval mode'
         )
 

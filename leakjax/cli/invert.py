@@ -57,7 +57,8 @@ def invert(
     optimizer: Annotated[
         str, typer.Option("--optimizer", metavar="lbfgs|adam", help="What first-order descent goes by.")
     ] = "lbfgs",
-    starts: Annotated[int, typer.Option("--starts", help="Random starts that `match` solves at once.")] = 1,
+    starts: Annotated[int, typer.Option("--starts", help="Random starts that matching solves at once.")] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", help="Descent steps of a matching baseline.")] = None,
     seed: Seed = 0,
     dtype: Dtype = "float64",
     out: Out = Path("leakjax-out"),
@@ -104,6 +105,7 @@ def invert(
                 pull_back=pull_back,
                 optimizer=optimizer,
                 starts=starts,
+                steps=steps,
                 prior=prior,
                 progress=tell,
             )

@@ -44,9 +44,9 @@ def descend(
     start: Any,
     optimizer: optax.GradientTransformation,
     *,
-    steps: int,
+    steps: int | Int[Array, ""],
     tolerance: float = 1e-6,
-    patience: int = 20,
+    patience: int | Int[Array, ""] = 20,
 ) -> Descent:
     """min objective(x) from `start`, under `jit` and `vmap` too.
 
