@@ -4,6 +4,7 @@ import typer
 
 from leakjax.cli.audit import audit
 from leakjax.cli.capture import capture
+from leakjax.cli.data import data
 from leakjax.cli.invert import invert
 from leakjax.cli.listing import list_
 from leakjax.cli.session import OneLineErrors
@@ -22,6 +23,7 @@ app.command()(invert)
 app.command()(capture)
 app.command()(audit)
 app.command("list")(list_)
+app.add_typer(data)
 
 
 def main() -> None:
