@@ -8,6 +8,7 @@ from leakjax.cli.data import data
 from leakjax.cli.invert import invert
 from leakjax.cli.listing import list_
 from leakjax.cli.session import OneLineErrors
+from leakjax.cli.train import train
 
 app = typer.Typer(
     name="leakjax",
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(invert)
 app.command()(capture)
 app.command()(audit)
+app.command()(train)
 app.command("list")(list_)
 app.add_typer(data)
 

@@ -17,6 +17,7 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    Weights,
     integers,
     numbers,
 )
@@ -43,6 +44,7 @@ def audit(
     input_shape: Shape = None,
     input_range: Range = None,
     init: Init = None,
+    weights: Weights = None,
     seed: Seed = 0,
     out: Out = Path("leakjax-out"),
     json_output: Json = False,
@@ -58,11 +60,11 @@ def audit(
 
         if fail_above is not None and not 0 <= fail_above <= 1:
             raise InputError(f"--fail-above: expected a fraction in 0..1, got {fail_above}")
-        if shapes_only and (dataset is not None or images is not None or noise is not None):
-            raise InputError("--shapes-only needs no --dataset, --images or --noise; leave them out")
+        if shapes_only and any(option is not None for option in (dataset, images, noise, weights)):
+            raise InputError("--shapes-only needs no --dataset, --images, --noise or --weights; leave them out")
         sigmas = SIGMAS if noise is None else numbers("--noise", noise)
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         drawn = dataset is None and images is None

@@ -1,4 +1,4 @@
-"""Labeled images to attack: an embedded samples, files of installed packages, prepared TFDS sets, folders and npz files."""
+"""Labeled images: embedded samples, files of installed packages, prepared TFDS sets, folders and npz files."""
 
 from collections.abc import Mapping
 
