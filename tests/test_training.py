@@ -62,7 +62,7 @@ def test_learns_digits(trained):
 def test_accuracy_is_the_share_of_right_labels(trained, digits):
     images, labels = digits[1]
     logits = trained.model.apply(trained.model.variables, jnp.asarray(images / 255, jnp.float32))
-    assert trained.accuracy[-1] == pytest.approx(np.mean(np.argmax(logits, axis=1) == labels), abs=0.003)
+    assert trained.accuracy[-1] == pytest.approx(np.mean(np.argmax(np.asarray(logits), axis=1) == labels), abs=0.003)
     before = read_model(small())
     np.testing.assert_array_equal(trained.at(0).params["head/kernel"], before.params["head/kernel"])
 
@@ -182,7 +182,7 @@ def test_weights_round_trip(trained, tmp_path):
 
 def test_trained_models_gradient_inverts(trained, digits):
     images, labels = to_range(digits[1].images[:1], (0.0, 1.0)), digits[1].labels[:1]
-    result = invert(observe(trained.at(6), (images, labels)), attack="rgap")
+    result = invert(observe(trained.at(6), (images, labels)), attack="rgap", solver="dense")
     assert -10 * np.log10(np.mean((np.asarray(result.images) - images) ** 2)) > 120
 
 
@@ -212,13 +212,12 @@ IMAGES, LABELS = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int64)
         ((IMAGES[:, :4], LABELS), {}, "model cannot run"),
         (IMAGES, {}, "data must be a pair"),
         ([], {}, "data: the data source holds no image"),
-        ((IMAGES, LABELS), {"optimizer": optax.sgd(float("nan"))}, "training diverged in epoch 2"),
+        ((IMAGES, LABELS), {"optimizer": optax.sgd(float("nan"))}, "training diverged in epoch 1"),
     ],
 )
 def test_bad_input(data, options, message):
-    epochs = 2 if "optimizer" in options else 1
     with pytest.raises(InputError, match=message):
-        train(small(), data, **{"epochs": epochs, "batch_size": 4, **options})
+        train(small(), data, **{"epochs": 1, "batch_size": 4, **options})
 
 
 def test_x64_setting_is_restored(digits):
