@@ -32,7 +32,7 @@ def write_capture(observation: Observation, path: Path) -> None:
     if not single:
         meta["victims"] = observation.victims
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
-    arrays |= {f"buffers/{p}": np.asarray(a) for p, a in _plain(observation.model.buffers).items()}
+    arrays |= {f"buffers/{p}": np.asarray(a) for p, a in plain_buffers(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
     np.savez(path, allow_pickle=False, meta=np.asarray(json.dumps(meta)), **arrays)
 
@@ -52,10 +52,10 @@ def read_capture(path: str | Path, model: Model) -> Observation:
         if part not in parts or not slash:
             raise InputError(f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/ and meta")
         parts[part][name] = array
-    _match("parameter", parts["params"], model.params)
+    match_arrays("parameter", parts["params"], model.params)
     if not parts["gradients"]:
         raise InputError("--capture: no array under gradients/")
-    _match("buffer", parts["buffers"], _plain(model.buffers))
+    match_arrays("buffer", parts["buffers"], plain_buffers(model.buffers))
     victims = meta.get("victims")
     for path, g in parts["gradients"].items():
         if victims and g.shape[:1] != (victims,):
@@ -137,20 +137,23 @@ def _finite_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def _match(kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+def match_arrays(
+    kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, Any], argument: str = "--capture"
+) -> None:
+    """Refuse arrays that are not exactly those expected: missing, extra, misshapen, of another kind or not finite."""
     for path, array in expected.items():
         if path not in found:
-            raise InputError(f"--capture: {kind} {path!r} is missing")
+            raise InputError(f"{argument}: {kind} {path!r} is missing")
         if found[path].shape != tuple(array.shape):
             shape = tuple(array.shape)
-            raise InputError(f"--capture: {kind} {path!r} has shape {found[path].shape}, the model's has {shape}")
+            raise InputError(f"{argument}: {kind} {path!r} has shape {found[path].shape}, the model's has {shape}")
         if _kind(array.dtype) != _kind(found[path].dtype):
-            raise InputError(f"--capture: {kind} {path!r} has dtype {found[path].dtype}, the model's {array.dtype}")
+            raise InputError(f"{argument}: {kind} {path!r} has dtype {found[path].dtype}, the model's {array.dtype}")
         if not np.all(np.isfinite(found[path])):
-            raise InputError(f"--capture: {kind} {path!r} holds NaN or infinite entries")
+            raise InputError(f"{argument}: {kind} {path!r} holds NaN or infinite entries")
     extra = sorted(found.keys() - expected.keys())
     if extra:
-        raise InputError(f"--capture: {kind} {extra[0]!r} is not in the model")
+        raise InputError(f"{argument}: {kind} {extra[0]!r} is not in the model")
 
 
 def _kind(dtype: Any) -> str:
@@ -158,6 +161,6 @@ def _kind(dtype: Any) -> str:
     return next((name for name, kind in kinds.items() if jnp.issubdtype(dtype, kind)), "other")
 
 
-def _plain(buffers: Mapping[str, Any]) -> dict[str, Any]:
+def plain_buffers(buffers: Mapping[str, Any]) -> dict[str, Any]:
     """Buffers that are arrays of numbers (random keys stay with the model)."""
     return {p: a for p, a in buffers.items() if isinstance(getattr(a, "dtype", None), np.dtype)}

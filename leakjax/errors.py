@@ -12,6 +12,15 @@ class UnreadableModelError(InputError):
     """A model that an attack cannot invert piece by piece; names the primitive and the line."""
 
 
+class NoSplitError(InputError):
+    """A split that a data set does not have."""
+
+    def __init__(self, name: str, split: str, splits: Iterable[str]):
+        super().__init__(
+            f"data set {name!r} has no split {split!r}; it has {', '.join(splits) or 'none but the whole'}"
+        )
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a registry, with the nearest names that are."""
     known = sorted(known)

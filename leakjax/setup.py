@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from leakjax.captures import read_capture
-from leakjax.datasets import Images, load_dataset, load_npz, to_range
+from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
 from leakjax.errors import InputError, unknown_name
 from leakjax.interop.torch import read_torch_capture
 from leakjax.losses import LOSSES
 from leakjax.model import Model, read_model
 from leakjax.models import MODELS, build_model, load_factory
 from leakjax.observation import Observation, observe, output_count
+from leakjax.weights import read_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,8 +37,26 @@ class Setup:
         loss: str | None,
         input_shape: str | None,
         input_range: str | None,
+        weights: Path | None = None,
     ) -> "Setup":
-        """Build the model of the zoo or the user's `package.module:factory`; options as typed."""
+        """Build the model of the zoo or the user's `package.module:factory`; options as typed.
+
+        `weights`: an npz file of `weights.write_weights`, whose arrays replace those of the initialization.
+        """
+        setup = cls._initialized(name, activation, init, seed, loss, input_shape, input_range)
+        return setup if weights is None else dataclasses.replace(setup, model=read_weights(weights, setup.model))
+
+    @classmethod
+    def _initialized(
+        cls,
+        name: str,
+        activation: str | None,
+        init: str | None,
+        seed: int,
+        loss: str | None,
+        input_shape: str | None,
+        input_range: str | None,
+    ) -> "Setup":
         if loss is not None and loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         if not 0 <= seed < 2**32:
@@ -83,6 +102,13 @@ class Setup:
         data = self._pictures(dataset or "samples", index, images)
         return to_range(data.images, self.input_range), data.labels
 
+    def train_and_test(self, dataset: str, limit: int | None) -> tuple[Images, Images]:
+        """Pictures to train on and to test by, at most `limit` of each."""
+        if self.input_shape is None:
+            raise InputError("--input-shape H,W,C is needed with a model of your own")
+        data, test = train_and_test(dataset, self.input_shape, limit)
+        return self._relabeled(data), self._relabeled(test)
+
     def _pictures(self, dataset: str, index: Sequence[int], images: Path | None) -> Images:
         """Pictures that the model takes, with labels that it has logits for."""
         if self.input_shape is None:
@@ -98,8 +124,13 @@ class Setup:
             raise InputError(
                 f"images have shape {tuple(data.images.shape[1:])}, the model takes {self.input_shape}; resize them"
             )
+        return self._relabeled(data)
+
+    def _relabeled(self, data: Images) -> Images:
+        """A one-logit model's label is the class label modulo 2."""
+        assert self.input_shape is not None
         one = output_count(self.model, self.input_shape) == 1
-        return type(data)(data.images, data.labels % 2) if one else data
+        return Images(data.images, data.labels % 2) if one else data
 
     def from_capture(
         self, capture: Path | None, torch_capture: Path | None, truth: Path | None

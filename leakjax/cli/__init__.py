@@ -4,9 +4,11 @@ import typer
 
 from leakjax.cli.audit import audit
 from leakjax.cli.capture import capture
+from leakjax.cli.data import data
 from leakjax.cli.invert import invert
 from leakjax.cli.listing import list_
 from leakjax.cli.session import OneLineErrors
+from leakjax.cli.train import train
 
 app = typer.Typer(
     name="leakjax",
@@ -21,7 +23,9 @@ app = typer.Typer(
 app.command()(invert)
 app.command()(capture)
 app.command()(audit)
+app.command()(train)
 app.command("list")(list_)
+app.add_typer(data)
 
 
 def main() -> None:

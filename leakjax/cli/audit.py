@@ -17,6 +17,7 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    Weights,
     integers,
     numbers,
 )
@@ -53,6 +54,7 @@ def audit(
     input_shape: Shape = None,
     input_range: Range = None,
     init: Init = None,
+    weights: Weights = None,
     seed: Seed = 0,
     out: Out = Path("leakjax-out"),
     json_output: Json = False,
@@ -73,8 +75,8 @@ def audit(
         if (noise_multiplier is None) != (clip is None):
             raise InputError("--noise-multiplier and --clip go together: give both, or neither")
         drawn = dataset is None and images is None
-        if shapes_only and not (drawn and index is None and noise is None and clip is None):
-            raise InputError("--shapes-only needs no images and no noise; leave their options out")
+        if shapes_only and not (drawn and all(option is None for option in (index, noise, clip, weights))):
+            raise InputError("--shapes-only needs no images, noise or weights; leave their options out")
         if dataset is not None and images is not None:
             raise InputError("give one of --dataset and --images")
         if drawn and index is not None:
@@ -85,7 +87,7 @@ def audit(
             dp_sgd = DPSGD(clip, multipliers, sampling_rate, steps, delta)
         sigmas = SIGMAS if noise is None else numbers("--noise", noise)
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         batch = (None, None) if drawn else setup.batch(dataset, integers("--index", index or "0"), images)

@@ -18,6 +18,7 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    Weights,
     integers,
 )
 from leakjax.cli.session import session, writable
@@ -34,6 +35,7 @@ def capture(
     input_shape: Shape = None,
     input_range: Range = None,
     init: Init = None,
+    weights: Weights = None,
     seed: Seed = 0,
     dtype: Dtype = "float64",
     out: Out = Path("leakjax-out"),
@@ -45,7 +47,7 @@ def capture(
         from leakjax.setup import Setup
 
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype)
         path = directory / "capture.npz"
         write_capture(observation, path)

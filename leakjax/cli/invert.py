@@ -21,6 +21,7 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    Weights,
     integers,
 )
 from leakjax.cli.session import progress, session, writable
@@ -47,6 +48,7 @@ def invert(
     input_shape: Shape = None,
     input_range: Range = None,
     init: Init = None,
+    weights: Weights = None,
     solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
     prior: Annotated[
         str | None, typer.Option("--prior", metavar="tv|none", help="What chooses where information is missing.")
@@ -85,8 +87,10 @@ def invert(
             raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
         if sum(source is not None for source in (images, capture, torch_capture)) > 1:
             raise InputError("give one of --images, --capture and --torch-capture")
+        if weights is not None and (capture is not None or torch_capture is not None):
+            raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range)
+        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if capture is not None or torch_capture is not None:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
             _agree("--loss", loss, setup.loss, observation.loss)

@@ -51,8 +51,10 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
 
     def datasets() -> dict[str, str]:
         from leakjax.datasets import DATASETS
+        from leakjax.datasets.prepared import prepared_sets
+        from leakjax.datasets.preparing import data_home
 
-        return dict(DATASETS)
+        return {**DATASETS, **prepared_sets(data_home(None))}
 
     def activations() -> dict[str, str]:
         from leakjax.activations import ACTIVATIONS

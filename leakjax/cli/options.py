@@ -14,6 +14,7 @@ Index = Annotated[str, typer.Option("--index", metavar="I[,J..]", help="Which im
 ImagesFile = Annotated[Path | None, typer.Option("--images", metavar="FILE.npz", help="Your own images and labels.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", help="Consecutive images in one gradient.")]
 LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Loss, by Optax's name.")]
+Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE.npz", help="Weights of `leakjax train`.")]
 Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
 Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
 Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]

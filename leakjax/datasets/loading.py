@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64, Shaped, UInt8
 
-from leakjax.datasets import foolbox, prepared
-from leakjax.errors import InputError
+from leakjax.datasets import digits, folders, foolbox, prepared
+from leakjax.errors import InputError, NoSplitError
 
 
 class Images(NamedTuple):
@@ -24,28 +24,61 @@ def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int,
     """The images at `indices` of the data set `name`, in that order. Nothing is ever downloaded.
 
     Arguments:
-    - `name`: a name of `DATASETS`, or a tensorflow-datasets set prepared on this machine as array_record;
+    - `name`: a name of `DATASETS`, `folder:PATH` (photos, resized), or a tensorflow-datasets set prepared on this
+      machine as array_record;
     - `indices`: which images, counted from 0 within the split (`test` if there is one, else the first);
     - `input_shape`: (H, W, C) that the model takes; it chooses the size of `samples`.
 
     Raises `InputError` for a set that is unknown or not here, an index out of range, or images of another shape.
     """
     shape = tuple(int(n) for n in input_shape)
-    read = _SOURCES.get(name)
-    source = read(shape) if read else prepared.source(name, _SOURCES)
+    source = _source(name, shape, None)
     for index in indices:
         if not 0 <= index < len(source):
             raise InputError(f"--index {index} is out of range: {name!r} has images 0..{len(source) - 1}")
-    records = [_read(name, source, int(index)) for index in indices]
-    if not records:
+    if not len(indices):
         raise InputError("--index must name at least one image")
-    for index, record in zip(indices, records, strict=True):
-        if record["image"].shape != shape:
-            raise InputError(
-                f"image {index} of {name!r} has shape {record['image'].shape}, the model takes {shape}; choose another "
-                "model or data set"
-            )
-    return Images(np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int64))
+    return _stack(name, source, indices, shape)
+
+
+def load_split(name: str, split: str | None, input_shape: tuple[int, int, int], limit: int | None = None) -> Images:
+    """The first `limit` images (default: all) of the split `split` of the data set `name`; see `load_dataset`.
+
+    Raises `InputError` as `load_dataset`, and where the set has no such split.
+    """
+    shape = tuple(int(n) for n in input_shape)
+    source = _source(name, shape, split)
+    count = len(source) if limit is None else min(limit, len(source))
+    if count < 1:
+        raise InputError(f"split {split!r} of data set {name!r} holds no image, or none was asked for")
+    return _stack(name, source, range(count), shape)
+
+
+def train_and_test(name: str, input_shape: tuple[int, int, int], limit: int | None = None) -> tuple[Images, Images]:
+    """The splits `train` and `test` of the data set `name`, each of at most `limit` images.
+
+    A set of one split is parted by index: images 4, 9, 14, ... are for testing. Raises `InputError` as `load_split`.
+    """
+    try:
+        return load_split(name, "train", input_shape, limit), load_split(name, "test", input_shape, limit)
+    except NoSplitError:
+        pass
+    whole = load_split(name, None, input_shape, limit)
+    if len(whole.labels) < 5:
+        raise InputError(f"data set {name!r} has one split of {len(whole.labels)} images; 5 are needed to part it")
+    test = np.arange(len(whole.labels)) % 5 == 4
+    return Images(whole.images[~test], whole.labels[~test]), Images(whole.images[test], whole.labels[test])
+
+
+def stack(source: Sequence[Any], name: str = "data") -> Images:
+    """All records {"image", "label"} of a data source (`tfds.data_source`, a list) in arrays.
+
+    Raises `InputError` where it is empty, or images differ in shape or are not uint8 (H, W, C).
+    """
+    if not len(source):
+        raise InputError(f"{name}: the data source holds no image")
+    images = _stack(name, source, range(len(source)), np.shape(_read(name, source, 0)["image"]))
+    return _check_arrays(name, *images)
 
 
 def load_npz(path: str | os.PathLike, option: str = "--images") -> Images:
@@ -84,24 +117,56 @@ def from_range(x: Shaped[Any, "..."], input_range: tuple[float, float]) -> Float
 def _read(name: str, source: Sequence[Any], index: int) -> Mapping[str, Any]:
     try:
         return source[index]
+    except InputError:
+        raise
     except Exception as error:
         raise prepared.unreadable(name, error) from error
 
 
-def _samples(input_shape: tuple[int, ...]) -> Sequence[Any]:
+def _stack(name: str, source: Sequence[Any], indices: Sequence[int], shape: tuple[int, ...]) -> Images:
+    records = [_read(name, source, int(index)) for index in indices]
+    for index, record in zip(indices, records, strict=True):
+        if record["image"].shape != shape:
+            raise InputError(
+                f"image {index} of {name!r} has shape {record['image'].shape}, the model takes {shape}; choose another "
+                "model or data set"
+            )
+    return Images(np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int64))
+
+
+def _source(name: str, shape: tuple[int, ...], split: str | None) -> Sequence[Any]:
+    if name.startswith(folders.PREFIX):
+        return folders.source(name.removeprefix(folders.PREFIX), shape, split)
+    read = _SOURCES.get(name)
+    return read(shape, split) if read else prepared.source(name, _SOURCES, split)
+
+
+def _one_split(name: str, split: str | None) -> None:
+    if split is not None:
+        raise NoSplitError(name, split, ())
+
+
+def _samples(input_shape: tuple[int, ...], split: str | None) -> Sequence[Any]:
+    _one_split("samples", split)
     from leakjax.datasets import embedded  # imports tensorflow_datasets
 
     return embedded.source(input_shape)
 
 
-def _foolbox(name: str, input_shape: tuple[int, ...]) -> Sequence[Any]:
+def _digits(input_shape: tuple[int, ...], split: str | None) -> Sequence[Any]:
+    return digits.source(split)
+
+
+def _foolbox(name: str, input_shape: tuple[int, ...], split: str | None) -> Sequence[Any]:
+    _one_split(f"foolbox/{name}", split)
     return foolbox.source(name)
 
 
-# name -> reader(input_shape) -> sequence of {"image": uint8 (H, W, C), "label": integer}
-_SOURCES: Mapping[str, Callable[[tuple[int, ...]], Sequence[Any]]] = {
+# name -> reader(input_shape, split or None) -> sequence of {"image": uint8 (H, W, C), "label": integer}
+_SOURCES: Mapping[str, Callable[[tuple[int, ...], str | None], Sequence[Any]]] = {
     "samples": _samples,
     **{f"foolbox/{name}": partial(_foolbox, name) for name in foolbox.SETS},
+    "digits": _digits,
 }
 
 

@@ -4,19 +4,22 @@ A set is found by its files alone, so a set that is absent is refused at once in
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from leakjax.errors import InputError, unknown_name
+from leakjax.datasets.originals import ORIGINALS
+from leakjax.errors import InputError, NoSplitError, unknown_name
 
 _NAME = re.compile(r"[A-Za-z]\w*(/[\w.-]+)?(:[\d.*]+)?")  # set, set/config, set:version
 
 
-def source(name: str, known: Iterable[str]) -> Sequence[Any]:
-    """The split `test`, or else the first, of the TFDS set `name` ("mnist", "set/config", "set:1.0.0").
+def source(name: str, known: Iterable[str], split: str | None = None) -> Sequence[Any]:
+    """A split (default: `test`, or else the first) of the TFDS set `name` ("mnist", "set/config", "set:1.0.0").
 
     Arguments: `known`: names of the other data sets, to suggest when `name` is misspelled.
     Raises `InputError` for a set that is unknown, not prepared, in a format that needs TensorFlow, or without
@@ -27,8 +30,10 @@ def source(name: str, known: Iterable[str]) -> Sequence[Any]:
     splits = list(builder.info.splits)
     if not splits:
         raise InputError(f"data set {name!r} has no split; prepare it again: {_build(name)}")
+    if split is not None and split not in splits:
+        raise NoSplitError(name, split, splits)
     try:
-        return builder.as_data_source(split="test" if "test" in splits else splits[0])
+        return builder.as_data_source(split=split or ("test" if "test" in splits else splits[0]))
     except NotImplementedError as error:
         raise InputError(
             f"data set {name!r} is prepared as {builder.info.file_format.value}, which needs TensorFlow to read; "
@@ -37,6 +42,35 @@ def source(name: str, known: Iterable[str]) -> Sequence[Any]:
         ) from error
     except Exception as error:
         raise unreadable(name, error) from error
+
+
+def find(name: str, home: Path) -> Any:
+    """The TFDS builder of the set `name` prepared in `home`, whatever its format; None where there is none."""
+    from tensorflow_datasets.core import read_only_builder, registered
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=str(home))
+    except registered.DatasetNotFoundError:
+        return None
+    except Exception as error:
+        raise unreadable(name, error) from error
+
+
+def prepared_sets(home: Path) -> dict[str, str]:
+    """The sets in `home`, from their files alone: a line each with format and number of examples."""
+    found = {}
+    for path in sorted([*home.glob("*/*/dataset_info.json"), *home.glob("*/*/*/dataset_info.json")]):
+        try:
+            info = json.loads(path.read_text())
+            counts = {s["name"]: sum(map(int, s.get("shardLengths", []))) for s in info["splits"]}
+            form = info.get("fileFormat", "tfrecord")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue
+        name = "/".join(path.parent.relative_to(home).parts[:-1])
+        shown = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+        needs = "" if form == "array_record" else f", {form}: convert it to array_record to read it here"
+        found[name] = f"prepared in {home}: {shown}{needs}"
+    return found
 
 
 def _find(name: str, known: Iterable[str]) -> Any:
@@ -72,7 +106,8 @@ def _check_features(name: str, features: Any) -> None:
 
 
 def _build(name: str) -> str:
-    return f'pip install "leakjax[tensorflow]" and tfds build {name} --file_format=array_record'
+    build = f'pip install "leakjax[tensorflow]" and tfds build {name} --file_format=array_record'
+    return f"leakjax data prepare {name} --from ARCHIVE, or {build}" if name in ORIGINALS else build
 
 
 def unreadable(name: str, error: Exception) -> InputError:

@@ -1,0 +1,146 @@
+"""A small training loop, so that leakage can be measured over epochs and accuracy beside privacy."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from leakjax.errors import InputError, unknown_name
+from leakjax.losses import LOSSES, labels_of
+from leakjax.model import Arrays, Model, read_model
+from leakjax.observation import output_count
+from leakjax.precision import compute_in
+from leakjax.training_data import Examples, examples_of
+from leakjax.training_steps import make_accuracy, make_steps, start, steps_at_once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """What `train` returns, for E epochs.
+
+    - `model`: with the weights after the last epoch;
+    - `kept`: for each epoch that was asked for the parameters after it; 0 is the initialization;
+    - `loss` (E,): the mean training loss of each epoch, over its steps, in nats or what the loss counts in;
+    - `accuracy` (E + 1,): the share of test examples with the right label, before training and after each epoch; NaN
+      without test examples.
+    """
+
+    model: Model
+    kept: Mapping[int, Arrays]
+    loss: Float[np.ndarray, " E"]
+    accuracy: Float[np.ndarray, " E+1"]
+
+    def at(self, epoch: int) -> Model:
+        """The model after `epoch`, one of `kept`; it goes where any model goes, as into `observe` or `audit`."""
+        if epoch not in self.kept:
+            raise InputError(f"epoch {epoch} was not kept; kept are {', '.join(map(str, self.kept))}")
+        return self.model.with_arrays(self.kept[epoch], self.model.buffers)
+
+
+def train(
+    model: Any,
+    data: Any,
+    *,
+    epochs: int,
+    batch_size: int = 32,
+    clients: int = 1,
+    optimizer: optax.GradientTransformation | None = None,
+    loss: str = "softmax_cross_entropy",
+    defense: optax.GradientTransformation | None = None,
+    test: Any = None,
+    keep: Collection[int] | None = None,
+    input_range: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    dtype: str = "float32",
+    params: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> Training:
+    """Train by federated SGD: with g_k = d/dtheta (1/B) sum_b loss(model(x_kb), y_kb) of client k = 1..K, each step is
+
+        theta <- theta + optimizer( (1/K) sum_k defense_k(g_k) ),
+
+    on K B examples drawn without replacement; an epoch leaves out the remainder, at random.
+
+    Arguments:
+    - `model`, `params`: as `read_model` takes them. Buffers (batch norm's running values) stay as they are;
+    - `data`, `test`: pairs (images (N, H, W, C), labels (N,)) or data sources of records {"image", "label"}, such as
+      `tfds.data_source` gives; uint8 images are mapped from 0..255 onto `input_range`, others must lie in it. Labels
+      of a one-logit model are 0 or 1;
+    - `batch_size`: B, examples of one client in one step; `clients`: K, whose gradients one step averages;
+    - `optimizer`: of Optax (default `optax.adam(1e-3)`);
+    - `defense`: an `optax.GradientTransformation` applied to each client's gradient, a state for each client; random
+      keys in that state are made different. Its update is given `images` and `labels`, as `guard` wants them;
+    - `keep`: epochs, 0..E, whose parameters are kept (default: all); `seed`: of the order of the examples;
+    - `dtype`: "float32" or "float64".
+
+    Same arguments, same device, same result. Steps run in one `lax.scan` an epoch while its examples take less than
+    1 GiB, else in several.
+
+    Raises `InputError` for data that do not fit the model, numbers out of range, or a loss that is not finite.
+    """
+    if loss not in LOSSES:
+        raise unknown_name("loss", loss, LOSSES)
+    kept_epochs = _check_numbers(epochs, batch_size, clients, seed, keep)
+    told = progress or (lambda stage: None)
+    examples = examples_of(data, "data", input_range)
+    tests = None if test is None else examples_of(test, "test", input_range)
+    per_step = batch_size * clients
+    if len(examples.labels) < per_step:
+        raise InputError(
+            f"batch_size {batch_size} with {clients} clients takes {per_step} examples a step; data has "
+            f"{len(examples.labels)}"
+        )
+    with compute_in(dtype) as floating:
+        read = read_model(model, params).astype(floating)
+        for name, given in (("data", examples), ("test", tests)):
+            if given is not None:
+                _check_fit(name, given, read)
+        optimizer = optimizer or optax.adam(1e-3)
+        run_steps = make_steps(read, loss, optimizer, defense, examples, floating)
+        accuracy = (lambda params: np.nan) if tests is None else make_accuracy(read, tests, loss, floating)
+        state = start(read, optimizer, defense, clients)
+        kept, losses, accuracies = {}, [], []
+        order = np.random.default_rng(seed)
+        for epoch in range(epochs + 1):
+            if epoch > 0:
+                told(f"epoch {epoch} of {epochs}")
+                steps = order.permutation(len(examples.labels))[: len(examples.labels) // per_step * per_step]
+                steps, found = steps.reshape(-1, clients, batch_size), []
+                for chunk in steps_at_once(steps, examples):
+                    state, chunk_losses = run_steps(state, examples.images[chunk], examples.labels[chunk])
+                    found.append(np.asarray(chunk_losses, np.float64))
+                losses.append(np.concatenate(found).mean())
+                if not np.isfinite(losses[-1]):
+                    raise InputError(
+                        f"training diverged in epoch {epoch}: the loss is {losses[-1]}; lower the learning rate"
+                    )
+            accuracies.append(accuracy(state.params))
+            if epoch in kept_epochs:
+                kept[epoch] = jax.tree.map(np.asarray, dict(state.params))
+        last = jax.tree.map(np.asarray, dict(state.params))
+    return Training(read.with_arrays(last, read.buffers), kept, np.array(losses), np.array(accuracies))
+
+
+def _check_numbers(epochs: Any, batch_size: Any, clients: Any, seed: Any, keep: Any) -> set[int]:
+    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("clients", clients, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
+    kept = set(range(epochs + 1)) if keep is None else set(keep)
+    for epoch in kept:
+        if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= epochs:
+            raise InputError(f"keep must name epochs in 0..{epochs}, got {epoch!r}")
+    return kept
+
+
+def _check_fit(name: str, examples: Examples, model: Model) -> None:
+    outputs = output_count(model, examples.images.shape[1:])
+    low, high = examples.labels.min(), examples.labels.max()
+    if low < 0 or high >= labels_of(outputs):
+        known = labels_of(outputs) - 1
+        raise InputError(f"{name}: labels are {low}..{high}, a model with {outputs} outputs has 0..{known}")
