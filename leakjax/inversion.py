@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ def invert(
     prior: str = DEFAULT_PRIOR,
     pull_back: str = "auto",
     optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
+    devices: Sequence[jax.Device] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -60,7 +61,9 @@ def invert(
       `optax.GradientTransformation`;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
-      accelerator; on CPUs it is 1, and every core solves victims of its own.
+      accelerator; on CPUs it is 1, and every core solves victims of its own;
+    - `devices`: local devices over which the victims of every layer's solve are spread, `chunk` on each; the default is
+      JAX's default device alone.
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
     Raises `InputError` for an unknown attack or prior, an unreadable model, or a layer-wise attack on batches that the
@@ -114,6 +117,7 @@ def invert(
             observation.examples,
             starts,
             prior,
+            devices=_check_devices(devices),
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)
@@ -152,6 +156,14 @@ def _read(model: Model, input_shape: tuple[int, ...], dtype: str, examples: int)
             _CHAINS.pop(next(iter(_CHAINS)))
         _CHAINS[key] = chain
     return _CHAINS[key]
+
+
+def _check_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
+    chosen = tuple(devices or ())
+    here = jax.local_devices()
+    if len(set(chosen)) < len(chosen) or any(device not in here for device in chosen):
+        raise InputError(f"devices must be different ones of jax.local_devices(), {len(here)} here, got {chosen}")
+    return chosen
 
 
 def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:

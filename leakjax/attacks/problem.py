@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jaxtyping import Float, Int
@@ -29,7 +30,8 @@ class Problem:
 
     `noise` is the relative rounding of the client's own precision; `chunk` bounds
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense"; `pull_back` a name of `PULL_BACKS`;
-    `optimizer` the Optax transformation of whatever goes by first-order descent.
+    `optimizer` the Optax transformation of whatever goes by first-order descent. `devices`: over which the victims of a
+    layer's solve are spread, `chunk` on each; none is JAX's default device.
     """
 
     chain: Chain | None
@@ -49,6 +51,7 @@ class Problem:
     examples: int = 1
     starts: int = 1
     prior: str = "none"
+    devices: tuple[jax.Device, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:
