@@ -38,7 +38,7 @@ def invert(
     prior: str = DEFAULT_PRIOR,
     pull_back: str = "auto",
     optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -158,7 +158,7 @@ def _read(model: Model, input_shape: tuple[int, ...], dtype: str, examples: int)
     return _CHAINS[key]
 
 
-def _check_devices(devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
+def _check_devices(devices: Sequence[Any] | None) -> tuple[Any, ...]:
     chosen = tuple(devices or ())
     here = jax.local_devices()
     if len(set(chosen)) < len(chosen) or any(device not in here for device in chosen):

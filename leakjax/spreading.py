@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXIS = "victims"
 
 
-def spread(function: Callable[..., Any], devices: Sequence[jax.Device], shared: int, split: int) -> Callable[..., Any]:
+def spread(function: Callable[..., Any], devices: Sequence[Any], shared: int, split: int) -> Callable[..., Any]:
     """`function` on a one-dimensional mesh of `devices`; itself where none are named.
 
     Arguments:
@@ -28,18 +28,18 @@ def spread(function: Callable[..., Any], devices: Sequence[jax.Device], shared: 
     )
 
 
-def placement(devices: Sequence[jax.Device], *, split: bool) -> NamedSharding | None:
+def placement(devices: Sequence[Any], *, split: bool) -> NamedSharding | None:
     """Where an argument of a `spread` function lies; None, which is JAX's own choice, where none are named."""
     if not devices:
         return None
     return NamedSharding(_mesh(devices), PartitionSpec(AXIS) if split else PartitionSpec())
 
 
-def solved_together(victims: int, chunk: int, devices: Sequence[jax.Device]) -> int:
+def solved_together(victims: int, chunk: int, devices: Sequence[Any]) -> int:
     """Victims in one call of a program: `chunk` a device, fewer where there are not so many."""
     count = max(len(devices), 1)
     return count * min(chunk, -(-victims // count))
 
 
-def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+def _mesh(devices: Sequence[Any]) -> Mesh:
     return Mesh(np.asarray(devices, object), (AXIS,))

@@ -49,7 +49,7 @@ def max_steps(segment: Segment) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def _program(segment: Segment, dtype: str, floor: float, devices: tuple[jax.Device, ...]) -> Any:
+def _lowered(segment: Segment, dtype: str, floor: float, devices: tuple[Any, ...]) -> Any:
     def step(variables: Any, random: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor)
         rounds = 1 if dtype == "float64" else 3
@@ -82,7 +82,7 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, moni
             noise = struct((size,), problem.dtype, sharding=part)
             weights = {p: struct(a.shape, a.dtype, sharding=whole) for p, a in problem.variables.items()}
             random = struct((), bool, sharding=whole)
-            program = _program(segment, dtype, floor, devices)
+            program = _lowered(segment, dtype, floor, devices)
             lowered[key] = program.lower(weights, random, x, x, noise, noise, gradient)
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 from jaxtyping import Float, Int
@@ -51,7 +50,7 @@ class Problem:
     examples: int = 1
     starts: int = 1
     prior: str = "none"
-    devices: tuple[jax.Device, ...] = ()
+    devices: tuple[Any, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:
