@@ -4,19 +4,18 @@ Suites take the options below. Studies have their own (`python -m benchmarks NAM
 """
 
 import argparse
-import contextlib
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import plots, runner
 from benchmarks.cases import Case
+from benchmarks.progress import progress
 from benchmarks.records import read_records
 from benchmarks.suites import SUITES
 from benchmarks.summary import rows, table
@@ -63,15 +62,6 @@ def chosen(suite: str, limit: int | None, only: str) -> list[Case]:
     if not cases:
         raise InputError(f"--only {only}: no case of suite {suite!r} has all these words in its key")
     return cases
-
-
-@contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda words, done, total: bar.update(task, description=words, completed=done, total=total)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,9 +11,9 @@ Value = str | int | float
 class Case:
     """What one record is about.
 
-    - `model`: a name that `nets.net_spec` knows, with `activation` throughout (None is the paper's) and weights of `seed`;
+    - `model`: a name that `nets.net_spec` knows; `activation` throughout (None is the paper's); `seed` of its weights;
     - `dataset`, `index`: the image; `batch` consecutive indices, a multiple of `batch` first, share one gradient;
-    - `dtype`: of client and attack;
+    - `dtype`: in which the client computes; attacks compute in float64;
     - `attack`, and what `leakjax.invert` is told besides (`options`, sorted by name);
     - `defense` of the client as `leakjax.observe` reads it; `local_steps` at `learning_rate` send an update instead of
       a gradient.

@@ -15,7 +15,7 @@ _PLAIN = re.compile(r"plain:(\d+)x(\d+)x(\d+)")
 
 
 def plain(side: int, width: int, depth: int) -> str:
-    """The name of a net for `side` x `side` x 3 images: `depth` 3x3 convolutions of `width` filters, the last strided."""
+    """The name of a net for `side` x `side` x 3 images: `depth` convolutions of `width` filters, the last strided."""
     return f"plain:{side}x{width}x{depth}"
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.cases import Case, case_of
 from benchmarks.records import Record, append, read_records, records_file
 from benchmarks.solving import read_net, solve
+from leakjax.attacks import ATTACKS
 from leakjax.errors import InputError
 from leakjax.side_by_side import cores
 
@@ -46,9 +47,15 @@ def shares(cases: Iterable[Case], process: int = 0, processes: int = 1) -> list[
 
 
 def portions(gradients: Sequence[Gradient], devices: Sequence[Any] | None) -> list[list[Case]]:
-    """Gradients that are solved together: as many as there are lanes, so that finished records are soon safe."""
-    lanes = max(len(devices or [None]), cores()) if jax.default_backend() == "cpu" else None
-    lanes = lanes or ACCELERATED * len(devices or [None])
+    """Gradients that are solved together: as many as there are lanes, so that finished records are soon safe.
+
+    Attacks that take one gradient after another have one lane.
+    """
+    attack, count = ATTACKS.get(gradients[0][0].attack), len(devices or [None])
+    if attack is None or not attack.layerwise:
+        lanes = 1
+    else:
+        lanes = max(count, cores()) if jax.default_backend() == "cpu" else ACCELERATED * count
     return [
         [case for gradient in gradients[k : k + lanes] for case in gradient] for k in range(0, len(gradients), lanes)
     ]
@@ -82,11 +89,11 @@ def run(
             jax.clear_caches()
         before = case
         model = None
-        for portion in portions(left, devices):
+        for turn, portion in enumerate(portions(left, devices)):
             tell(f"{case.model} {case.attack} {case.defense or ''}".strip(), done, total)
             model = model or read_net(case)
-            records = solve(portion, model, devices)
-            append(records_file(directory, process), [r for r in records if r["key"] not in held])
+            records = [{**r, "warm": turn > 0} for r in solve(portion, model, devices) if r["key"] not in held]
+            append(records_file(directory, process), records)
             done += len(portion)
     tell("done", done, total)
 

@@ -55,7 +55,7 @@ class Row(NamedTuple):
     def cpu_seconds(self) -> float | None:
         """Median of an image, of programs compiled before where there are such records."""
         timed = [r for r in self.done if r.get("cpu_seconds") is not None]
-        warm = [r for r in timed if r["seconds"]["compile"] == 0] or timed
+        warm = [r for r in timed if r.get("warm")] or timed
         return statistics.median(r["cpu_seconds"] for r in warm) if warm else None
 
 
