@@ -88,7 +88,7 @@ SUITES: Mapping[str, Suite] = {
         "a minute of everything, for continuous integration",
         _cross("fcn3", "rgap copa", images=2),
         _cross("wide", "rgap", activations=("tanh",), images=2),
-        _cross("cnn2_c4", "copa match", images=1),
+        on_images(Case(plain(12, 12, 1), "match", f"{PHOTOS}@32", batch=2), range(4)),
     ),
     "rgap-table": _suite(
         "R-GAP's nets (arXiv 2010.07733)",
