@@ -28,7 +28,7 @@ test-all: lint
 	$(BIN)/python -m pytest -n auto
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks --out bench-out
+	$(BIN)/python -m benchmarks throughput --out bench-out
 
 clean:
 	rm -rf $(VENV) demo bench-out leakjax-out

@@ -1,112 +1,109 @@
-"""`python -m benchmarks [--out DIR] [--quick]`: every measurement in a process of its own, records, a table.
+"""`python -m benchmarks NAME`: a suite of cases, or one of the studies that measure something of their own.
 
-Records are appended to `records.jsonl` as soon as they are made; `table.md` is generated from them.
+Suites take the options below. Studies have their own (`python -m benchmarks NAME --help`).
 """
 
 import argparse
-import json
-import os
-import subprocess
+import importlib
 import sys
-import tempfile
-import time
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import jax
+from rich.console import Console
+
+from benchmarks import plots, runner
+from benchmarks.cases import Case
+from benchmarks.progress import progress
+from benchmarks.records import read_records
+from benchmarks.suites import SUITES
+from benchmarks.summary import rows, table
+from leakjax.errors import InputError
+
+STUDIES = {
+    "throughput": "images a second by batch, memory, compilation; the engine against dense least squares",
+    "zoo": "reconstructions of the whole zoo, by options",
+    "solvers": "every solver of the matching problem on the same gradients",
+    "guard": "what the guard of training loops costs",
+}
 
 
-def measure(name: str, argument: str) -> dict[str, Any]:
-    """The record of one measurement; a failure is a record too."""
-    command = [sys.executable, "-m", "benchmarks.measure", name, argument]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return {"measurement": name, "argument": argument, "failed": done.returncode}
-    return json.loads(done.stdout.splitlines()[-1])
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a suite."""
+    listing = "\n".join(f"  {name:14} {s.summary} ({len(s.cases)} images)" for name, s in SUITES.items())
+    listing += "\nstudies:\n" + "\n".join(f"  {name:14} {summary}" for name, summary in STUDIES.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="suites:\n" + listing,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suite", choices=[*SUITES, *STUDIES], metavar="NAME")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: bench-out/NAME")
+    parser.add_argument("--table", type=Path, metavar="DIR|FILE", help="print the table of records, run nothing")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N images of each row alone (whole batches)")
+    parser.add_argument("--only", default="", metavar="WORD[,WORD..]", help="cases whose keys hold all these words")
+    parser.add_argument("--devices", metavar="N|all", help="local devices over which victims are spread")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where processes of one run meet")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="how many processes share the run")
+    parser.add_argument("--process", type=int, default=0, metavar="I", help="which of them this is, from 0")
+    parser.add_argument("--retry", action="store_true", help="run again what failed before")
+    return parser.parse_args(words)
 
 
-def start_time(cache: str, out: str) -> dict[str, Any]:
-    """Seconds of a whole `leakjax invert --model cnn6`, cold and again with the persistent cache."""
-    environment = {**os.environ, "XDG_CACHE_HOME": cache}
-    command = [sys.executable, "-m", "leakjax.cli", "invert", "--model", "cnn6", "--out", out, "--json"]
-    seconds = []
-    for _ in range(2):
-        begun = time.perf_counter()
-        subprocess.run(command, env=environment, capture_output=True, check=True)
-        seconds.append(time.perf_counter() - begun)
-    return {"measurement": "command", "cold_seconds": seconds[0], "cached_seconds": seconds[1]}
+def chosen(suite: str, limit: int | None, only: str) -> list[Case]:
+    """The cases of a suite that the options leave."""
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit must be a positive number of images, got {limit}")
+    words = set(filter(None, only.split(",")))
+    cases = [case for case in SUITES[suite].cases if words <= set(case.key.split())]
+    cases = [case for case in cases if limit is None or case.index < max(limit - limit % case.batch, case.batch)]
+    if not cases:
+        raise InputError(f"--only {only}: no case of suite {suite!r} has all these words in its key")
+    return cases
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """Markdown tables of the records."""
-    engines = [r for r in records if r["measurement"] == "engine" and "failed" not in r]
-    lines = ["| victims | chunk | dtype | CPU s an image | wall s an image | compile s | MiB | worst layer error |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for r in engines:
-        lines.append(
-            f"| {r['victims']} | {r['chunk']} | {r['dtype']} | {r['cpu_seconds_per_image']:.3f} "
-            f"| {r['wall_seconds_per_image']:.3f} "
-            f"| {r['compile_seconds']:.1f} | {r['mib_above_compilation']:.0f} | {max(r['relative_errors']):.1e} |"
-        )
-    dense = next((r for r in records if r["measurement"] == "lstsq" and "failed" not in r), None)
-    single = next((r for r in engines if r["victims"] == 1 and r["dtype"] == "float64"), None)
-    if dense and single:
-        ratio = dense["cpu_seconds"] / single["cpu_seconds_per_image"]
-        memory = dense["mib_above_compilation"] / max(single["mib_above_compilation"], 1.0)
-        lines += [
-            "",
-            "| one victim | CPU s | MiB above import and compilation | worst layer error |",
-            "|---|---|---|---|",
-            f"| dense, numpy.linalg.lstsq | {dense['cpu_seconds']:.1f} | {dense['mib_above_compilation']:.0f} "
-            f"| {max(dense['relative_errors']):.1e} |",
-            f"| engine | {single['cpu_seconds_per_image']:.3f} | {single['mib_above_compilation']:.0f} "
-            f"| {max(single['relative_errors']):.1e} |",
-            f"| ratio | {ratio:.0f} | {memory:.0f} | |",
-        ]
-    attacks = [r for r in records if r["measurement"] == "attack" and "failed" not in r]
-    if attacks:
-        lines += ["", "| model, attack | CPU s an image | ratio | largest error |", "|---|---|---|---|"]
-    for r in attacks:
-        ratio = r["cpu_seconds_per_image"] / attacks[0]["cpu_seconds_per_image"]
-        lines.append(
-            f"| {r['argument'].replace(':', ', ')} | {r['cpu_seconds_per_image']:.2f} | {ratio:.1f} "
-            f"| {r['largest_error']:.1e} |"
-        )
-    for r in records:
-        if r["measurement"] == "command":
-            lines += ["", f"`leakjax invert --model cnn6`: {r['cold_seconds']:.1f} s cold, {r['cached_seconds']:.1f} s"]
-            lines[-1] += " with the persistent cache."
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    """Run the suite."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench-out"))
-    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of a records.jsonl, run nothing")
-    parser.add_argument("--quick", action="store_true", help="without the dense baseline and the large batches")
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
+    """Run a suite and print its table."""
+    cases = chosen(options.suite, options.limit, options.only)
     if options.table is not None:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
+        print(table(read_records(options.table), cases), end="")
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    sizes = ["1", "8"] if options.quick else ["1", "8", "32", "128", "32:float64:32", "1:float32", "32:float32"]
-    plan = [("engine", size) for size in sizes] + [("attack", case) for case in ("cnn6:rgap", "cnn6d:copa")]
-    plan += [] if options.quick else [("lstsq", "")]
-    records = []
-    with open(options.out / "records.jsonl", "a") as file:
+    if not 0 <= options.process < options.processes:
+        raise InputError(f"--process must be in 0..{options.processes - 1}, got {options.process}")
+    if options.processes > 1 and options.coordinator is None:
+        raise InputError("--processes: name the --coordinator HOST:PORT where they meet, the same for all of them")
+    out = options.out or Path("bench-out") / options.suite
+    out.mkdir(parents=True, exist_ok=True)
+    if options.coordinator is not None:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    devices = runner.choose_devices(options.devices)
+    share = {"process": options.process, "processes": options.processes}
+    with progress(Console(stderr=True)) as tell:
+        runner.run(cases, out, devices=devices, retry=options.retry, tell=tell, **share)
+    if options.coordinator is not None:
+        runner.gather(out, options.process)
+    if options.process == 0:
+        records = read_records(out)
+        (out / "table.md").write_text(table(records, cases))
+        plots.write_plots(rows(records, cases), out, f"{options.suite}: {SUITES[options.suite].summary}")
+        print(table(records, cases), end="")
 
-        def keep(record: dict[str, Any]) -> None:
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            print(f"done: {record['measurement']} {record.get('argument', '')}", file=sys.stderr)
 
-        for name, argument in plan:
-            keep(measure(name, argument))
-        with tempfile.TemporaryDirectory() as cache:
-            keep(start_time(cache, str(options.out / "command")))
-    (options.out / "table.md").write_text(table(records))
-    print(table(records))
+def main(words: Sequence[str]) -> None:
+    """Run a study or a suite; bad input is one line and exit status 2."""
+    if words and words[0] in STUDIES:
+        importlib.import_module(f"benchmarks.{words[0]}").main(words[1:])
+        return
+    warnings.filterwarnings("ignore", category=UserWarning)
+    options = parse(words)
+    try:
+        run(options)
+    except InputError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

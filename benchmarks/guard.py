@@ -1,4 +1,4 @@
-"""`python -m benchmarks.guard [--out FILE]`: what the guard costs a client, beside its plain training step.
+"""`python -m benchmarks guard [--out FILE]`: what the guard costs a client, beside its plain training step.
 
 One line a model and batch: milliseconds of a step (gradient and SGD, float32, compiled), of `Guard.score` by each
 method, their ratios, and what the methods found. With `--out` a record is appended to FILE as a line of JSON.
@@ -7,7 +7,7 @@ method, their ratios, and what the methods found. With `--out` a record is appen
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import optax
 from flax import linen as nn
 
 import leakjax
-from benchmarks.measure import environment
+from benchmarks.records import environment
 from leakjax.datasets import load_dataset
 from leakjax.guard import guard, loss_of
 from leakjax.models import build_model
@@ -103,11 +103,11 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     """Measure every case and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks guard", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     records = []
     for name, examples in CASES:
         records.append(measure(name, examples))
@@ -115,7 +115,3 @@ def main() -> None:
             with open(options.out, "a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
     print(table(records))
-
-
-if __name__ == "__main__":
-    main()

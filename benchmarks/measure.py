@@ -1,8 +1,6 @@
 """One measurement in a process of its own: `python -m benchmarks.measure NAME [ARGUMENT]` prints a JSON record."""
 
-import importlib.metadata
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import numpy as np
 
 import leakjax
 from benchmarks import baseline
+from benchmarks.records import environment
 from leakjax.attacks.layer_step import LayerState, compile_steps, run_steps
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.datasets import load_dataset, to_range
@@ -26,17 +25,6 @@ from leakjax.segments import read_segments
 from leakjax.systems import segment_rows
 
 MODEL, ACTIVATION = "cnn6", "leaky_relu:0.2"
-
-
-def environment() -> dict[str, Any]:
-    """Versions and device of this process."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "lineax", "numpy")}
-    return {
-        "leakjax": leakjax.__version__,
-        **versions,
-        "python": platform.python_version(),
-        "device": str(jax.devices()[0]),
-    }
 
 
 class PeakMemory:
@@ -205,7 +193,39 @@ def attack(argument: str) -> dict[str, Any]:
     }
 
 
-MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {"engine": engine, "lstsq": lstsq, "attack": attack}
+def throughput(argument: str) -> dict[str, Any]:
+    """`rgap` on cnn6 of so many photos at once, first with compilation and then without: "VICTIMS[:CHUNK]"."""
+    count, _, chunk = argument.partition(":")
+    victims = int(count)
+    spec = MODELS[MODEL]
+    data = load_dataset("samples", [k % 10 for k in range(victims)], spec.input_shape)
+    images = to_range(data.images, spec.input_range)
+    client = build_model(MODEL, activation=ACTIVATION)
+    observation = leakjax.observe(client, (images, data.labels % 2), loss=spec.loss, input_range=spec.input_range)
+    told = {"chunk": int(chunk)} if chunk else {}
+    first = leakjax.invert(observation, attack="rgap", **told).seconds
+    memory = PeakMemory()
+    cpu, wall = time.process_time(), time.perf_counter()
+    answer = leakjax.invert(observation, attack="rgap", **told)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "victims": victims,
+        "cpu_seconds_per_image": cpu / victims,
+        "wall_seconds_per_image": wall / victims,
+        "images_per_second": victims / wall,
+        "compile_share": (first["trace"] + first["compile"]) / first["total"],
+        "mib_a_victim": memory.above() / victims,
+        "exact": sum(c.status == "exact" for c in answer.certificates),
+        "largest_error": float(np.max(np.abs(answer.images - images))),
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "engine": engine,
+    "lstsq": lstsq,
+    "attack": attack,
+    "throughput": throughput,
+}
 
 
 def main() -> None:

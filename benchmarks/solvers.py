@@ -1,4 +1,4 @@
-"""`python -m benchmarks.solvers --out FILE.jsonl`: every solver of the matching problem on the same gradients, one run.
+"""`python -m benchmarks solvers --out FILE.jsonl`: every solver of the matching problem on the same gradients, one run.
 
 Each record: seconds of solving (compilation apart), steps, the relative residual of the gradient and the PSNR reached.
 """
@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import leakjax
-from benchmarks.measure import environment
+from benchmarks.records import environment
 from leakjax.datasets import load_dataset, to_range
 from leakjax.metrics import psnr
 from leakjax.models import MODELS, build_model
@@ -147,16 +147,16 @@ def table(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: Sequence[str]) -> None:
     """Run every solver on every problem, or print the table of a file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks solvers", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/solvers.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of a file, run nothing")
     parser.add_argument("--model", default="lenet")
     parser.add_argument("--activations", default="tanh,sigmoid")
     parser.add_argument("--index", type=int, default=0)
     parser.add_argument("--pull-back", action="store_true", help="the solvers of `copa` instead of those of `match`")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.table is not None:
         print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
         return
@@ -169,7 +169,3 @@ def main() -> None:
             with open(options.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(f"done: {activation}, {name}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

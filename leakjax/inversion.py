@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ def invert(
     optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
     steps: int | None = None,
     seed: int = 0,
+    devices: Sequence[Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -65,7 +66,9 @@ def invert(
     - `seed`: of the random starts;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
-      accelerator; on CPUs it is 1, and every core solves victims of its own.
+      accelerator; on CPUs it is 1, and every core solves victims of its own;
+    - `devices`: local devices over which the victims of every layer's solve are spread, `chunk` on each; the default is
+      JAX's default device alone.
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
     Raises `InputError` for an unknown attack or prior, an unreadable model, or a layer-wise attack on batches that the
@@ -125,6 +128,7 @@ def invert(
             prior,
             steps,
             seed,
+            devices=_check_devices(devices),
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)
@@ -163,6 +167,14 @@ def _read(model: Model, input_shape: tuple[int, ...], dtype: str, examples: int)
             _CHAINS.pop(next(iter(_CHAINS)))
         _CHAINS[key] = chain
     return _CHAINS[key]
+
+
+def _check_devices(devices: Sequence[Any] | None) -> tuple[Any, ...]:
+    chosen = tuple(devices or ())
+    here = jax.local_devices()
+    if len(set(chosen)) < len(chosen) or any(device not in here for device in chosen):
+        raise InputError(f"devices must be different ones of jax.local_devices(), {len(here)} here, got {chosen}")
+    return chosen
 
 
 def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:

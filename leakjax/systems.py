@@ -89,7 +89,7 @@ def layer_system(
         )
 
     _, linear = jax.linearize(rows, zero)
-    operator = lx.FunctionLinearOperator(linear, jax.ShapeDtypeStruct(zero.shape, zero.dtype))
+    operator = lx.FunctionLinearOperator(linear, jax.eval_shape(lambda: zero))
     return LayerSystem(operator, (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths}))
 
 

@@ -16,6 +16,7 @@ from leakjax.precision import compute_in
 from leakjax.segments import Segment
 from leakjax.side_by_side import cores
 from leakjax.solvers.linear import LsmrSolution, materialize, solve_side
+from leakjax.spreading import placement, spread
 from leakjax.systems import BLOCKS, layer_system
 
 SLOPE_FLOOR = 1e-2
@@ -57,7 +58,7 @@ def max_steps(segment: Segment) -> int:
 
 
 @functools.lru_cache(maxsize=128)
-def _lowered(segment: Segment, size: int, dtype: str, floor: float, blocks: tuple[str, ...]) -> Any:
+def _lowered(segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...], devices: tuple[Any, ...]) -> Any:
     def step(variables: Any, random: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor, blocks)
         rounds = 1 if dtype == "float64" else 3
@@ -67,7 +68,7 @@ def _lowered(segment: Segment, size: int, dtype: str, floor: float, blocks: tupl
         pulled = jax.vjp(lambda x: segment.function(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
-    return jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)))
+    return jax.jit(spread(jax.vmap(step, in_axes=(None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
 
 
 _COMPILED: dict[Any, Any] = {}
@@ -76,20 +77,22 @@ _COMPILED_LIMIT = 128
 
 def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
     """The compiled step of every segment for chunks of `size`, compiled side by side."""
-    keys = [(s, size, str(problem.dtype), _floor(problem), problem.blocks(s)) for s in segments]
+    dtype, floor, devices = str(problem.dtype), _floor(problem), problem.devices
+    keys = [(s, size, dtype, floor, problem.blocks(s), devices) for s in segments]
+    whole, part = placement(devices, split=False), placement(devices, split=True)
+    struct = jax.ShapeDtypeStruct
     lowered, start = {}, time.perf_counter()
     for key in keys:
         if key not in _COMPILED:
             segment = key[0]
-            shape = (size, *segment.output.shape)
-            struct = jax.ShapeDtypeStruct(shape, problem.dtype)
-            gradient = {
-                p: jax.ShapeDtypeStruct((size, *problem.gradients[p].shape[1:]), problem.dtype) for p in segment.paths
-            }
-            noise = jax.ShapeDtypeStruct((size,), problem.dtype)
-            lowered[key] = _lowered(*key).lower(
-                dict(problem.variables), jax.ShapeDtypeStruct((), bool), struct, struct, noise, noise, gradient
-            )
+            shapes = {p: (size, *problem.gradients[p].shape[1:]) for p in segment.paths}
+            gradient = {p: struct(shape, problem.dtype, sharding=part) for p, shape in shapes.items()}
+            x = struct((size, *segment.output.shape), problem.dtype, sharding=part)
+            noise = struct((size,), problem.dtype, sharding=part)
+            weights = {p: struct(a.shape, a.dtype, sharding=whole) for p, a in problem.variables.items()}
+            random = struct((), bool, sharding=whole)
+            program = _lowered(segment, dtype, floor, problem.blocks(segment), devices)
+            lowered[key] = program.lower(weights, random, x, x, noise, noise, gradient)
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -127,31 +130,35 @@ def run_steps(
     """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     On CPUs the chunks, and the two right-hand sides of each, run side by side, one a core: a lone victim stays in its
-    core's cache and waits for no other.
+    core's cache and waits for no other. Where the problem has several devices, each takes its share of every chunk.
     """
+    whole, part = (placement(problem.devices, split=split) for split in (False, True))
+    with compute_in(str(problem.dtype)):
+        weights = jax.device_put(dict(problem.variables), whole)
 
     def run(task: tuple[bool, int]) -> Any:
         random, start = task
         rows = np.minimum(np.arange(start, start + size), len(victims) - 1)
         owners = np.asarray(victims)[rows]
         with compute_in(str(problem.dtype)):
-            gradient = {p: jnp.asarray(problem.gradients[p][owners], problem.dtype) for p in segment.paths}
-            arrays = (jnp.asarray(np.asarray(a)[rows], problem.dtype) for a in state)
-            result = jax.block_until_ready(step(dict(problem.variables), jnp.asarray(random), *arrays, gradient))
+            gradient = {p: np.asarray(problem.gradients[p][owners], problem.dtype) for p in segment.paths}
+            arrays = [np.asarray(np.asarray(a)[rows], problem.dtype) for a in state]
+            *arrays, gradient = jax.device_put((*arrays, gradient), part)
+            result = jax.block_until_ready(step(weights, jax.device_put(np.asarray(random), whole), *arrays, gradient))
         keep = min(size, len(victims) - start)
         return jax.tree.map(lambda a: np.asarray(a)[:keep], result)
 
     starts = range(0, len(victims), size)
-    with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(workers(problem)) as pool:
         results = list(pool.map(run, [(random, start) for random in (False, True) for start in starts]))
     solution, pulled = jax.tree.map(lambda *parts: np.concatenate(parts), *results[: len(starts)])
     probes, _ = jax.tree.map(lambda *parts: np.concatenate(parts), *results[len(starts) :])
     return solution._replace(lost=probes.lost), pulled
 
 
-def workers() -> int:
-    """Chunks that are solved side by side: one a core on CPUs, else one."""
-    if jax.default_backend() != "cpu":
+def workers(problem: Problem) -> int:
+    """Chunks that are solved side by side: one a core on a CPU, else one."""
+    if jax.default_backend() != "cpu" or len(problem.devices) > 1:
         return 1
     return cores()
 

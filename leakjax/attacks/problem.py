@@ -32,6 +32,7 @@ class Problem:
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense"; `pull_back` a name of `PULL_BACKS`;
     `optimizer` the Optax transformation of whatever goes by first-order descent. `steps` bounds that descent, None for
     an attack's own; `seed` is that of random starts. `blocks` says which constraints of a segment its system uses.
+    `devices`: over which the victims of a layer's solve are spread, `chunk` on each; none is JAX's default device.
     """
 
     chain: Chain | None
@@ -54,6 +55,7 @@ class Problem:
     steps: int | None = None
     seed: int = 0
     blocks: Callable[[Segment], tuple[str, ...]] = lambda segment: BLOCKS
+    devices: tuple[Any, ...] = ()
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -33,6 +33,7 @@ from leakjax.precision import compute_in
 from leakjax.segments import Segment
 from leakjax.side_by_side import side_by_side
 from leakjax.solvers.linear import dense_bytes, lsmr_condition
+from leakjax.spreading import solved_together
 
 ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
 
@@ -56,7 +57,7 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
             "model with a parameterized layer"
         )
     _refuse_nonlinear(problem.segments, pulling)
-    size = min(problem.victims, problem.chunk)
+    size = solved_together(problem.victims, problem.chunk, problem.devices)
     _check_memory(problem, size)
     monitor.tell("reading the head")
     paths = start(problem, head)
@@ -156,7 +157,7 @@ def _check_memory(problem: Problem, size: int) -> None:
         if problem.solver == "dense" and segment.linear:
             needed, remedy = dense_bytes(rows, columns), 'the matrix-free solver="lsmr" (--solver lsmr)'
         else:
-            needed = 12 * min(workers() * size, 2 * problem.victims) * itemsize * segment.work
+            needed = 12 * min(workers(problem) * size, 2 * problem.victims) * itemsize * segment.work
             remedy = f"a chunk below {size} victims" if size > 1 else "a machine with more memory"
         if not fits_in_memory(needed):
             raise InputError(
