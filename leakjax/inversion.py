@@ -11,6 +11,8 @@ import optax
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
+from leakjax.attacks.told import certifiable
+from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
 from leakjax.model import Model
@@ -38,6 +40,7 @@ def invert(
     prior: str = DEFAULT_PRIOR,
     pull_back: str = "auto",
     optimizer: str | optax.GradientTransformation = DEFAULT_OPTIMIZER,
+    adaptive: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -58,13 +61,15 @@ def invert(
       Levenberg-Marquardt elsewhere ("auto"), "levenberg_marquardt" alone, or first-order descent ("optax");
     - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `optimizers.OPTIMIZERS` or any
       `optax.GradientTransformation`;
+    - `adaptive`: whether `match` uses what the observation says of a defense (see `attacks.told`); else, as the
+      layer-wise attacks always do, it takes what was sent for the gradient;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own.
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
     Raises `InputError` for an unknown attack or prior, an unreadable model, or a layer-wise attack on batches that the
-    last layer does not separate.
+    last layer does not separate, or on updates of several local steps.
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
@@ -72,6 +77,11 @@ def invert(
     if attack not in ATTACKS:
         raise unknown_name("attack", attack, ATTACKS)
     chosen = ATTACKS[attack]
+    if chosen.layerwise and observation.local_steps > 1:
+        raise InputError(
+            f"attack {attack!r} reads one gradient layer by layer, and this is an update of {observation.local_steps} "
+            "local_steps; use attack='match' (--attack match), which unrolls them"
+        )
     if not (isinstance(starts, int) and starts >= 1):
         raise InputError(f"starts must be a positive integer, got {starts!r}")
     if prior not in PRIORS:
@@ -114,11 +124,20 @@ def invert(
             observation.examples,
             starts,
             prior,
+            _told(observation, adaptive and not chosen.layerwise),
+            observation.local_steps,
+            observation.learning_rate,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+
+
+def _told(observation: Observation, adaptive: bool) -> Setting | None:
+    """The defense that the attack reckons with."""
+    known = adaptive and observation.defense not in (None, CUSTOM)
+    return build_defense(str(observation.defense)) if known else None
 
 
 @functools.lru_cache(maxsize=16)
@@ -180,6 +199,8 @@ def _assemble(
     low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
     certificates = _certify_together([certify(problem, o, unknowns) for o in outcomes], problem.examples)
+    if observation.defense is not None and (problem.defense is None or not certifiable(problem)):
+        certificates = [Certificate("failed", None, c.unknowns, c.condition, "defense") for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
         images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)

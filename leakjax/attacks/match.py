@@ -15,17 +15,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
+from leakjax.attacks.gradient_residual import OUTER, Compare, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
 from leakjax.attacks.outcomes import kept, split
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.recursion import follow
 from leakjax.attacks.symmetries import twins
+from leakjax.attacks.told import Told, predicted, tell
 from leakjax.errors import InputError
-from leakjax.jacobian import jacobian_gram
 from leakjax.memory import fits_in_memory
-from leakjax.network import batch_gradient
 from leakjax.priors import from_natural
 from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
@@ -33,6 +32,7 @@ from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
+FINE = 1e-8  # forcing where noise keeps the rows from falling
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
 
@@ -69,17 +69,18 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     found = []
     for victim in range(problem.victims):
         trials: list[_Found] = []
+        told = tell(problem, victim)
         for start in _order(problem, monitor, victim):
-            done = any(t.residual <= problem.matched for t in trials)
+            done = any(t.residual <= told.matched for t in trials)
             if done and not start.layerwise:
                 break
-            if done and not _misfit(problem, victim, start) <= NEAR:
+            if done and not _misfit(problem, told, start.labels, start.xs[0]) <= max(NEAR, told.matched):
                 continue
             monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
             solve = _solve_densely if problem.solver == "dense" else _solve
-            trials.append(solve(problem, monitor, victim, start))
+            trials.append(solve(problem, monitor, told, start))
         monitor.tell(f"looking at gradient {victim}")
-        found += _outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
+        found += _outcomes(problem, told, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
 
 
@@ -96,7 +97,8 @@ def _check_memory(problem: Problem) -> None:
 
 def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
-    kinked, layers = problem.network.has_kinks, problem.chain is not None
+    rounded = problem.defense is not None and problem.defense.name in ("qsgd", "sign", "soteria", "top_k")
+    kinked, layers = problem.network.has_kinks, problem.chain is not None and not rounded
     first = kinked or problem.examples > 1
     if layers and first:
         yield from _layerwise(problem, monitor, victim)
@@ -109,11 +111,14 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
 
 
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
-    """What `copa` finds for this victim alone; nothing where the model has no head to start from."""
+    """What `copa` finds for this victim alone, an update taken for its steps' mean gradient; nothing where the model
+    has no head to start from."""
     alone = dataclasses.replace(
         problem,
-        gradients={p: g[victim : victim + 1] for p, g in problem.gradients.items()},
+        gradients={p: g[victim : victim + 1] / problem.local_steps for p, g in problem.gradients.items()},
         labels=None if problem.labels is None else problem.labels[victim : victim + 1],
+        local_steps=1,
+        defense=None,
     )
     try:
         paths = follow(alone, monitor, pulling=True)
@@ -124,13 +129,13 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
             yield _Start(path.x[None], path.labels, False, "the layer-wise answer", layerwise=True)
 
 
-def _gradient(problem: Problem) -> Any:
-    return batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
+def _compare(problem: Problem, told: Told) -> Compare:
+    return Compare(predicted(problem), problem.input_range, told.signs)
 
 
-def _given(problem: Problem, victim: int, labels: np.ndarray) -> tuple[Any, Any, Any]:
-    """What the compiled programs take before x: weights, the gradient sent, labels."""
-    sent = {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}
+def _given(problem: Problem, told: Told, labels: np.ndarray, *, prior: bool = False) -> tuple[Any, Any, Any]:
+    """What the compiled programs take before x: weights, what was sent, labels."""
+    sent = told.sent if prior else told.sent._replace(prior=None)
     return dict(problem.variables), sent, jnp.asarray(labels)
 
 
@@ -144,9 +149,9 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
-def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
+def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> _Found:
     """From each of the starts until one matches."""
-    rows, given = dense_rows(_gradient(problem)), _given(problem, victim, start.labels)
+    rows, given = dense_rows(_compare(problem, told)), _given(problem, told, start.labels, prior=told.noisy)
     trials = []
     for first in start.xs:
         here = jnp.asarray(first)
@@ -159,49 +164,57 @@ def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Star
             tell=monitor.tell,
         )
         x = np.asarray(here + from_natural(jnp.asarray(solution.x.reshape(here.shape))))
-        trials.append(_Found(x, start.labels, solution.residual, solution.steps))
-        if solution.residual <= problem.matched:
+        residual = _misfit(problem, told, start.labels, x) if told.noisy else solution.residual
+        trials.append(_Found(x, start.labels, residual, solution.steps))
+        if residual <= told.matched:
             break
     return min(trials, key=lambda trial: np.nan_to_num(trial.residual, nan=np.inf))
 
 
-def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> _Found:
-    solve, smooth, *_ = match_programs(_gradient(problem), float(problem.tolerance))
-    given = _given(problem, victim, start.labels)
+def _solve(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> _Found:
+    """With the prior first, where there is one; without it afterwards, unless noise remains."""
+    forcing = {"forcing": FINE} if told.noisy else {}
+    solve, smooth, *_ = match_programs(_compare(problem, told), float(problem.tolerance), **forcing)
+    held = told.sent.prior is not None
+    given = _given(problem, told, start.labels, prior=held)
     starts = jnp.asarray(start.xs, problem.dtype)
     solution = solve(*given, starts)
     steps = int(jnp.sum(solution.inner_steps))
-    if not float(jnp.nanmin(solution.residual)) <= problem.matched and start.smoothed:
+    if not float(jnp.nanmin(solution.residual)) <= told.matched and start.smoothed:
         blurred = smooth(*given, starts)
         again = solve(*given, blurred.x)
         steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
         solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
+    if held and not told.noisy:
+        solution = solve(*_given(problem, told, start.labels), solution.x)
+        steps += int(jnp.sum(solution.inner_steps))
     best = int(np.argmin(np.nan_to_num(np.asarray(solution.residual), nan=np.inf)))
-    return _Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
+    x, residual = np.asarray(solution.x[best]), float(solution.residual[best])
+    return _Found(x, start.labels, _misfit(problem, told, start.labels, x) if told.noisy else residual, steps)
 
 
-def _misfit(problem: Problem, victim: int, start: _Start) -> float:
-    """||r|| / size at the first of the starts."""
-    *_, misfit = match_programs(_gradient(problem), float(problem.tolerance))
-    return float(misfit(*_given(problem, victim, start.labels), jnp.asarray(start.xs[0])))
+def _misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
+    """||r|| / size, without a prior."""
+    misfit = match_programs(_compare(problem, told), float(problem.tolerance))[3]
+    return float(misfit(*_given(problem, told, labels), jnp.asarray(x)))
 
 
-def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outcome]:
+def _outcomes(problem: Problem, told: Told, trials: list[_Found]) -> list[Outcome]:
     """One example each: candidates inside the range, and the whole batch as the one "layer" that was solved.
 
     `trials`, best first: the others that match are candidates too, and so are the twins of each. What is certified is
     said of the answer that comes first.
     """
     n = trials[0].x.size
-    matching = [trial for trial in trials if trial.residual <= problem.matched]
-    ranks = [_local_rank(problem, victim, trial) for trial in matching] or [(None, None, None)]
+    matching = [trial for trial in trials if trial.residual <= told.matched]
+    ranks = [_local_rank(problem, told, trial) for trial in matching] or [(None, None, None)]
     whole = bool(matching) and all(rank == n for rank, _, _ in ranks)
     answers = []
     for k, trial in enumerate(matching or trials[:1]):
         answers.append((trial.x, trial.labels, trial.residual, k))
         if matching:
             given = problem.variables, trial.x, trial.labels, problem.matched
-            pairs = twins(problem.network.logits, _gradient(problem), problem.loss, *given)
+            pairs = twins(problem.network.logits, predicted(problem), problem.loss, *given)
             answers += [(images, tags, trial.residual, k) for images, tags in pairs]
     answers = kept(problem, answers, lambda answer: answer[0], whole=whole)
     if whole and not problem.in_range(answers[0][0]):
@@ -215,20 +228,18 @@ def _outcomes(problem: Problem, victim: int, trials: list[_Found]) -> list[Outco
     return [Outcome(mine, (info,), None if seen is None else seen[b]) for b, mine in enumerate(images)]
 
 
-def _local_rank(problem: Problem, victim: int, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
-    """Rank of d g / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, _ = match_programs(_gradient(problem), float(problem.tolerance))
-    probe: LsmrSolution = look(*_given(problem, victim, found.labels), jnp.asarray(found.x))
+def _local_rank(problem: Problem, told: Told, found: _Found) -> tuple[int | None, np.ndarray | None, float]:
+    """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
+    _, _, look, _, gram = match_programs(_compare(problem, told), float(problem.tolerance))
+    given = *_given(problem, told, found.labels), jnp.asarray(found.x)
+    probe: LsmrSolution = look(*given)
     condition, n = lsmr_condition(probe), found.x.size
     if float(probe.lost) <= NULL_SPACE:
         return n, np.ones(found.x.shape), condition
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
-    gram = jacobian_gram(_gradient(problem))
-    values, vectors = np.linalg.eigh(
-        np.asarray(gram(dict(problem.variables), jnp.asarray(found.x), jnp.asarray(found.labels)))
-    )
+    values, vectors = np.linalg.eigh(np.asarray(gram(*given)))
     large = values > 1e-13 * values[-1]
     seen = np.clip(np.sum(vectors[:, large] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
     condition = float(np.sqrt(values[-1] / values[large][0]))

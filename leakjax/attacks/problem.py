@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
+from leakjax.defenses import Setting
 from leakjax.model import Arrays
-from leakjax.network import Network
+from leakjax.network import Gradient, Network, client_update
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.segments import Chain, Segment
@@ -30,6 +31,9 @@ class Problem:
     `noise` is the relative rounding of the client's own precision; `chunk` bounds
     how many victims are solved at once; `solver` is "auto", "lsmr" or "dense"; `pull_back` a name of `PULL_BACKS`;
     `optimizer` the Optax transformation of whatever goes by first-order descent.
+
+    What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
+    `local_steps` with `learning_rate` that each update sums.
     """
 
     chain: Chain | None
@@ -49,6 +53,16 @@ class Problem:
     examples: int = 1
     starts: int = 1
     prior: str = "none"
+    defense: Setting | None = None
+    local_steps: int = 1
+    learning_rate: float | None = None
+
+    @property
+    def client(self) -> Gradient:
+        """(variables, x, labels, smoothing=None) -> what an undefended client would send."""
+        return client_update(
+            self.network.logits, self.loss, tuple(self.gradients), self.local_steps, self.learning_rate
+        )
 
     @property
     def segments(self) -> tuple[Segment, ...]:
