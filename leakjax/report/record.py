@@ -44,7 +44,6 @@ def build_report(
             "input_range": list(observation.input_range),
             "defense": observation.defense,
             "local_steps": observation.local_steps,
-            "learning_rate": observation.learning_rate,
             "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
             "seconds": result.seconds,
         }
