@@ -29,6 +29,10 @@ def write_capture(observation: Observation, path: Path) -> None:
         "examples": observation.examples,
         "reduction": "mean",
     }
+    if observation.defense is not None:
+        meta["defense"] = observation.defense
+    if observation.local_steps > 1:
+        meta |= {"local_steps": observation.local_steps, "learning_rate": observation.learning_rate}
     if not single:
         meta["victims"] = observation.victims
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
@@ -75,6 +79,9 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
         (float(meta["input_range"][0]), float(meta["input_range"][1])),
         int(meta.get("examples", 1)),
         str(precision),
+        meta.get("defense"),
+        int(meta.get("local_steps", 1)),
+        meta.get("learning_rate"),
     )
 
 
@@ -123,7 +130,11 @@ def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]
         raise InputError(f"{argument}: meta's input_range must have low < high, got {limits!r}")
     if meta.get("reduction", "mean") != "mean":
         raise InputError(f"{argument}: meta's reduction must be 'mean', got {meta['reduction']!r}")
-    for key in ("examples", "victims"):
+    if not isinstance(meta.get("defense"), str | None):
+        raise InputError(f"{argument}: meta's defense must be a specification, got {meta['defense']!r}")
+    if not (meta.get("learning_rate") is None or _finite_number(meta["learning_rate"])):
+        raise InputError(f"{argument}: meta's learning_rate must be a number, got {meta['learning_rate']!r}")
+    for key in ("examples", "victims", "local_steps"):
         if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")
     return meta

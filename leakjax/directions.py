@@ -7,7 +7,7 @@ from jaxtyping import Float
 from leakjax.errors import InputError
 from leakjax.jacobian import jacobian_gram
 from leakjax.memory import fits_in_memory
-from leakjax.network import batch_gradient, read_network
+from leakjax.network import client_update, read_network
 from leakjax.observation import Observation
 from leakjax.precision import compute_in
 from leakjax.reconstruction import Reconstruction
@@ -38,7 +38,8 @@ def undetermined_directions(
     with compute_in("float64"):
         model = observation.model.astype("float64")
         network = read_network(model, observation.input_shape, observation.examples, jnp.float64)
-        gradient = batch_gradient(network.logits, observation.loss, tuple(observation.gradients))
+        steps = observation.local_steps, observation.learning_rate
+        gradient = client_update(network.logits, observation.loss, tuple(observation.gradients), *steps)
         gram = jacobian_gram(gradient)(model.variables, jnp.asarray(x, float), jnp.asarray(labels))
         values, vectors = np.linalg.eigh(np.asarray(gram))
     return vectors[:, values <= _RANK * values[-1]].T.reshape(-1, *x.shape)

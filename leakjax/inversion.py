@@ -11,6 +11,8 @@ import optax
 
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
+from leakjax.attacks.told import certifiable
+from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
 from leakjax.model import Model
@@ -41,6 +43,7 @@ def invert(
     steps: int | None = None,
     seed: int = 0,
     devices: Sequence[Any] | None = None,
+    adaptive: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -64,6 +67,8 @@ def invert(
     - `steps`: bound on the first-order descent of `hybrid` and the matching baselines (L-BFGS or Adam iterations); None
       for their papers' own;
     - `seed`: of the random starts;
+    - `adaptive`: whether `match` uses what the observation says of a defense (see `attacks.told`); else, as the
+      layer-wise attacks always do, it takes what was sent for the gradient;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own;
@@ -72,7 +77,7 @@ def invert(
 
     Returns a `Reconstruction`, one image a victim, or B images one after another.
     Raises `InputError` for an unknown attack or prior, an unreadable model, or a layer-wise attack on batches that the
-    last layer does not separate.
+    last layer does not separate, or on updates of several local steps.
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
@@ -80,6 +85,11 @@ def invert(
     if attack not in ATTACKS:
         raise unknown_name("attack", attack, ATTACKS)
     chosen = ATTACKS[attack]
+    if chosen.layerwise and observation.local_steps > 1:
+        raise InputError(
+            f"attack {attack!r} reads one gradient layer by layer, and this is an update of {observation.local_steps} "
+            "local_steps; use attack='match' (--attack match), which unrolls them"
+        )
     if not (isinstance(starts, int) and starts >= 1):
         raise InputError(f"starts must be a positive integer, got {starts!r}")
     if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1):
@@ -129,11 +139,20 @@ def invert(
             steps,
             seed,
             devices=_check_devices(devices),
+            defense=_told(observation, adaptive and not chosen.layerwise),
+            local_steps=observation.local_steps,
+            learning_rate=observation.learning_rate,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         outcomes = chosen.run(problem, monitor)
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+
+
+def _told(observation: Observation, adaptive: bool) -> Setting | None:
+    """The defense that the attack reckons with."""
+    known = adaptive and observation.defense not in (None, CUSTOM)
+    return build_defense(str(observation.defense)) if known else None
 
 
 @functools.lru_cache(maxsize=16)
@@ -203,6 +222,8 @@ def _assemble(
     low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
     certificates = _certify_together([certify(problem, o, unknowns) for o in outcomes], problem.examples)
+    if observation.defense is not None and (problem.defense is None or not certifiable(problem)):
+        certificates = [Certificate("failed", None, c.unknowns, c.condition, "defense") for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
         images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)

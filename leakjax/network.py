@@ -82,3 +82,52 @@ def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradien
         return jax.grad(mean_loss)({path: variables[path] for path in paths})
 
     return gradient
+
+
+@functools.lru_cache(maxsize=32)
+def client_update(
+    logits: Logits, loss: str, paths: tuple[str, ...], local_steps: int = 1, learning_rate: float | None = None
+) -> Gradient:
+    """(variables, x, labels) -> {path: what an undefended client sends}: `batch_gradient`, or after k local steps
+
+        (theta_0 - theta_k) / learning_rate = sum_{j < k} g(theta_j),   theta_{j+1} = theta_j - learning_rate g(theta_j)
+
+    unrolled, so that it is differentiated through all steps. Every step takes the same whole batch. A fourth argument,
+    where given, is the smoothing of `logits`.
+
+    Reference: FedAvg, McMahan et al., AISTATS 2017, arXiv 1602.05629, algorithm 1 (one local batch).
+    """
+    gradient = batch_gradient(logits, loss, paths)
+    if local_steps == 1:
+        return gradient
+    rate = float(learning_rate or 0.0)
+
+    def update(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+    ) -> dict[str, Array]:
+        def step(sums: dict[str, Array], _: None) -> tuple[dict[str, Array], None]:
+            here = {p: (variables[p] - rate * sums[p]).astype(variables[p].dtype) for p in paths}
+            g = gradient({**variables, **here}, x, labels, smoothing)
+            return {p: sums[p] + g[p] for p in paths}, None
+
+        zeros = {p: jnp.zeros_like(variables[p]) for p in paths}
+        return jax.lax.scan(step, zeros, None, length=local_steps)[0]
+
+    return update
+
+
+@functools.lru_cache(maxsize=32)
+def example_gradients(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
+    """(variables, x, labels) -> {path: (B, *parameter) d/dtheta loss(logits(x)_b, y_b)}, every example's own."""
+
+    def gradients(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+    ) -> dict[str, Array]:
+        def losses(params: Arrays) -> Array:
+            weights = {**variables, **params}
+            z = logits(weights, x) if smoothing is None else logits(weights, x, smoothing)
+            return jax.vmap(LOSSES[loss])(z, labels)
+
+        return jax.jacrev(losses)({path: variables[path] for path in paths})
+
+    return gradients

@@ -1,15 +1,17 @@
 """What a server sees: the model, its weights, and the gradients that clients send. Never an image."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Int, Shaped
 
+from leakjax.client import Protection, check_steps, client_program
+from leakjax.defenses import CUSTOM, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Model, read_model
@@ -25,7 +27,10 @@ class Observation:
     - `loss`: a name of `losses.LOSSES`;
     - `input_shape`: (H, W, C) of one example; `input_range`: (lowest, highest) value that a pixel can have;
     - `examples`: how many examples each gradient averages over;
-    - `precision`: the floating dtype in which the client computed.
+    - `precision`: the floating dtype in which the client computed;
+    - `defense`: what a client did to its gradient, a specification of `defenses.DEFENSES` ("gaussian:0.001"),
+      "custom" for a transformation that the server does not know, or None;
+    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step).
     """
 
     model: Model
@@ -35,6 +40,9 @@ class Observation:
     input_range: tuple[float, float]
     examples: int = 1
     precision: str = "float64"
+    defense: str | None = None
+    local_steps: int = 1
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -54,23 +62,38 @@ def observe(
     input_range: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 1,
     dtype: str = "float64",
+    defense: str | optax.GradientTransformation | None = None,
+    seed: int = 0,
+    local_steps: int = 1,
+    learning_rate: float | None = None,
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
+
+    With k `local_steps` it is the update of FedAvg instead: from theta_0 the client takes k plain gradient steps, each
+    on all of its B examples, and sends (theta_0 - theta_k) / learning_rate = sum_{j < k} g(theta_j), which for k = 1 is
+    the gradient. A `defense` acts last, on each victim's own gradient or update.
 
     Arguments:
     - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
     - `batch`: images (N, H, W, C) in `input_range` and integer labels (N,); a one-logit model's labels are 0 or 1;
     - `loss`: `softmax_cross_entropy`, `sigmoid_binary_cross_entropy` or `squared_error`;
     - `batch_size`: B, examples in one gradient; the default 1 makes every image a victim of its own;
-    - `dtype`: precision of the client's computation, "float64" or "float32".
+    - `dtype`: precision of the client's computation, "float64" or "float32";
+    - `defense`: a specification `name[:value[,value..]]` of `defenses.DEFENSES`, as "gaussian:1e-3", or any
+      `optax.GradientTransformation`, from its initial state for every victim; `optax.chain` composes several;
+    - `seed`: of a defense's random numbers; every victim draws its own (a given transformation has its own key);
+    - `local_steps`, `learning_rate`: k and the rate, which several steps need.
 
     Returns the `Observation`; the images are not in it.
-    Raises `InputError` for images of a wrong shape or range, labels out of range, or a model that cannot run.
+    Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
+    defense, or local steps without a rate.
     """
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     read = read_model(model, params)
     images, labels = _check_batch(batch, input_range, batch_size)
+    steps = check_steps(local_steps, learning_rate)
+    protect = Protection.read(defense, seed, local_steps)
     with compute_in(dtype) as floating:
         read = read.astype(floating)
         outputs = output_count(read, images.shape[1:])
@@ -80,19 +103,15 @@ def observe(
                 f"got {labels.min()}..{labels.max()}"
             )
         groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
-        gradient = _client_gradient(read, loss)
-        sent = [gradient(read.params, read.buffers, jnp.asarray(x, floating), y) for x, y in zip(*groups, strict=True)]
+        update = client_program(read, loss, *steps, protect.per_example)
+        sent = []
+        for victim, (x, y) in enumerate(zip(*groups, strict=True)):
+            inputs = jnp.asarray(x, floating)
+            g = update(read.params, read.buffers, inputs, y)
+            sent.append(protect.apply(g, read, inputs, victim))
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
-    return Observation(read, stacked, loss, tuple(images.shape[1:]), _range(input_range), int(batch_size), dtype)
-
-
-def mean_loss(model: Model, loss: str) -> Any:
-    """(params, buffers, x, y) -> (1/B) sum_b loss(model(x_b), y_b)."""
-
-    def mean(params: Any, buffers: Any, x: Any, y: Any) -> Any:
-        return jnp.mean(jax.vmap(LOSSES[loss])(model.apply({**params, **buffers}, x), y))
-
-    return mean
+    shape, limits = tuple(images.shape[1:]), _range(input_range)
+    return Observation(read, stacked, loss, shape, limits, int(batch_size), dtype, protect.name, *steps)
 
 
 def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -118,17 +137,15 @@ def output_count(model: Model, input_shape: Sequence[int]) -> int:
     return outputs.shape[1]
 
 
-@functools.lru_cache(maxsize=16)
-def _client_gradient(model: Model, loss: str) -> Any:
-    return jax.jit(jax.grad(mean_loss(model, loss)))
-
-
 def check_observation(observation: Observation) -> None:
     """Refuse gradients that do not fit the model: missing, extra, misshapen, of the wrong dtype, or not finite."""
     params, gradients = observation.model.params, observation.gradients
     examples = observation.examples
     if isinstance(examples, bool) or not isinstance(examples, int | np.integer) or examples < 1:
         raise InputError(f"examples must be a positive integer, got {examples!r}")
+    check_steps(observation.local_steps, observation.learning_rate)
+    if observation.defense not in (None, CUSTOM):
+        build_defense(observation.defense)
     for path in params:
         if path not in gradients:
             raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.fft import idctn
+from jax.scipy.fft import dctn, idctn
 from jaxtyping import Array, Float
 
 Prior = Callable[[Float[Array, "*space C"]], Float[Array, ""]]
@@ -14,6 +14,7 @@ POWER = 2 / 3  # of first differences: edges are rare and large (Krishnan & Ferg
 CHROMA = 4.0  # edges of color are rarer than edges of lightness
 CURVATURE = 1.0  # of second differences, beside first ones: shading is no stairs
 BOX = 30.0
+DEVIATION = 0.25  # of pixels in [0, 1]: the unit of the amplitudes u of `from_natural`
 _OPPONENT = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
 
 
@@ -43,11 +44,21 @@ def from_natural(u: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
     Amplitudes of natural images fall as 1 / frequency (Field, J. Opt. Soc. Am. A 4, 1987): coordinates u of equal size
     are an image as likely as any.
     """
+    axes, weights = _natural(u)
+    return idctn(weights * u, axes=axes, norm="ortho") if axes else u
+
+
+def to_natural(x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
+    """u with from_natural(u) = x."""
+    axes, weights = _natural(x)
+    return dctn(x, axes=axes, norm="ortho") / weights if axes else x
+
+
+def _natural(u: Array) -> tuple[tuple[int, ...], Array]:
     axes = tuple(range(1, u.ndim - 1))
     frequencies = jnp.meshgrid(*(jnp.arange(u.shape[axis]) for axis in axes), indexing="ij")
     scale = (1.0 + sum((k.astype(u.dtype) ** 2 for k in frequencies), jnp.zeros(()))) ** -0.5
-    weights = (scale / jnp.sqrt(jnp.mean(scale**2))).reshape(1, *scale.shape, 1).astype(u.dtype)
-    return idctn(weights * u, axes=axes, norm="ortho") if axes else u
+    return axes, (scale / jnp.sqrt(jnp.mean(scale**2))).reshape(1, *scale.shape, 1).astype(u.dtype)
 
 
 def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:

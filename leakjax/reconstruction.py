@@ -34,7 +34,8 @@ class Certificate:
     - `exact`: the gradient is matched and every layer's system determines its unknowns, no second candidate stands;
     - `ambiguous`: the gradient is matched, but `unknowns - leaked_dimensions` directions, or the listed candidates,
       cannot be told apart;
-    - `failed`: the gradient is not matched; `layer` names where it went wrong.
+    - `failed`: the gradient is not matched; `layer` names where it went wrong. "defense" where noise or rounding was
+      added to the gradient, or the attack was not told of one.
     """
 
     status: Status

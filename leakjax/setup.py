@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,18 @@ from leakjax.model import Model, read_model
 from leakjax.models import MODELS, build_model, load_factory
 from leakjax.observation import Observation, observe, output_count
 from leakjax.weights import read_weights
+
+
+class Sending(NamedTuple):
+    """How a client sends: the options of `observe` of these names."""
+
+    defense: str | None = None
+    seed: int = 0
+    local_steps: int = 1
+    learning_rate: float | None = None
+
+
+_PLAINLY = Sending()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +96,13 @@ class Setup:
         )
 
     def observe(
-        self, dataset: str, index: Sequence[int], images: Path | None, batch_size: int, dtype: str
+        self,
+        dataset: str,
+        index: Sequence[int],
+        images: Path | None,
+        batch_size: int,
+        dtype: str,
+        sending: Sending = _PLAINLY,
     ) -> tuple[Observation, np.ndarray]:
         """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
         data = self._pictures(dataset, index, images)
@@ -94,6 +113,7 @@ class Setup:
             input_range=self.input_range,
             batch_size=batch_size,
             dtype=dtype,
+            **sending._asdict(),
         )
         return observation, data.images / 255.0
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
+from leakjax.client import mean_loss
 from leakjax.model import Arrays, Model
-from leakjax.observation import mean_loss
 from leakjax.training_data import Examples
 
 BYTES_AT_ONCE = 2**30

@@ -22,6 +22,8 @@ REPORT = [
     "device",
     "seed",
     "input_range",
+    "defense",
+    "local_steps",
     "examples",
     "seconds",
 ]

@@ -11,10 +11,10 @@ from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
 from leakjax.attacks.symmetries import twins
+from leakjax.client import mean_loss
 from leakjax.inversion import _certify_together, certify
 from leakjax.labels import likely_counts
 from leakjax.network import batch_gradient, read_network
-from leakjax.observation import mean_loss
 from leakjax.precision import compute_in
 from leakjax.report.pairing import pair_with_truth
 
@@ -159,7 +159,7 @@ def two_answers(monkeypatch, ranks):
     answers = iter(ranks)
     monkeypatch.setattr(module, "_local_rank", lambda *_: (next(answers), np.ones((2, 1, 1, 2)), 1.0))
     monkeypatch.setattr(module, "twins", lambda *_: [])
-    monkeypatch.setattr(module, "problem_gradient", lambda _: None)
+    monkeypatch.setattr(module, "predicted", lambda _: None)
     inside, outside = np.full((1, 1, 2), 0.5), np.full((1, 1, 2), 3.0)
     trials = [
         module.Found(np.stack(pair), np.array([0, 1]), 0.0, 0) for pair in ((inside, outside), (outside, 0.4 * inside))
@@ -173,7 +173,7 @@ def two_answers(monkeypatch, ranks):
         input_range=(low, high),
         in_range=lambda x: bool(x.min() >= low and x.max() <= high),
     )
-    outcomes = module.matched_outcomes(problem, 0, trials)
+    outcomes = module.matched_outcomes(problem, types.SimpleNamespace(matched=1e-6), trials)
     return [certify(problem, outcome, 4) for outcome in outcomes]
 
 

@@ -40,7 +40,8 @@ WALLS = {
     "datasets": "attacks inversion heads systems segments solvers report cli metrics observation model",
     "interop": "attacks inversion heads systems solvers datasets report cli metrics",
     "metrics.py": "attacks inversion heads systems segments solvers datasets report cli observation models",
-    "defenses.py": "attacks inversion heads systems segments solvers datasets report cli models",
+    "defenses": "attacks inversion heads systems solvers datasets report cli models observation",
+    "client.py": "attacks inversion heads systems solvers datasets report cli models observation",
     "leakage": "attacks inversion datasets report cli models",
     "report": "cli",
 }

@@ -1,7 +1,7 @@
 """The gradient's own residual, and the compiled programs that solve it."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,9 @@ import lineax as lx
 import optax
 from jax.flatten_util import ravel_pytree
 
-from leakjax.jacobian import inverse_norms
-from leakjax.priors import from_natural
+from leakjax.attacks.told import Sent
+from leakjax.network import Gradient
+from leakjax.priors import from_natural, to_natural
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 from leakjax.solvers.linear import solve_side
 
@@ -18,21 +19,32 @@ OUTER, INNER = 80, 3000
 SMOOTHING, SHARPEST = 0.5, 1e-6
 
 
-@functools.lru_cache(maxsize=16)
-def match_programs(gradient: Any, tolerance: float) -> Any:
-    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
-    Jacobian at x, and ||r|| / size there."""
+class Compare(NamedTuple):
+    """How a prediction is compared, fixed when programs are compiled: the map (variables, x, labels, smoothing) to it,
+    the input range, and whether signs alone count."""
 
-    def residual(variables: Any, sent: Any, labels: Any) -> Any:
-        return _residual(gradient, variables, sent, labels), jnp.sqrt(float(len(sent)))
+    gradient: Gradient
+    limits: tuple[float, float]
+    signs: bool = False
+
+
+@functools.lru_cache(maxsize=16)
+def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) -> Any:
+    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
+    Jacobian at x, ||r|| / size there, and J^T J there.
+
+    `tolerance`: relative, of the rows; `forcing`: of the steps, relative to the rows that are left.
+    """
+
+    def residual(variables: Any, sent: Sent, labels: Any) -> Any:
+        return _residual(compare, variables, sent, labels), jnp.sqrt(float(len(sent.gradient)))
 
     def solve(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
         function, size = residual(variables, sent, labels)
 
         def one(start: Any) -> Any:
-            return levenberg_marquardt(
-                function, start, size=size, tolerance=10 * tolerance, max_steps=OUTER, max_inner=INNER
-            )
+            options = {"size": size, "tolerance": 10 * tolerance, "forcing": forcing}
+            return levenberg_marquardt(function, start, max_steps=OUTER, max_inner=INNER, **options)
 
         return _over(one, starts)
 
@@ -54,17 +66,36 @@ def match_programs(gradient: Any, tolerance: float) -> Any:
         function, size = residual(variables, sent, labels)
         return optax.tree.norm(function(x)) / size
 
-    return jax.jit(solve), jax.jit(smooth), jax.jit(look), jax.jit(misfit)
+    def gram(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
+        tangent = jax.linearize(residual(variables, sent, labels)[0], x)[1]
+        adjoint = jax.linear_transpose(tangent, x)
+        columns = jnp.eye(x.size, dtype=x.dtype)
+        return jax.lax.map(lambda e: jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0]), columns, batch_size=16)
+
+    return tuple(map(jax.jit, (solve, smooth, look, misfit, gram)))
 
 
-def _residual(gradient: Any, variables: Any, sent: Any, labels: Any) -> Any:
-    """r(x, smoothing), by parameter."""
-    over = inverse_norms(sent)
+def _residual(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:
+    """r(x, smoothing), by parameter, and the amplitudes of x where the prior has a weight."""
+    rows = _sign_rows if compare.signs else _weighted_rows
+    middle = 0.5 * (compare.limits[0] + compare.limits[1])
 
     def function(x: Any, smoothing: Any = None) -> Any:
-        return jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, labels, smoothing), sent)
+        found = jax.tree.map(rows, sent.weights, compare.gradient(variables, x, labels, smoothing), sent.gradient)
+        return found if sent.prior is None else (found, sent.prior * to_natural(x - middle))
 
     return function
+
+
+def _weighted_rows(w: Any, g: Any, s: Any) -> Any:
+    return w * (g - s)
+
+
+def _sign_rows(w: Any, g: Any, s: Any) -> Any:
+    """g / ||g|| where its sign is not s."""
+    del w
+    size = jnp.linalg.norm(g)
+    return jnp.where(jnp.sign(g) == s, 0.0, g) / jnp.where(size > 0, size, 1.0)
 
 
 def _over(one: Any, starts: Any) -> Any:
@@ -75,13 +106,13 @@ def _over(one: Any, starts: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def dense_rows(gradient: Any) -> Any:
+def dense_rows(compare: Compare) -> Any:
     """Compiled, of (variables, sent, labels, start, u (n,)): r, (r, J^T), and with a direction d r''(d, d), all in the
     coordinates u of x = start + from_natural(u): a damped step in them is a smooth one."""
 
     def row(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
         x = start + from_natural(u.reshape(start.shape))
-        return ravel_pytree(_residual(gradient, variables, sent, labels)(x))[0]
+        return ravel_pytree(_residual(compare, variables, sent, labels)(x))[0]
 
     def jacobian(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
         r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, start), u)

@@ -22,7 +22,7 @@ from leakjax.attacks.path import Path
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.pull_back import Known, arrays, read_known
 from leakjax.attacks.recursion import follow
-from leakjax.network import Gradient, batch_gradient
+from leakjax.network import Gradient
 from leakjax.priors import PRIORS
 from leakjax.segments import Segment
 from leakjax.solvers.descent import descend
@@ -40,9 +40,13 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
     if path.certain or path.source is None:
         return path
     monitor.tell(f"matching gradient {path.victim}")
-    gradient = batch_gradient(problem.network.logits, problem.loss, tuple(problem.gradients))
     program = _program(
-        gradient, problem.segments[0], problem.input_range, problem.prior, problem.optimizer, problem.steps or STEPS
+        problem.client,
+        problem.segments[0],
+        problem.input_range,
+        problem.prior,
+        problem.optimizer,
+        problem.steps or STEPS,
     )
     sent = {p: jnp.asarray(g[path.victim]) for p, g in problem.gradients.items()}
     known = Known(path.source.x, path.source.dx, path.source.noise, path.victim)

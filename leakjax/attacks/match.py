@@ -17,9 +17,10 @@ import numpy as np
 
 from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
-from leakjax.attacks.matched import Found, given, matched_outcomes, problem_gradient
+from leakjax.attacks.matched import Found, compare, given, matched_outcomes, misfit
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.recursion import follow
+from leakjax.attacks.told import Told, tell
 from leakjax.errors import InputError
 from leakjax.memory import fits_in_memory
 from leakjax.priors import from_natural
@@ -27,6 +28,7 @@ from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
+FINE = 1e-8  # forcing where noise keeps the rows from falling
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
 
@@ -54,17 +56,18 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     found = []
     for victim in range(problem.victims):
         trials: list[Found] = []
+        told = tell(problem, victim)
         for start in _order(problem, monitor, victim):
-            done = any(t.residual <= problem.matched for t in trials)
+            done = any(t.residual <= told.matched for t in trials)
             if done and not start.layerwise:
                 break
-            if done and not _misfit(problem, victim, start) <= NEAR:
+            if done and not misfit(problem, told, start.labels, start.xs[0]) <= max(NEAR, told.matched):
                 continue
             monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
             solve = _solve_densely if problem.solver == "dense" else _solve
-            trials.append(solve(problem, monitor, victim, start))
+            trials.append(solve(problem, monitor, told, start))
         monitor.tell(f"looking at gradient {victim}")
-        found += matched_outcomes(problem, victim, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
+        found += matched_outcomes(problem, told, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
 
 
@@ -81,7 +84,8 @@ def _check_memory(problem: Problem) -> None:
 
 def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
-    kinked, layers = problem.network.has_kinks, problem.chain is not None
+    rounded = problem.defense is not None and problem.defense.name in ("qsgd", "sign", "soteria", "top_k")
+    kinked, layers = problem.network.has_kinks, problem.chain is not None and not rounded
     first = kinked or problem.examples > 1
     if layers and first:
         yield from _layerwise(problem, monitor, victim)
@@ -94,11 +98,14 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
 
 
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
-    """What `copa` finds for this victim alone; nothing where the model has no head to start from."""
+    """What `copa` finds for this victim alone, an update taken for its steps' mean gradient; nothing where the model
+    has no head to start from."""
     alone = dataclasses.replace(
         problem,
-        gradients={p: g[victim : victim + 1] for p, g in problem.gradients.items()},
+        gradients={p: g[victim : victim + 1] / problem.local_steps for p, g in problem.gradients.items()},
         labels=None if problem.labels is None else problem.labels[victim : victim + 1],
+        local_steps=1,
+        defense=None,
     )
     try:
         paths = follow(alone, monitor, pulling=True)
@@ -112,16 +119,16 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
 def _noise(problem: Problem, attempt: int) -> np.ndarray:
     """(S, B, ...): the middle of the range, disturbed; smoothly, and little at first, for dense steps."""
     low, high = problem.input_range
-    noise = np.random.default_rng(TRIALS * problem.seed + attempt).normal(size=(problem.starts, *problem.batch_shape))
+    noise = np.random.default_rng(attempt).normal(size=(problem.starts, *problem.batch_shape))
     if problem.solver == "dense":
         noise = np.stack([from_natural(jnp.asarray(one)) for one in noise])
     spread = (SMOOTH_SPREADS if problem.solver == "dense" else SPREADS)[attempt % len(SPREADS)] * (high - low)
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
 
-def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> Found:
+def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> Found:
     """From each of the starts until one matches."""
-    rows, known = dense_rows(problem_gradient(problem)), given(problem, victim, start.labels)
+    rows, known = dense_rows(compare(problem, told)), given(problem, told, start.labels, prior=told.noisy)
     trials = []
     for first in start.xs:
         here = jnp.asarray(first)
@@ -134,28 +141,30 @@ def _solve_densely(problem: Problem, monitor: Monitor, victim: int, start: _Star
             tell=monitor.tell,
         )
         x = np.asarray(here + from_natural(jnp.asarray(solution.x.reshape(here.shape))))
-        trials.append(Found(x, start.labels, solution.residual, solution.steps))
-        if solution.residual <= problem.matched:
+        residual = misfit(problem, told, start.labels, x) if told.noisy else solution.residual
+        trials.append(Found(x, start.labels, residual, solution.steps))
+        if residual <= told.matched:
             break
     return min(trials, key=lambda trial: np.nan_to_num(trial.residual, nan=np.inf))
 
 
-def _solve(problem: Problem, monitor: Monitor, victim: int, start: _Start) -> Found:
-    solve, smooth, *_ = match_programs(problem_gradient(problem), float(problem.tolerance))
-    known = given(problem, victim, start.labels)
+def _solve(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> Found:
+    """With the prior first, where there is one; without it afterwards, unless noise remains."""
+    forcing = {"forcing": FINE} if told.noisy else {}
+    solve, smooth, *_ = match_programs(compare(problem, told), float(problem.tolerance), **forcing)
+    held = told.sent.prior is not None
+    known = given(problem, told, start.labels, prior=held)
     starts = jnp.asarray(start.xs, problem.dtype)
     solution = solve(*known, starts)
     steps = int(jnp.sum(solution.inner_steps))
-    if not float(jnp.nanmin(solution.residual)) <= problem.matched and start.smoothed:
+    if not float(jnp.nanmin(solution.residual)) <= told.matched and start.smoothed:
         blurred = smooth(*known, starts)
         again = solve(*known, blurred.x)
         steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
         solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
+    if held and not told.noisy:
+        solution = solve(*given(problem, told, start.labels), solution.x)
+        steps += int(jnp.sum(solution.inner_steps))
     best = int(np.argmin(np.nan_to_num(np.asarray(solution.residual), nan=np.inf)))
-    return Found(np.asarray(solution.x[best]), start.labels, float(solution.residual[best]), steps)
-
-
-def _misfit(problem: Problem, victim: int, start: _Start) -> float:
-    """||r|| / size at the first of the starts."""
-    *_, misfit = match_programs(problem_gradient(problem), float(problem.tolerance))
-    return float(misfit(*given(problem, victim, start.labels), jnp.asarray(start.xs[0])))
+    x, residual = np.asarray(solution.x[best]), float(solution.residual[best])
+    return Found(x, start.labels, misfit(problem, told, start.labels, x) if told.noisy else residual, steps)

@@ -15,8 +15,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from leakjax.attacks.matched import Found, matched_outcomes, problem_gradient
+from leakjax.attacks.matched import Found, matched_outcomes
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.told import tell
 from leakjax.jacobian import inverse_norms
 from leakjax.network import Gradient
 from leakjax.solvers.descent import descend
@@ -70,7 +71,7 @@ def match_by_descent(
     `problem.starts` noises a victim, that depend on `problem.seed` and its position alone; `problem.chunk` victims at a
     time. Returns an `Outcome` an example.
     """
-    program = _program(problem_gradient(problem), recipe, problem.input_range)
+    program = _program(problem.client, recipe, problem.input_range)
     steps = jnp.asarray(problem.steps or recipe.steps)
     size, found = min(problem.chunk, problem.victims), []
     for first in range(0, problem.victims, size):
@@ -86,7 +87,7 @@ def match_by_descent(
     for victim, one in enumerate(found):
         monitor.tell(f"looking at gradient {victim}")
         one = Found(one.x, one.labels, float(one.residual), int(one.steps))
-        outcomes += matched_outcomes(problem, victim, [one])
+        outcomes += matched_outcomes(problem, tell(problem, victim), [one])
     return outcomes
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 from jaxtyping import Float, Int
 
+from leakjax.defenses import Setting
 from leakjax.model import Arrays
-from leakjax.network import Network
+from leakjax.network import Gradient, Network, client_update
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.segments import Chain, Segment
@@ -33,6 +34,9 @@ class Problem:
     `optimizer` the Optax transformation of whatever goes by first-order descent. `steps` bounds that descent, None for
     an attack's own; `seed` is that of random starts. `blocks` says which constraints of a segment its system uses.
     `devices`: over which the victims of a layer's solve are spread, `chunk` on each; none is JAX's default device.
+
+    What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
+    `local_steps` with `learning_rate` that each update sums.
     """
 
     chain: Chain | None
@@ -56,6 +60,16 @@ class Problem:
     seed: int = 0
     blocks: Callable[[Segment], tuple[str, ...]] = lambda segment: BLOCKS
     devices: tuple[Any, ...] = ()
+    defense: Setting | None = None
+    local_steps: int = 1
+    learning_rate: float | None = None
+
+    @property
+    def client(self) -> Gradient:
+        """(variables, x, labels, smoothing=None) -> what an undefended client would send."""
+        return client_update(
+            self.network.logits, self.loss, tuple(self.gradients), self.local_steps, self.learning_rate
+        )
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -7,11 +7,14 @@ from leakjax.cli.options import (
     ActivationName,
     BatchSize,
     Dataset,
+    DefenseSpec,
     Dtype,
     ImagesFile,
     Index,
     Init,
     Json,
+    LearningRate,
+    LocalSteps,
     LossName,
     Name,
     Out,
@@ -31,6 +34,9 @@ def capture(
     index: Index = "0",
     images: ImagesFile = None,
     batch_size: BatchSize = 1,
+    defense: DefenseSpec = None,
+    local_steps: LocalSteps = 1,
+    learning_rate: LearningRate = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
@@ -44,11 +50,12 @@ def capture(
     """Write the gradient that a client would send, with the weights, to capture.npz; never the image."""
     with session() as console:
         from leakjax.captures import write_capture
-        from leakjax.setup import Setup
+        from leakjax.setup import Sending, Setup
 
         directory = writable(out)
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
-        observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype)
+        sending = Sending(defense, seed, local_steps, learning_rate)
+        observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         path = directory / "capture.npz"
         write_capture(observation, path)
         if json_output:

@@ -10,11 +10,14 @@ from leakjax.cli.options import (
     ActivationName,
     BatchSize,
     Dataset,
+    DefenseSpec,
     Dtype,
     ImagesFile,
     Index,
     Init,
     Json,
+    LearningRate,
+    LocalSteps,
     LossName,
     Name,
     Out,
@@ -44,6 +47,9 @@ def invert(
     ] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
     batch_size: BatchSize = 1,
+    defense: DefenseSpec = None,
+    local_steps: LocalSteps = 1,
+    learning_rate: LearningRate = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
@@ -75,7 +81,7 @@ def invert(
         from leakjax.report.pairing import pair_with_truth
         from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
         from leakjax.report.table import print_report
-        from leakjax.setup import Setup
+        from leakjax.setup import Sending, Setup
 
         attack = DEFAULT_ATTACK if attack is None else attack
         if attack not in ATTACKS:
@@ -85,19 +91,25 @@ def invert(
             raise unknown_name("prior", prior, PRIORS)
         if truth is not None and capture is None and torch_capture is None:
             raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
+        captured = capture is not None or torch_capture is not None
+        if captured and (defense is not None or local_steps != 1 or learning_rate is not None):
+            raise InputError(
+                "a capture says its own defense and local steps; leave out --defense, --local-steps, --learning-rate"
+            )
         if sum(source is not None for source in (images, capture, torch_capture)) > 1:
             raise InputError("give one of --images, --capture and --torch-capture")
         if weights is not None and (capture is not None or torch_capture is not None):
             raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
         directory = writable(out)
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
-        if capture is not None or torch_capture is not None:
+        if captured:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
             _agree("--loss", loss, setup.loss, observation.loss)
             _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
             _agree("--input-range", input_range, setup.input_range, observation.input_range)
         else:
-            observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype)
+            sending = Sending(defense, seed, local_steps, learning_rate)
+            observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         given = None if labels is None else integers("--labels", labels)
         with progress(console) as tell:
             result = inversion.invert(

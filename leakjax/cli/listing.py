@@ -64,4 +64,19 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
             for name, kind in ACTIVATIONS.items()
         }
 
-    return {"models": models, "attacks": attacks, "datasets": datasets, "defenses": dict, "activations": activations}
+    def defenses() -> dict[str, str]:
+        from leakjax.defenses import DEFENSES
+
+        def typed(name: str) -> str:
+            values = ", ".join(f"{p.name} {p.default:g}" for p in DEFENSES[name].parameters)
+            return f"parameters, default: {values}" if values else "no parameter"
+
+        return {name: f"{defense.summary}; {typed(name)}" for name, defense in DEFENSES.items()}
+
+    return {
+        "models": models,
+        "attacks": attacks,
+        "datasets": datasets,
+        "defenses": defenses,
+        "activations": activations,
+    }

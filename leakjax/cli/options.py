@@ -18,7 +18,15 @@ Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE.npz", h
 Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
 Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
 Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization, and of a defense's noise.")]
+DefenseSpec = Annotated[
+    str | None,
+    typer.Option("--defense", metavar="NAME[:VALUE,..]", help="What clients do first; see `leakjax list defenses`."),
+]
+LocalSteps = Annotated[int, typer.Option("--local-steps", metavar="K", help="Gradient steps that an update sums.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", metavar="R", help="Rate of the local steps.", show_default=False)
+]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="float64|float32")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable summary, and nothing else, on stdout.")]

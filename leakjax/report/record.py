@@ -42,6 +42,8 @@ def build_report(
             "device": str(jax.devices()[0]),
             "seed": run.seed,
             "input_range": list(observation.input_range),
+            "defense": observation.defense,
+            "local_steps": observation.local_steps,
             "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
             "seconds": result.seconds,
         }

@@ -1,0 +1,107 @@
+"""What a client computes on its images before it sends: a gradient or several local steps, and a defense."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from leakjax.defenses import CUSTOM, Client, Setting, build_defense
+from leakjax.errors import InputError
+from leakjax.losses import LOSSES
+from leakjax.model import Model
+
+
+def mean_loss(model: Model, loss: str) -> Any:
+    """(params, buffers, x, y) -> (1/B) sum_b loss(model(x_b), y_b)."""
+    losses = example_losses(model, loss)
+    return lambda params, buffers, x, y: jnp.mean(losses(params, buffers, x, y))
+
+
+def example_losses(model: Model, loss: str) -> Any:
+    """(params, buffers, x, y) -> loss(model(x_b), y_b), (B,)."""
+
+    def losses(params: Any, buffers: Any, x: Any, y: Any) -> Any:
+        return jax.vmap(LOSSES[loss])(model.apply({**params, **buffers}, x), y)
+
+    return losses
+
+
+@functools.lru_cache(maxsize=16)
+def client_program(model: Model, loss: str, local_steps: int, rate: float | None, per_example: bool) -> Any:
+    """Compiled: (params, buffers, x, y) -> the gradient of the mean loss, (theta_0 - theta_k) / rate of k steps, or,
+    `per_example`, (B, ...) gradients of every example's own loss."""
+    if per_example:
+        return jax.jit(jax.jacrev(example_losses(model, loss)))
+    gradient = jax.grad(mean_loss(model, loss))
+
+    def update(params: Any, buffers: Any, x: Any, y: Any) -> Any:
+        total = gradient(params, buffers, x, y)
+        for _ in range(local_steps - 1):
+            here = jax.tree.map(lambda p, g: (p - rate * g).astype(p.dtype), params, total)
+            total = optax.tree.add(total, gradient(here, buffers, x, y))
+        return total
+
+    return jax.jit(update)
+
+
+def check_steps(local_steps: Any, learning_rate: Any) -> tuple[int, float | None]:
+    """(k, rate) as they are recorded; several steps without a positive rate raise `InputError`."""
+    if isinstance(local_steps, bool) or not isinstance(local_steps, int | np.integer) or local_steps < 1:
+        raise InputError(f"local_steps must be a positive integer, got {local_steps!r}")
+    if local_steps > 1 and learning_rate is None:
+        raise InputError(f"learning_rate is needed with {local_steps} local_steps: the update depends on it")
+    if learning_rate is None:
+        return 1, None
+    rate = float(learning_rate)
+    if not 0 < rate < np.inf:
+        raise InputError(f"learning_rate must be positive and finite, got {learning_rate!r}")
+    return int(local_steps), None if local_steps == 1 else rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Protection:
+    """A defense as `observe` applies it: one of the table by its `setting`, or a transformation given as such."""
+
+    setting: Setting | None
+    given: optax.GradientTransformation | None
+    seed: int
+
+    @classmethod
+    def read(cls, defense: Any, seed: int, local_steps: int) -> "Protection":
+        """Check a specification, a transformation or None."""
+        if defense is None or isinstance(defense, optax.GradientTransformation):
+            return cls(None, defense, seed)
+        if not isinstance(defense, str):
+            raise InputError(
+                f"defense must be a specification such as 'gaussian:1e-3' or an Optax transformation, "
+                f"got a {type(defense).__name__}"
+            )
+        setting = build_defense(defense)
+        if setting.defense.per_example and local_steps > 1:
+            raise InputError(f"defense {setting.name!r} acts on every example's gradient; it takes one local step")
+        return cls(setting, None, seed)
+
+    @property
+    def name(self) -> str | None:
+        """What the server is told: the specification, "custom", or None."""
+        return self.setting.spec if self.setting else None if self.given is None else CUSTOM
+
+    @property
+    def per_example(self) -> bool:
+        """Whether the gradients of single examples are needed."""
+        return self.setting is not None and self.setting.defense.per_example
+
+    def apply(self, g: Any, model: Model, x: Any, victim: int) -> Any:
+        """What is sent of the gradient `g` of images `x`."""
+        transformation = self.given
+        if self.setting is not None:
+            key = jax.random.fold_in(jax.random.key(self.seed), victim)
+            transformation = self.setting.transformation(key, Client(model, x))
+        if transformation is None:
+            return g
+        params = dict(model.params)
+        return transformation.update(g, transformation.init(params), params)[0]
