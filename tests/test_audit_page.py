@@ -212,7 +212,7 @@ def test_the_verdict_is_in_words(verdict, word):
 
 def test_tables_and_plots_can_be_read_without_seeing_them():
     page = draw_page(full())
-    assert page.count("<table>") == page.count("<caption>") == page.count('role="region" tabindex="0" aria-label=') == 4
+    assert page.count("<table>") == page.count("<caption>") == page.count('role="region" tabindex="0" aria-label=') == 5
     assert page.count('role="img" aria-label=') == 2
     assert "<th>" not in page
     assert all(Reader(page).values("alt"))

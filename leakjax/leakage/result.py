@@ -20,6 +20,11 @@ class PaddedCount(NamedTuple):
     columns: int
     rank: int
 
+    @property
+    def missing(self) -> int:
+        """Columns that the rows leave open."""
+        return self.columns - self.rank
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerAudit:

@@ -1,5 +1,7 @@
 """The sections of an audit's page below its key numbers, each empty or a sentence where there is nothing to say."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from leakjax.leakage.result import Audit, LayerAudit, NoisePoint, Withheld
@@ -8,9 +10,10 @@ from leakjax.report.audit_plots import noise_plot, spectrum_plot
 from leakjax.report.markup import definitions, integer, name, paragraph, percent, real, section, table, text
 
 _LAYER_COLUMNS = (
-    "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "R-GAP rows", "R-GAP columns", "R-GAP rank",
-    "Condition", "Dead pixels", "Weight in c(M)", "Known share", "Pull-back depth", "Parameters",
+    "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "Condition", "Dead pixels", "Weight in c(M)",
+    "Known share", "Pull-back depth", "Parameters",
 )  # fmt: skip
+_PADDED_COLUMNS = "Layer", "Rows", "Columns", "Rank", "Columns left open"
 _DP_COLUMNS: tuple[tuple[str, str], ...] = (
     ("noise_multiplier", "Noise multiplier"), ("clip", "Clip"), ("epsilon", "ε"), ("delta", "δ"),
 )  # fmt: skip
@@ -25,10 +28,15 @@ def shapes_only(audit: Audit) -> bool:
 def layers_section(audit: Audit) -> str:
     """Every layer's numbers, first to last, and its sentence. Returns HTML."""
     rows = [_layer_row(layer) for layer in audit.layers]
+    padded = [(name(layer.name), *map(integer, (*layer.padded, layer.padded.missing))) for layer in audit.layers]
     note = "A dash: not computed." if any(layer.rank is None for layer in audit.layers) else ""
     sentences = definitions([(layer.name, text(layer.sentence)) for layer in audit.layers], "pairs")
     return section(
-        "layers", "Layer by layer", table("Layers, first to last", _LAYER_COLUMNS, rows, note=note), sentences
+        "layers",
+        "Layer by layer",
+        table("Layers, first to last", _LAYER_COLUMNS, rows, note=note),
+        sentences,
+        table("The same systems as R-GAP counts them, padding among the unknowns", _PADDED_COLUMNS, padded),
     )
 
 
@@ -64,22 +72,24 @@ def noise_section(audit: Audit) -> str:
         "How good an image can become when noise is added to every entry of the gradient. Higher PSNR is a better "
         "image; on photos a mid-grey guess scores about 10 to 15 dB."
     )
-    private = [
-        (field, title) for field, title in _DP_COLUMNS if any(getattr(p, field) is not None for p in audit.noise)
-    ]
-    columns = [
-        "Noise σ",
-        "PSNR bound, dB",
-        "PSNR with prior, dB",
-        "Effective dimensions",
-        *(title for _, title in private),
-    ]
+    plain = [point for point in audit.noise if point.noise_multiplier is None]
+    private = [point for point in audit.noise if point.noise_multiplier is not None]
+    parts = [*_noise_parts("Noise and the image it leaves", plain, audit), _uncertainty(audit)] if plain else []
+    if private:
+        parts.append(paragraph("After the gradient of each example is clipped, as DP-SGD does:"))
+        parts += _noise_parts("DP-SGD and the image it leaves", private, audit)
+    return section("noise", "Noise", paragraph(words), *parts)
+
+
+def _noise_parts(title: str, points: Sequence[NoisePoint], audit: Audit) -> list[str]:
+    """A table of points and their plot."""
+    known = [(f, name) for f, name in _DP_COLUMNS if any(getattr(p, f) is not None for p in points)]
+    columns = ["Noise σ", "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions", *(name for _, name in known)]
     measured = audit.leaked_dimensions is not None
-    rows = [_noise_row(point, [field for field, _ in private], measured) for point in audit.noise]
+    rows = [_noise_row(point, [field for field, _ in known], measured) for point in points]
     note = "“open”: the image is not determined, an unbiased attack has no finite error."
-    shown = note if measured and any(p.psnr_bound is None for p in audit.noise) else ""
-    parts = table("Noise and the image it leaves", columns, rows, note=shown), noise_plot(audit.noise)
-    return section("noise", "Noise", paragraph(words), *parts, _uncertainty(audit))
+    shown = note if measured and any(p.psnr_bound is None for p in points) else ""
+    return [table(title, columns, rows, note=shown), noise_plot(points)]
 
 
 def changes_section(audit: Audit) -> str:
@@ -125,9 +135,6 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
         integer(layer.rank),
         integer(layer.rank_deficiency),
         bound if layer.structural_exact else f"≤ {bound} <small>bound</small>",
-        integer(layer.padded.rows),
-        integer(layer.padded.columns),
-        integer(layer.padded.rank),
         real(layer.condition),
         integer(layer.dead_pixels),
         real(layer.weight),

@@ -13,18 +13,17 @@ def print_audit(console: Console, audit: Audit) -> None:
     shown = f"at most {audit.structural_leaked_dimensions:,}" if leaked is None else f"{leaked:,}"
     console.print(f"leaked dimensions {shown} of {audit.unknowns:,}; c(M) {audit.c_m:.2f}", highlight=False)
     table = Table("layer", title="layers", title_justify="left")
-    for column in ("unknowns", "rank", "by shapes", "R-GAP's rows", "columns", "condition", "dead", "pull-back"):
+    for column in ("unknowns", "rank", "by shapes", "condition", "dead", "weight", "pull-back"):
         table.add_column(column, justify="right")
     for layer in audit.layers:
         table.add_row(
             layer.name,
             f"{layer.unknowns:,}",
             "-" if layer.rank is None else f"{layer.rank:,}",
-            f"{layer.structural_rank:,}" + ("" if layer.structural_exact else " at most"),
-            f"{layer.padded.rows:,}",
-            f"{layer.padded.columns:,}",
+            ("" if layer.structural_exact else "<= ") + f"{layer.structural_rank:,}",
             "-" if layer.condition is None else f"{layer.condition:.1e}",
             str(layer.dead_pixels),
+            f"{layer.weight:.2f}",
             "-" if layer.pull_back_depth is None else str(layer.pull_back_depth),
         )
     console.print(table)

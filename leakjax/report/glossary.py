@@ -9,7 +9,7 @@ _TERMS = (
     ("Rank and deficiency", "How many unknowns of a layer's input its own equations determine; and that number less "
      "all of them, 0 where nothing is missing."),
     ("Structural rank", "The rank that the layer's shapes allow. Marked as a bound where the true one may be lower."),
-    ("R-GAP rows, columns, rank", "The layer's system as R-GAP counts it, zeros of the padding among the unknowns. "
+    ("R-GAP's rows, columns", "The layer's system as R-GAP counts it, zeros of the padding among the unknowns. "
      "More rows than columns do not make it solvable: the rank does."),
     ("Condition", "How much a layer's equations amplify errors: 1 is best for an attacker, and each factor of ten "
      "costs a digit."),
