@@ -10,12 +10,14 @@ import optax
 
 from leakjax.errors import InputError, unknown_name
 from leakjax.leakage import scoring
+from leakjax.leakage.derivative import linearize_update
 from leakjax.leakage.scoring import Score
 from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
 from leakjax.model import read_model
 
 METHODS = ("sketch", "exact")
+LIMITED = ("image", "batch")
 EXACT_LIMIT = 4096
 """Pixels of a batch up to which "exact" is allowed."""
 
@@ -51,6 +53,7 @@ def guard(
     max_psnr: float | None = None,
     noise: float | None = None,
     method: str = "sketch",
+    per: str = "image",
     probes: int = 2,
     steps: int = 4,
     prior: float = 0.25,
@@ -58,13 +61,14 @@ def guard(
 ) -> Guard:
     """Make a guard that scores what a client is about to send, u(x), by its Jacobian J = du/dx at the client's batch.
 
-    An update is allowed where leaked_fraction <= max_leaked_fraction and predicted_psnr <= max_psnr, with
+    An update is allowed where worst_leaked_fraction <= max_leaked_fraction and worst_psnr <= max_psnr, with
 
-        leaked_fraction = rank(J) / n,   predicted_psnr = -10 log10 mean_k 1 / (s_k^2 / noise^2 + 1 / prior^2),
+        worst_leaked_fraction = max_i mean_p (J^+ J)_pp,
+        worst_psnr = max_i -10 log10 mean_p ((J^T J / noise^2 + 1 / prior^2)^-1)_pp,
 
-    s_k the n singular values of J (0 beyond the rank). The first is what bounds every attack on an update without
-    noise; the second the error that noise leaves an attacker whose prior is Gaussian: a local estimate, exact for a
-    linear u. Both are means over the batch, and one image of it may leak more than the mean.
+    p over the pixels of image i. The first is what bounds every attack on an update without noise; the second the error
+    that noise leaves an attacker whose prior is Gaussian: a local estimate, exact for a linear u. leaked_fraction =
+    rank(J) / n and predicted_psnr are the same means over all n pixels of the batch, and limited where per="batch".
 
     Arguments:
     - `loss_fn(params, images, labels)`: the scalar that the client takes the gradient of; u is that gradient, and
@@ -73,9 +77,12 @@ def guard(
       several local steps, some layers withheld): any pytree;
     - `max_leaked_fraction` in (0, 1], `max_psnr` in dB with pixels in [0, 1]; at least one;
     - `noise`: standard deviation of the noise that will be added to every entry of u; None for none;
-    - `method`: "exact" (n up to 4096): the rank and every s_k, by `scoring.exact`; or "sketch": upper bounds,
-      the PSNR's up to the sampling of `probes` random directions: the parameters that see data are counted (the rank
-      itself, where it is below `probes`), and `steps` Lanczos steps bound the error: `scoring.sketch`;
+    - `method`: "exact" (n up to 4096): the projector and the inverse themselves, by `scoring.exact`; or "sketch": upper
+      bounds, the PSNR's up to the sampling of `probes` random directions: the parameters that see data are counted (the
+      rank itself, where it is below `probes`), and `steps` Lanczos steps bound the error: `scoring.sketch`;
+    - `per`: what the limits are on, the worst "image" or the mean of the "batch". Of an image's share the sketch knows
+      only that it is not above the count: on narrow networks alone is that below 1. Of its PSNR it knows more, where
+      there is `noise`, at probes x steps forward and reverse passes of the batch an image ("batch": in all);
     - `prior`: standard deviation of a pixel to an attacker who sees nothing; `seed`: of the random directions.
 
     `images` (B, ...) are floating point with pixels in [0, 1]: put what normalizes them into `loss_fn`. The
@@ -86,16 +93,19 @@ def guard(
     """
     sent = _sent(loss_fn, update_fn)
     _check_limits(max_leaked_fraction, max_psnr, prior)
-    _check_method(noise, method, probes, steps)
+    _check_method(noise, method, per, probes, steps)
     fraction_limit = math.inf if max_leaked_fraction is None else max_leaked_fraction
     psnr_limit = math.inf if max_psnr is None else max_psnr
     ridge = (noise or 0.0) ** 2 / prior**2
 
     @jax.jit
     def compiled(params: Any, images: Any, labels: Any) -> Score:
-        j, key = scoring.linearize_update(lambda x: sent(params, x, labels), images), jax.random.key(seed)
-        found = scoring.exact(j, key, ridge) if method == "exact" else scoring.sketch(j, key, ridge, probes, steps)
-        return scoring.score_of(*found, images.size, prior, fraction_limit, psnr_limit)
+        j, key = linearize_update(lambda x: sent(params, x, labels), images), jax.random.key(seed)
+        if method == "exact":
+            leak = scoring.exact(j, key, ridge)
+        else:
+            leak = scoring.sketch(j, key, ridge, probes, steps, j.examples if per == "image" else 1)
+        return scoring.score_of(leak, images.size, prior, fraction_limit, psnr_limit, per == "image")
 
     def score(params: Any, images: Any, labels: Any) -> Score:
         images, labels = _batch(images, labels, method)
@@ -125,7 +135,7 @@ def _transformation(score: Callable[[Any, Any, Any], Score]) -> optax.GradientTr
     def init(params: Any) -> GuardState:
         del params
         none, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        return GuardState(Score(none, none, none, jnp.ones((), bool)), count, count)
+        return GuardState(Score(none, none, none, none, none, jnp.ones((), bool)), count, count)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, images: Any, labels: Any, **extra_args: Any
@@ -161,11 +171,13 @@ def _check_limits(fraction: float | None, psnr: float | None, prior: float) -> N
         raise InputError(f"max_psnr must be above the {floor:.2f} dB that the prior of {prior} alone gives, got {psnr}")
 
 
-def _check_method(noise: float | None, method: str, probes: int, steps: int) -> None:
+def _check_method(noise: float | None, method: str, per: str, probes: int, steps: int) -> None:
     if noise is not None and not 0 <= noise < math.inf:
         raise InputError(f"noise must be a standard deviation >= 0, or None for no noise, got {noise}")
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
+    if per not in LIMITED:
+        raise unknown_name("per", per, LIMITED)
     for name, value in (("probes", probes), ("steps", steps)):
         if value < 1:
             raise InputError(f"{name} must be 1 or more, got {value}")

@@ -56,11 +56,14 @@ def batch_of(rng, examples, side=4, classes=5, dtype=jnp.float64):
     return images, jnp.asarray(rng.integers(classes, size=examples))
 
 
-def singular_values(params, images, labels):
+def dense_jacobian(params, images, labels, loss=loss_fn):
     """By jax.jacfwd and numpy: an oracle that shares nothing with the guard."""
-    jacobian = jax.jacfwd(jax.grad(loss_fn), argnums=1)(params, images, labels)
-    rows = [np.asarray(leaf).reshape(-1, images.size) for leaf in jax.tree.leaves(jacobian)]
-    s = np.linalg.svd(np.concatenate(rows), compute_uv=False)
+    jacobian = jax.jacfwd(jax.grad(loss), argnums=1)(params, images, labels)
+    return np.concatenate([np.asarray(leaf).reshape(-1, images.size) for leaf in jax.tree.leaves(jacobian)])
+
+
+def singular_values(params, images, labels):
+    s = np.linalg.svd(dense_jacobian(params, images, labels), compute_uv=False)
     return np.concatenate([s, np.zeros(images.size - s.size)])
 
 
@@ -97,6 +100,75 @@ def test_without_noise_the_error_is_what_the_prior_leaves(rng):
     assert score_by(params, images, labels, max_psnr=30.0, method="exact").predicted_psnr == 350
 
 
+def uneven_loss(params, images, labels):
+    """The second image of three counts most."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+    return jnp.sum(losses * jnp.asarray([1.0, 6.0, 1.0], losses.dtype))
+
+
+def every_image(params, images, labels, noise):
+    """Each image's share of the row space and its PSNR, by numpy from the dense Jacobian."""
+    j = dense_jacobian(params, images, labels, uneven_loss)
+    _, s, v = np.linalg.svd(j)
+    projector = v[: np.sum(s > 1e-12 * s[0])]
+    covariance = np.linalg.inv(j.T @ j / noise**2 + np.eye(images.size) / PRIOR**2)
+    shares, errors = np.sum(projector**2, axis=0), np.diag(covariance)
+    return shares.reshape(3, -1).mean(1), -10 * np.log10(errors.reshape(3, -1).mean(1))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-5), (jnp.float32, 1e-2)])
+@pytest.mark.parametrize("noise", [0.003, 0.3])
+def test_the_worst_image_is_that_of_the_dense_jacobian(rng, dtype, tolerance, noise):
+    params, (images, labels) = dense((16, 1, 5), rng), batch_of(rng, 3)
+    shares, psnrs = every_image(params, images, labels, noise)
+    assert (shares.argmax(), psnrs.argmax()) == (1, 1)
+    batch = (*jax.tree.map(lambda a: a.astype(dtype), (params, images)), labels)
+    score = score_by(*batch, loss=uneven_loss, max_leaked_fraction=1.0, noise=noise, method="exact")
+    assert score.worst_leaked_fraction == pytest.approx(shares.max(), abs=0.1 * tolerance)
+    assert score.worst_psnr == pytest.approx(psnrs.max(), abs=tolerance)
+    assert score.leaked_fraction == pytest.approx(shares.mean(), abs=1e-6)
+    assert score.worst_leaked_fraction > score.leaked_fraction + 0.05
+    clear = score_by(*batch, loss=uneven_loss, max_leaked_fraction=1.0, method="exact")
+    assert clear.worst_psnr == pytest.approx(-10 * np.log10(PRIOR**2 * (1 - shares.max())), abs=tolerance)
+
+
+def test_the_limits_are_on_the_worst_image_unless_on_the_batch(rng):
+    params, batch = dense((16, 1, 5), rng), batch_of(rng, 3)
+    shares, psnrs = every_image(params, *batch, 0.1)
+    for limit in (
+        {"max_leaked_fraction": 0.5 * float(shares.max() + shares.mean())},
+        {
+            "max_psnr": 0.5
+            * float(psnrs.max() + psnr_of(np.linalg.svd(dense_jacobian(params, *batch, uneven_loss))[1], 0.1))
+        },
+    ):
+        how = {"loss": uneven_loss, "noise": 0.1, "method": "exact", **limit}
+        assert not score_by(params, *batch, **how).allowed
+        assert score_by(params, *batch, per="batch", **how).allowed
+
+
+@pytest.mark.parametrize("noise", [None, 0.02, 0.3])
+def test_a_sketch_is_never_below_the_worst_image(rng, noise):
+    params, (images, labels) = dense((16, 1, 5), rng), batch_of(rng, 3)
+    how = {"loss": uneven_loss, "max_psnr": 40.0, "noise": noise, "probes": 64}
+    truth = score_by(params, images, labels, method="exact", **how)
+    two, six = (score_by(params, images, labels, steps=k, **how) for k in (2, 6))
+    batch = score_by(params, images, labels, per="batch", **how)
+    for bound in (two, six, batch):
+        assert bound.worst_leaked_fraction >= truth.worst_leaked_fraction
+    sampling = 0.0 if noise is None else deviation(truth.worst_psnr, images.size // 3, 64)
+    assert two.worst_psnr >= six.worst_psnr - 1e-4 >= truth.worst_psnr - sampling - 2e-4
+    assert batch.worst_psnr >= truth.worst_psnr - sampling
+    if noise == 0.3:
+        assert abs(six.worst_psnr - truth.worst_psnr) <= sampling + 0.1
+
+
+def deviation(psnr, pixels, probes):
+    """Three standard deviations in dB of a bound sampled by so many probes, at most."""
+    left = pixels * 10 ** (-0.1 * float(psnr)) / PRIOR**2
+    return 10 * np.log10(1 + 3 * np.sqrt(2 / (probes * left)))
+
+
 @pytest.mark.parametrize(("sizes", "examples", "noise"), [((16, 12, 5), 1, 0.2), ((16, 2, 5), 8, 0.01)])
 def test_a_sketch_is_never_below_what_leaks(rng, sizes, examples, noise):
     params, (images, labels) = dense(sizes, rng), batch_of(rng, examples)
@@ -107,8 +179,7 @@ def test_a_sketch_is_never_below_what_leaks(rng, sizes, examples, noise):
     assert all(b.leaked_dimensions >= truth.leaked_dimensions for b in bounds)
     one, three, ten = (float(b.predicted_psnr) for b in bounds)
     assert one >= three - 1e-4 >= ten - 2e-4  # each Lanczos step makes the bound closer
-    left = images.size * 10 ** (-0.1 * float(truth.predicted_psnr)) / PRIOR**2
-    sampling = 10 * np.log10(1 + 3 * np.sqrt(2 / (16 * left)))  # three standard deviations
+    sampling = deviation(truth.predicted_psnr, images.size, 16)
     assert abs(ten - truth.predicted_psnr) <= sampling + 0.1
     assert three >= truth.predicted_psnr - sampling
 
@@ -180,7 +251,7 @@ def test_models_and_states_of_flax(rng):
 
 def test_zeros_above_the_limit_and_counts(rng):
     params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 8)
-    tx = guard(loss_fn, max_leaked_fraction=0.7, method="exact").transformation
+    tx = guard(loss_fn, max_leaked_fraction=0.9, method="exact").transformation
     state = tx.init(params)
     gradients = jax.grad(loss_fn)(params, images, labels)
     sent, state = tx.update(gradients, state, params, images=images, labels=labels)
@@ -194,7 +265,8 @@ def test_zeros_above_the_limit_and_counts(rng):
 
 def test_in_a_chain_under_jit_and_scan(rng):
     params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 12)
-    tx = optax.chain(guard(loss_fn, max_leaked_fraction=0.5, noise=0.05).transformation, optax.sgd(0.1, momentum=0.9))
+    protect = guard(loss_fn, max_leaked_fraction=0.5, noise=0.05, per="batch")
+    tx = optax.chain(protect.transformation, optax.sgd(0.1, momentum=0.9))
     tx = optax.with_extra_args_support(tx)
 
     def step(carry, batch):
@@ -214,6 +286,20 @@ def test_in_a_chain_under_jit_and_scan(rng):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, kept, params))
 
 
+def test_the_chain_of_the_readme(rng):
+    """Eight noisy images are sent while the noise covers the worst of them; with less of it nothing is."""
+    net, (images, labels) = Net(nnx.Rngs(0)), batch_of(rng, 8)
+    loss, params = loss_of(net), read_model(net).params
+    for noise, sent in ((0.5, 1), (1e-4, 0)):
+        protect = guard(loss, max_psnr=20.0, noise=noise)
+        tx = optax.chain(protect.transformation, optax.sgd(0.1))
+        state = tx.init(params)
+        updates, state = tx.update(jax.grad(loss)(params, images, labels), state, params, images=images, labels=labels)
+        moved = optax.apply_updates(params, updates)
+        assert int(state[0].sent) == sent
+        assert any(jnp.any(moved[k] != params[k]) for k in params) == bool(sent)
+
+
 def test_bad_input_is_named(rng):
     params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 2)
     for kwargs, words in (
@@ -225,6 +311,7 @@ def test_bad_input_is_named(rng):
         ({"max_psnr": 30.0, "noise": -0.1}, "noise must be"),
         ({"max_psnr": 30.0, "prior": 0.0}, "prior must be"),
         ({"max_psnr": 30.0, "method": "skech"}, "did you mean 'sketch'"),
+        ({"max_psnr": 30.0, "per": "images"}, "did you mean 'image'"),
         ({"max_psnr": 30.0, "probes": 0}, "probes must be"),
         ({"max_psnr": 30.0, "steps": 0}, "steps must be"),
         ({"max_psnr": 30.0, "update_fn": loss_fn}, "either loss_fn or update_fn"),
@@ -261,7 +348,7 @@ def test_federated_averaging_over_real_digits(rng):
     """Three clients send updates of 128 images, a fourth would send one of a single image: only it is blocked."""
     parts, (test_images, test_labels) = digits()
     params = dense((64, 8, 10), rng)
-    protect = guard(loss_fn, max_leaked_fraction=0.2)
+    protect = guard(loss_fn, max_leaked_fraction=0.2, per="batch")
     tx = optax.chain(protect.transformation, optax.sgd(1.0))
 
     @jax.jit

@@ -1,17 +1,16 @@
 """What one outgoing update gives away about the batch behind it: a score cheap enough for a training loop."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from leakjax.jacobian import inverse_norms
+from leakjax.leakage.derivative import CHUNK, Derivative, each
+from leakjax.leakage.quadrature import errors_at_least
 from leakjax.metrics import PSNR_CAP
 
-CHUNK = 16  # directions that go through the network together
 OVERSAMPLING = 16
 
 
@@ -21,63 +20,61 @@ class Score(NamedTuple):
     - `leaked_dimensions`: the rank of J, or an upper bound of it; `leaked_fraction`: of the n pixels;
     - `predicted_psnr`: 10 log10(1 / mean squared error) in dB, pixels in [0, 1], that is left to an attacker who knows
       the prior, at most 350;
-    - `allowed`: whether both are within the limits.
-
-    All are of the whole batch: an image may leak more than the mean of its batch does.
+    - `worst_leaked_fraction`, `worst_psnr`: the same two of the image of which most leaks, or upper bounds of them; the
+      share of an image is the mean over its pixels of the diagonal of J^+ J, the projector onto the row space of J;
+    - `allowed`: whether all is within the limits.
     """
 
     leaked_dimensions: Float[Array, ""]
     leaked_fraction: Float[Array, ""]
     predicted_psnr: Float[Array, ""]
+    worst_leaked_fraction: Float[Array, ""]
+    worst_psnr: Float[Array, ""]
     allowed: Bool[Array, ""]
 
 
-class Derivative(NamedTuple):
-    """J = du/dx of an update at one batch: `forward(d)` = J d (P,), `adjoint(c)` = J^T c (n,), `weights` (P,)."""
+class Leak(NamedTuple):
+    """rank(J), the mean error in units of the prior's variance, and both of the worst image (rank as a fraction)."""
 
-    forward: Callable[[Array], Array]
-    adjoint: Callable[[Array], Array]
-    weights: Float[Array, " P"]
-    start: Float[Array, " n"]
-
-
-def linearize_update(update: Callable[[Any], Any], images: Float[Array, "B ..."]) -> Derivative:
-    """The derivative of `update(images)`, a pytree of P numbers; its weights are 1 / ||u_p|| of every array u_p.
-
-    The rank of J is that of diag(weights) J, whose rows are of one size: early and late layers' gradients differ by
-    orders of magnitude, and rounding in the larger would hide the smaller.
-    """
-
-    def flat(x: Array) -> Array:
-        return _ravel(update(x.reshape(images.shape)), x.dtype)
-
-    start = jnp.ravel(images)
-    _, forward = jax.linearize(flat, start)
-    transposed = jax.linear_transpose(forward, start)
-    at_x = [a.astype(start.dtype) for a in jax.tree.leaves(update(images)) if _floating(a)]
-    sizes = [jnp.broadcast_to(w, a.shape) for w, a in zip(inverse_norms(at_x), at_x, strict=True)]
-    weights = _ravel(sizes, start.dtype)
-    return Derivative(forward, lambda c: transposed(c)[0], jnp.where(jnp.isfinite(weights), weights, 1.0), start)
+    dimensions: Array
+    error: Array
+    worst_fraction: Array
+    worst_error: Array
 
 
-def exact(j: Derivative, key: Array, ridge: float) -> tuple[Array, Array]:
-    """rank(J), and `error_exactly`; `ridge` = (noise / prior)^2, 0 without noise: then the error is 1 - rank / n."""
-    rank = leaked_exactly(j, key)
-    return rank, error_exactly(j, rank, ridge) if ridge else 1.0 - rank / j.start.size
-
-
-def sketch(j: Derivative, key: Array, ridge: float, probes: int, steps: int) -> tuple[Array, Array]:
-    """An upper bound of rank(J), and a lower one of the error (but for sampling); `ridge` as for `exact`."""
-    starts = jax.random.rademacher(key, (probes, j.start.size), j.start.dtype)
-    dimensions = leaked_at_most(j, _each(j.forward, starts))
-    floor = 1.0 - dimensions / j.start.size
+def exact(j: Derivative, key: Array, ridge: float) -> Leak:
+    """`leaked_exactly` and `errors_exactly`; `ridge` = (noise / prior)^2, 0 without noise: then the error of the batch
+    is 1 - rank / n, and that of an image 1 - its share of the rank."""
+    rank, basis = leaked_exactly(j, key)
+    fraction, leaked = rank / j.start.size, jnp.arange(j.start.size) < rank
+    worst = jnp.max(_shares(j, basis, leaked)) if j.examples > 1 else fraction
     if not ridge:
-        return dimensions, floor
-    return dimensions, jnp.maximum(floor, error_at_least(j, starts, ridge, steps).astype(floor.dtype))
+        return Leak(rank, 1.0 - fraction, worst, 1.0 - worst)
+    errors = errors_exactly(j, basis, leaked, ridge)
+    return Leak(rank, jnp.mean(errors), worst, jnp.min(errors))
 
 
-def leaked_exactly(j: Derivative, key: Array) -> Array:
-    """rank(J) as the number of singular values of S diag(weights) J, S (5n/4 + 16, P) of random signs, above rounding.
+def sketch(j: Derivative, key: Array, ridge: float, probes: int, steps: int, blocks: int) -> Leak:
+    """Upper bounds of the rank and of an image's share, lower ones of the errors (but for sampling); `ridge` as above.
+
+    No image of B has more than all of what the batch gives away: its share is at most min(1, B rank / n), its error at
+    least 1 - B (1 - error of the batch). With `blocks` = B and noise every image's own error is bounded, at B times the
+    passes that `blocks` = 1 takes; the share has the count alone.
+    """
+    starts = jax.random.rademacher(key, (probes, j.start.size), j.start.dtype)
+    dimensions = leaked_at_most(j, each(j.forward, starts))
+    fraction = dimensions / j.start.size
+    error, least = 1.0 - fraction, jnp.zeros_like(fraction)
+    if ridge:
+        errors = errors_at_least(j, starts, ridge, steps, blocks).astype(error.dtype)
+        error, least = jnp.maximum(error, jnp.mean(errors)), jnp.min(errors) if blocks == j.examples else least
+    worst_error = jnp.maximum(least, j.examples * error - (j.examples - 1))
+    return Leak(dimensions, error, jnp.minimum(1.0, j.examples * fraction), worst_error)
+
+
+def leaked_exactly(j: Derivative, key: Array) -> tuple[Array, Float[Array, "n n"]]:
+    """rank(J) as the number of singular values of S diag(weights) J, S (5n/4 + 16, P) of random signs, above rounding;
+    and its right singular vectors as rows, of which the first rank(J) span the row space of J.
 
     The sketch keeps the rank (but for a probability that is rounding) and the singular values within a factor of about
     twenty, and squares nothing, hence it is good in float32 too: there the directions below 32 eps sqrt(9n/4) times
@@ -89,7 +86,9 @@ def leaked_exactly(j: Derivative, key: Array) -> Array:
     def row(key: Array) -> Array:
         return j.adjoint(j.weights * jax.random.rademacher(key, (parameters,), dtype))
 
-    return _rank(jax.lax.map(row, jax.random.split(key, n + n // 4 + OVERSAMPLING), batch_size=CHUNK))
+    rows = jax.lax.map(row, jax.random.split(key, n + n // 4 + OVERSAMPLING), batch_size=CHUNK)
+    _, values, basis = jnp.linalg.svd(jnp.linalg.qr(rows, mode="r"))
+    return _count(values, rows), basis
 
 
 def leaked_at_most(j: Derivative, columns: Float[Array, "k P"]) -> Array:
@@ -105,82 +104,59 @@ def leaked_at_most(j: Derivative, columns: Float[Array, "k P"]) -> Array:
     return jnp.minimum(n, jnp.where(rank < probes, rank, live))
 
 
-def error_exactly(j: Derivative, rank: Array, ridge: float) -> Array:
-    """(1/n) sum_k t / (s_k^2 + t), s_k the singular values of J, t = `ridge`: mean squared error / prior variance.
+def errors_exactly(
+    j: Derivative, basis: Float[Array, "n n"], leaked: Bool[Array, " n"], ridge: float
+) -> Float[Array, " B"]:
+    """Mean over the pixels of each image of the diagonal of t (J^T J + t)^-1, t = `ridge`: mean squared error / prior
+    variance; over the batch (1/n) sum_k t / (s_k^2 + t), s_k the singular values of J.
 
-    From the eigenvalues of the Gram matrix J^T J; all but the `rank` largest are 0, and these are at least rounding of
-    the largest, so that this is never above the truth by more than rounding. n forward and reverse passes, memory n^2.
+    From the Gram matrix J^T J within the row space, which the `leaked` rows of the `basis` span: there its eigenvalues
+    are at least rounding of the largest, outside 0, so that no error is above the truth by more than rounding.
+    n forward and reverse passes, memory n^2.
     """
-    n, dtype = j.start.size, j.start.dtype
-    gram = jax.lax.map(lambda d: j.adjoint(j.forward(d)), jnp.eye(n, dtype=dtype), batch_size=CHUNK)
-    values = jnp.linalg.eigvalsh(gram)[::-1]
-    rounding = 4 * jnp.finfo(dtype).eps * values[0]
-    values = jnp.where(jnp.arange(n) < rank, jnp.maximum(values, rounding), 0.0)
-    return jnp.mean(ridge / (values + ridge))
+    gram = jax.lax.map(lambda d: j.adjoint(j.forward(d)), basis, batch_size=CHUNK) @ basis.T
+    inside = leaked[:, None] & leaked[None]
+    apart = -jnp.max(jnp.diag(gram))  # below every eigenvalue of the row space, hence no eigenvector is of both
+    gram = jnp.where(inside, 0.5 * (gram + gram.T), jnp.diag(jnp.where(leaked, 0.0, apart)))
+    values, vectors = jnp.linalg.eigh(gram)
+    rounding = 4 * jnp.finfo(gram.dtype).eps * values[-1]
+    values = jnp.where(leaked[::-1], jnp.maximum(values, rounding), 0.0)
+    errors = jnp.square(basis.T @ vectors) @ (ridge / (values + ridge))
+    return jnp.mean(errors.reshape(j.examples, -1), axis=1)
 
 
-def error_at_least(j: Derivative, starts: Float[Array, "k n"], ridge: float, steps: int) -> Array:
-    """Stochastic Lanczos quadrature of (1/n) tr t (J^T J + t)^-1, t = `ridge`: mean over random signs v of a m-point
-    Gauss rule for v^T t (J^T J + t)^-1 v / ||v||^2.
-
-    A Gauss rule never exceeds its integral here, whatever the number m of `steps`, so but for the sampling the error is
-    a lower bound and the PSNR an upper one; relative standard deviation of the sampling at most sqrt(2 / (k n e)), e
-    the result. k m forward and reverse passes.
-    Reference: Golub & Meurant, Matrices, Moments and Quadrature, 2010, theorem 6.2 and chapter 11.
-    """
-
-    def rule(v: Array) -> Array:
-        values, vectors = jnp.linalg.eigh(_lanczos(lambda d: j.adjoint(j.forward(d)), v, steps))
-        return jnp.sum(vectors[0] ** 2 * ridge / (jnp.maximum(values, 0.0) + ridge))
-
-    return jnp.mean(_each(rule, starts, steps))
+def score_of(leak: Leak, pixels: int, prior: float, fraction_limit: float, limit: float, worst: bool) -> Score:
+    """The score of an update that leaks so much of `pixels`; the limits are on the `worst` image or on the batch."""
+    fraction = (leak.dimensions / pixels).astype(jnp.float32)
+    means = fraction, _psnr(leak.error, prior)
+    worsts = leak.worst_fraction.astype(jnp.float32), _psnr(leak.worst_error, prior)
+    limited = worsts if worst else means
+    allowed = (limited[0] <= fraction_limit) & (limited[1] <= limit)
+    return Score(leak.dimensions.astype(jnp.float32), *means, *worsts, allowed)
 
 
-def score_of(dimensions: Array, error: Array, pixels: int, prior: float, fraction_limit: float, limit: float) -> Score:
-    """The score of an update that leaks so many `dimensions` and leaves `error` of the prior's variance."""
-    fraction = (dimensions / pixels).astype(jnp.float32)
+def _psnr(error: Array, prior: float) -> Array:
     psnr = -10.0 * jnp.log10(jnp.maximum(error.astype(jnp.float32) * prior**2, 10.0 ** (-PSNR_CAP / 10.0)))
-    psnr = jnp.minimum(psnr, PSNR_CAP)
-    allowed = (fraction <= fraction_limit) & (psnr <= limit)
-    return Score(dimensions.astype(jnp.float32), fraction, psnr, allowed)
+    return jnp.minimum(psnr, PSNR_CAP)
 
 
-def _each(function: Callable[[Array], Array], rows: Float[Array, "k n"], passes: int = 1) -> Array:
-    """The function, of so many `passes`, of every row. Few are written out: convolutions are slow in loops on CPUs."""
-    if rows.shape[0] * passes <= CHUNK:
-        return jnp.stack([function(row) for row in rows])
-    return jax.lax.map(function, rows, batch_size=CHUNK)
-
-
-def _lanczos(apply: Callable[[Array], Array], v: Array, steps: int) -> Float[Array, "m m"]:
-    """The tridiagonal matrix of m = `steps` Lanczos steps from v, each orthogonalized twice; 0 after a breakdown."""
-    eps = jnp.finfo(v.dtype).eps
-    basis, diagonal, beside = [v / jnp.linalg.norm(v)], [], []
-    for _ in range(steps):
-        image, before = apply(basis[-1]), jnp.stack(basis)
-        diagonal.append(basis[-1] @ image)
-        rest = image - (before @ image) @ before
-        rest = rest - (before @ rest) @ before
-        size = jnp.linalg.norm(rest)
-        size = jnp.where(size > 10 * eps * jnp.linalg.norm(image), size, 0.0)
-        basis.append(jnp.where(size > 0, rest / jnp.where(size > 0, size, 1.0), 0.0))
-        beside.append(size)
-    off = jnp.diag(jnp.stack(beside)[:-1], 1) if steps > 1 else jnp.zeros((1, 1), v.dtype)
-    return jnp.diag(jnp.stack(diagonal)) + off + off.T
+def _shares(j: Derivative, basis: Float[Array, "n n"], leaked: Bool[Array, " n"]) -> Float[Array, " B"]:
+    """Mean over each image's pixels of the projector's diagonal; 1 where it is but for rounding."""
+    diagonal = jnp.sum(jnp.where(leaked[:, None], jnp.square(basis), 0.0), axis=0)
+    shares = jnp.mean(diagonal.reshape(j.examples, -1), axis=1)
+    return jnp.where(shares > 1.0 - _rounding(basis), 1.0, shares)
 
 
 def _rank(matrix: Float[Array, "a b"]) -> Array:
-    """How many singular values stand out of rounding; all of them where they are not finite."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    values = jnp.linalg.svd(jnp.linalg.qr(tall, mode="r"), compute_uv=False)
-    rounding = 32 * math.sqrt(sum(matrix.shape)) * float(jnp.finfo(matrix.dtype).eps)
-    count = jnp.count_nonzero(values > rounding * values[0])
+    return _count(jnp.linalg.svd(jnp.linalg.qr(tall, mode="r"), compute_uv=False), matrix)
+
+
+def _count(values: Float[Array, " n"], matrix: Float[Array, "a b"]) -> Array:
+    """How many singular values of the matrix stand out of rounding; all of them where they are not finite."""
+    count = jnp.count_nonzero(values > _rounding(matrix) * values[0])
     return jnp.where(jnp.isfinite(values[0]), count, values.size)
 
 
-def _floating(a: Any) -> bool:
-    return jnp.issubdtype(a.dtype, jnp.floating)
-
-
-def _ravel(tree: Any, dtype: Any) -> Array:
-    return jnp.concatenate([jnp.ravel(a).astype(dtype) for a in jax.tree.leaves(tree) if _floating(a)])
+def _rounding(matrix: Float[Array, "a b"]) -> float:
+    return 32 * math.sqrt(sum(matrix.shape)) * float(jnp.finfo(matrix.dtype).eps)
