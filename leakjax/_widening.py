@@ -1,13 +1,47 @@
 """A model with its own roundings taken out: half-precision layers, softmax in float32, computed in one wide dtype."""
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from leakjax import _jaxpr
 from leakjax._primitives import CALLS, CUSTOM_DERIVATIVES
+from leakjax.errors import InputError
 from leakjax.model import Arrays, Model
+from leakjax.network import read_network
+from leakjax.observation import run_model
+
+
+class Wide(NamedTuple):
+    """A `model` in one dtype, the least dtype that its `own` code computes in, and why its roundings could not be taken
+    out (None where they could, or where there are none)."""
+
+    model: Model
+    own: Any
+    reason: str | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model's own code is less precise than the dtype asked for."""
+        asked = jnp.result_type(*(a.dtype for a in self.model.params.values()))
+        return bool(jnp.finfo(self.own).eps > jnp.finfo(asked).eps)
+
+
+def in_one_precision(model: Model, input_shape: Sequence[int], dtype: Any) -> Wide:
+    """The model in `dtype`, its own roundings (half precision, a softmax in float32) taken out where that can be."""
+    cast = model.astype(dtype)
+    found = Wide(cast, jnp.dtype(read_network(cast, input_shape, 1, dtype).precision))
+    if not found.rounds:
+        return found
+    exact = widened(model, dtype)
+    try:
+        run_model(exact, jax.ShapeDtypeStruct((1, *input_shape), dtype))
+    except InputError as error:
+        return found._replace(reason=str(error))
+    return found._replace(model=exact)
 
 
 def widened(model: Model, dtype: Any) -> Model:
@@ -16,7 +50,7 @@ def widened(model: Model, dtype: Any) -> Model:
     Running it raises `ValueError` where it has loops or branches.
     """
     wide = model.astype(dtype)
-    return Model(_apply(model.apply, str(jax.numpy.dtype(dtype))), wide.params, wide.buffers)
+    return Model(_apply(model.apply, str(jnp.dtype(dtype))), wide.params, wide.buffers)
 
 
 @functools.lru_cache(maxsize=16)
@@ -30,6 +64,6 @@ def _apply(apply: Any, dtype: str) -> Any:
 
         graph = _jaxpr.trace(function, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), CALLS | CUSTOM_DERIVATIVES)
         env = {**{i: variables[p] for i, p in zip(graph.variables, paths, strict=True)}, graph.input: x}
-        return _jaxpr.evaluate_in(jax.numpy.dtype(dtype), graph.needed(graph.output, list(env)), env, graph.output)
+        return _jaxpr.evaluate_in(jnp.dtype(dtype), graph.needed(graph.output, list(env)), env, graph.output)
 
     return run

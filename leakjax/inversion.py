@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from leakjax._widening import Wide, in_one_precision
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.attacks.told import certifiable
@@ -111,12 +113,13 @@ def invert(
         raise InputError(f"chunk must be a positive integer, got {chunk!r}")
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
-        model = _cast(observation.model, dtype)
+        wide = _cast(observation.model, tuple(observation.input_shape), dtype)
+        model = wide.model
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
         chain = _chain(model, observation, dtype, chosen.layerwise)
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
-        precision = max(float(np.finfo(observation.precision).eps), float(np.finfo(network.precision).eps))
+        precision = max(float(np.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps))
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         problem = Problem(
             chain,
@@ -156,8 +159,8 @@ def _told(observation: Observation, adaptive: bool) -> Setting | None:
 
 
 @functools.lru_cache(maxsize=16)
-def _cast(model: Model, dtype: str) -> Model:
-    return model.astype(dtype)
+def _cast(model: Model, input_shape: tuple[int, ...], dtype: str) -> Wide:
+    return in_one_precision(model, input_shape, dtype)
 
 
 def _chain(model: Model, observation: Observation, dtype: str, needed: bool) -> Chain | None:

@@ -16,7 +16,7 @@ def target(label: Label, outputs: int, dtype: jnp.dtype) -> Float[Array, " K"]:
 
     A label that is a vector already (a soft label) is the target.
     """
-    if label.ndim == 1:
+    if jnp.ndim(label) == 1:
         return label
     if outputs == 1:
         return jnp.asarray(label, dtype)[None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from scipy.optimize import brentq
 
 from leakjax import InputError, invert, observe, read_model
@@ -302,3 +303,21 @@ def test_two_images_in_range_with_one_gradient_are_both_given():
     again = observe((apply, params), (images[1][None], np.array([1])), loss="sigmoid_binary_cross_entropy")
     for path, g in observation.gradients.items():
         np.testing.assert_allclose(again.gradients[path], g, rtol=1e-9, atol=1e-14)
+
+
+def test_a_model_of_half_precision_is_inverted_in_float64(rng):
+    """Its own roundings are taken out of the model; the gradient keeps them, and no certificate is `exact`."""
+
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.conv = nnx.Conv(2, 6, (3, 3), padding="VALID", dtype=jnp.bfloat16, rngs=rngs)
+            self.head = nnx.Linear(96, 4, dtype=jnp.bfloat16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.tanh(self.conv(x)).reshape(len(x), -1))
+
+    x = rng.uniform(size=(1, 6, 6, 2))
+    answer = invert(observe(Net(), (x, np.array([1])), dtype="float32"), attack="match")
+    assert answer.certificates[0].status != "exact"
+    assert np.sqrt(np.mean((answer.images - x) ** 2)) < 0.05

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax._widening import widened
+from leakjax._widening import in_one_precision
 from leakjax.errors import InputError
 from leakjax.leakage.asking import Asked, Measured
 from leakjax.leakage.estimating import estimate
@@ -27,7 +27,6 @@ from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
 from leakjax.model import Model
 from leakjax.network import Gradient, batch_gradient, read_network
-from leakjax.observation import run_model
 from leakjax.residuals import push_forward
 from leakjax.segments import Segment
 
@@ -36,17 +35,14 @@ LARGEST_LAYERS = 20_000  # unknowns up to which layers are probed
 
 
 def in_precision(model: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Model, list[str]]:
-    """The model in `dtype`, its own roundings (half precision, a softmax in float32) taken out, and remarks on that."""
-    wide = model.astype(dtype)
-    own = jnp.dtype(read_network(wide, shape, 1, dtype).precision)
-    if jnp.finfo(own).bits >= jnp.finfo(dtype).bits:
-        return wide, []
-    exact = widened(model, dtype)
-    try:
-        run_model(exact, jax.ShapeDtypeStruct((1, *shape), dtype))
-    except InputError as error:
-        return wide, [f"ranks are uncertain: the model computes in {own.name} by itself, and {error}"]
-    return exact, [f"the model computes in {own.name} by itself; looked at as if it did in {jnp.dtype(dtype).name}"]
+    """The model in `dtype`, and a remark where its own code rounds to less."""
+    wide = in_one_precision(model, shape, dtype)
+    if not wide.rounds:
+        return wide.model, []
+    own = f"the model computes in {wide.own.name} by itself"
+    if wide.reason:
+        return wide.model, [f"ranks are uncertain: {own}, and {wide.reason}"]
+    return wide.model, [f"{own}; looked at as if it did in {jnp.dtype(dtype).name}"]
 
 
 def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndarray, asked: Asked) -> Measured:
