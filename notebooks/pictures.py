@@ -13,6 +13,12 @@ logging.getLogger("absl").setLevel("ERROR")  # tensorflow-datasets says which im
 SIDE = 1.65  # inches of a panel
 
 
+def halved(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, C) of half the height and width: the mean of every 2 x 2 pixels."""
+    n, height, width, channels = images.shape
+    return images.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
 def photos(panels: Sequence[tuple[np.ndarray, str]], columns: int = 6, side: float = SIDE) -> None:
     """Show (image (H, W, C) on a [0, 1] scale, title) panels, `columns` in a row."""
     for axis, (image, title) in zip(_axes(len(panels), columns, side)[1], panels, strict=False):
