@@ -10,6 +10,8 @@ from matplotlib.colors import LogNorm
 
 logging.getLogger("absl").setLevel("ERROR")  # tensorflow-datasets says which image decoder it prefers
 
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "figure.dpi": 100})
+
 SIDE = 1.65  # inches of a panel
 
 
@@ -68,7 +70,6 @@ def _text(cell: Any) -> str:
 def _axes(count: int, columns: int, side: float, extra: float = 0.0) -> tuple[Any, list[Any]]:
     columns = min(count, columns)
     rows = -(-count // columns)
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 8})
     size = (columns * side + extra, rows * (side + 0.32))
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", dpi=100, squeeze=False)
     for axis in axes.flat:

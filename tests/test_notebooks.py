@@ -15,6 +15,12 @@ pytest.importorskip("nbclient")
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NAMES = [
     "01_first_reconstruction",
+    "02_anatomy_of_one_layer",
+    "03_what_c_of_M_says",
+    "04_batches_and_matching",
+    "05_defenses_and_the_noise_bound",
+    "06_your_own_model",
+    "07_scaling_on_accelerators",
 ]
 ALLOWED = {"leakjax", "jax", "flax", "optax", "numpy", "matplotlib", "pictures", "json", "pathlib", "tempfile", "time"}
 MACHINE = re.compile(r"/(home|root|tmp|work|Users|opt|usr|var)/|[A-Z]:\\\\")
@@ -78,14 +84,14 @@ def test_it_calls_libraries_and_defines_no_algorithm(name):
                 assert not [n for n in inner if isinstance(n, ast.For | ast.While)]
             elif isinstance(node, ast.FunctionDef | ast.ClassDef):
                 assert name.startswith("06")
-        assert len(cell.source.splitlines()) <= 32
+        assert len(cell.source.splitlines()) <= 40
 
 
 def test_tidying_drops_what_differs_between_machines_and_joins_streams():
     tidy = runner().tidy
     cell = nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.execute_input": "2026"}})
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=t) for t in ("a\n", "b\n")]
-    notebook = tidy(nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"version": "3.11.2"}}))
+    notebook = tidy(nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.11.2"}}))
     assert notebook.cells[0].metadata == {}
     assert [output.text for output in notebook.cells[0].outputs] == ["a\nb\n"]
     assert "version" not in notebook.metadata.language_info
