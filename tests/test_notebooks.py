@@ -91,7 +91,8 @@ def test_tidying_drops_what_differs_between_machines_and_joins_streams():
     tidy = runner().tidy
     cell = nbformat.v4.new_code_cell("1", metadata={"execution": {"iopub.execute_input": "2026"}})
     cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=t) for t in ("a\n", "b\n")]
-    notebook = tidy(nbformat.v4.new_notebook(cells=[cell], metadata={"language_info": {"name": "python", "version": "3.11.2"}}))
+    metadata = {"language_info": {"name": "python", "version": "3.11.2"}}
+    notebook = tidy(nbformat.v4.new_notebook(cells=[cell], metadata=metadata))
     assert notebook.cells[0].metadata == {}
     assert [output.text for output in notebook.cells[0].outputs] == ["a\nb\n"]
     assert "version" not in notebook.metadata.language_info
