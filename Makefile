@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint bench notebooks clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test-all: lint
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks throughput --out bench-out
+
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/run.py
 
 clean:
 	rm -rf $(VENV) demo bench-out leakjax-out
