@@ -302,6 +302,18 @@ def test_command_line(run, nets, tmp_path):
         np.testing.assert_array_equal(capture["params/head/kernel"], weights["params/head/kernel"])
 
 
+def test_command_line_trains_with_a_defense(run, nets):
+    options = ("--dataset", "digits", "--limit", "64", "--epochs", "1", "--keep", "1", "--batch-size", "8")
+    summaries = {}
+    for defense in ("dp_sgd:1.0,1e-9", "dp_sgd:1e-9,1e-9"):
+        result = run("train", "--model", *nets, *options, "--optimizer", "sgd", "--defense", defense, "--json")
+        assert result.exit_code == 0, result.stderr
+        summaries[defense] = json.loads(result.stdout)
+        assert summaries[defense]["defense"] == defense.replace("e-9", "e-09")
+    first, second = (s["train_loss"][0] for s in summaries.values())
+    assert first != second
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
