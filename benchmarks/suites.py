@@ -71,7 +71,7 @@ def _defenses(model: str) -> list[Case]:
     return [case for client in clients for case in _cross(model, "match", data=data, **client)]
 
 
-SIDES, WIDTHS, DEPTHS, BATCHES = (16, 24, 32, 48, 64), (6, 12, 24, 48), (1, 2, 3, 4, 6), (1, 2, 4, 8)
+SIDES, WIDTHS, DEPTHS, BATCHES = (16, 24, 32, 48, 64), (12, 16, 24, 48), (1, 2, 3, 4, 6), (1, 2, 4, 8)
 BASE = (32, 12, 2)
 
 
