@@ -25,6 +25,7 @@ STUDIES = {
     "throughput": "images a second by batch, memory, compilation; the engine against dense least squares",
     "zoo": "reconstructions of the whole zoo, by options",
     "solvers": "every solver of the matching problem on the same gradients",
+    "accuracy": "test accuracy after training with each defense, beside what an attack on it still finds",
     "guard": "what the guard of training loops costs",
 }
 

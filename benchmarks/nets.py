@@ -15,7 +15,7 @@ _PLAIN = re.compile(r"plain:(\d+)x(\d+)x(\d+)")
 
 
 def plain(side: int, width: int, depth: int) -> str:
-    """The name of a net for `side` x `side` x 3 images: `depth` convolutions of `width` filters, the last strided."""
+    """The name of a net for `side` x `side` x 3 images: `depth` convolutions of `width` filters, the first strided."""
     return f"plain:{side}x{width}x{depth}"
 
 
@@ -33,7 +33,7 @@ def net_spec(name: str) -> ModelSpec:
             raise InputError(f"model {name!r} is neither one of the zoo nor plain:SIDExWIDTHxDEPTH")
         return MODELS[name]
     side, width, depth = size
-    layers = [Conv(width, 3, 1 + (k == depth - 1), 1) for k in range(depth)]
+    layers = [Conv(width, 3, 1 + (k == 0), 1) for k in range(depth)]
 
     def build(rngs: nnx.Rngs, activation: str, init: str) -> ConvNet:
         chosen = [parse_activation(activation)] * depth

@@ -31,6 +31,7 @@ def _cross(
     batches: tuple[int, ...] = (1,),
     dtypes: tuple[str, ...] = ("float64",),
     images: int = IMAGES,
+    data: str | None = None,
     **common: Any,
 ) -> list[Case]:
     """Every combination of models, activations, batch sizes, dtypes and attacks, on the same images."""
@@ -38,7 +39,7 @@ def _cross(
     axes = models.split(), activations, batches, dtypes, attacks.split()
     for model, activation, batch, dtype, attack in itertools.product(*axes):
         given = {"activation": activation, "batch": batch, "dtype": dtype, **common}
-        cases += on_images(Case(model, attack, data_for(model), **given), range(images))
+        cases += on_images(Case(model, attack, data or data_for(model), **given), range(images))
     return cases
 
 
@@ -66,10 +67,11 @@ def _defenses(model: str) -> list[Case]:
     clients += [{"local_steps": steps, "learning_rate": 0.01} for steps in (2, 5)]
     kept: list[dict[str, Any]] = [{}, {"defense": "gaussian:1e-3"}, {"defense": "dp_sgd:1.0,1e-3"}]
     clients += [{**client, "batches": (2, 4, 8)} for client in kept]
-    return [case for client in clients for case in _cross(model, "match", activations=("tanh",), **client)]
+    data = f"{PHOTOS}@32"
+    return [case for client in clients for case in _cross(model, "match", data=data, **client)]
 
 
-SIDES, WIDTHS, DEPTHS, BATCHES = (16, 24, 32, 48, 64), (6, 12, 24, 48), (1, 2, 3, 4, 6), (1, 2, 4, 8)
+SIDES, WIDTHS, DEPTHS, BATCHES = (16, 24, 32, 48, 64), (12, 16, 24, 48), (1, 2, 3, 4, 6), (1, 2, 4, 8)
 BASE = (32, 12, 2)
 
 
@@ -108,7 +110,7 @@ SUITES: Mapping[str, Suite] = {
         _cross("wide", "dlg inverting_gradients match", activations=("tanh",), batches=(4, 8)),
     ),
     "defenses": _suite(
-        "what each defense leaves of the images, by its strength, local steps and batch", _defenses("wide")
+        "what each defense leaves of the images, by its strength, local steps and batch", _defenses(plain(16, 24, 1))
     ),
     "scaling": Suite("cost against image side, width, depth and batch", tuple(_scaling())),
 }

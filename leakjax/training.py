@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from leakjax.defenses import Setting, build_defense
 from leakjax.errors import InputError, unknown_name
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Arrays, Model, read_model
@@ -50,7 +51,7 @@ def train(
     clients: int = 1,
     optimizer: optax.GradientTransformation | None = None,
     loss: str = "softmax_cross_entropy",
-    defense: optax.GradientTransformation | None = None,
+    defense: str | optax.GradientTransformation | None = None,
     test: Any = None,
     keep: Collection[int] | None = None,
     input_range: tuple[float, float] = (0.0, 1.0),
@@ -72,9 +73,11 @@ def train(
       of a one-logit model are 0 or 1;
     - `batch_size`: B, examples of one client in one step; `clients`: K, whose gradients one step averages;
     - `optimizer`: of Optax (default `optax.adam(1e-3)`);
-    - `defense`: an `optax.GradientTransformation` applied to each client's gradient, a state for each client; random
-      keys in that state are made different. Its update is given `images` and `labels`, as `guard` wants them;
-    - `keep`: epochs, 0..E, whose parameters are kept (default: all); `seed`: of the order of the examples;
+    - `defense`: as typed for `observe` ("gaussian:1e-3"), new random numbers for every client and step; or an
+      `optax.GradientTransformation` applied to each client's gradient, a state for each client; random keys in that
+      state are made different. Its update is given `images` and `labels`, as `guard` wants them;
+    - `keep`: epochs, 0..E, whose parameters are kept (default: all); `seed`: of the order of the examples and
+      of a defense's random numbers;
     - `dtype`: "float32" or "float64".
 
     Same arguments, same device, same result. Steps run in one `lax.scan` an epoch while its examples take less than
@@ -85,6 +88,9 @@ def train(
     if loss not in LOSSES:
         raise unknown_name("loss", loss, LOSSES)
     kept_epochs = _check_numbers(epochs, batch_size, clients, seed, keep)
+    chosen = build_defense(defense) if isinstance(defense, str) else defense
+    if not (chosen is None or isinstance(chosen, Setting | optax.GradientTransformation)):
+        raise InputError(f"defense must be a specification or an Optax transformation, got a {type(defense).__name__}")
     told = progress or (lambda stage: None)
     examples = examples_of(data, "data", input_range)
     tests = None if test is None else examples_of(test, "test", input_range)
@@ -100,9 +106,10 @@ def train(
             if given is not None:
                 _check_fit(name, given, read)
         optimizer = optimizer or optax.adam(1e-3)
-        run_steps = make_steps(read, loss, optimizer, defense, examples, floating)
+        run_steps = make_steps(read, loss, optimizer, chosen, examples, floating)
         accuracy = (lambda params: np.nan) if tests is None else make_accuracy(read, tests, loss, floating)
-        state = start(read, optimizer, defense, clients)
+        first = examples.scaled(examples.images[:batch_size], floating)
+        state = start(read, optimizer, chosen, clients, seed, first)
         kept, losses, accuracies = {}, [], []
         order = np.random.default_rng(seed)
         for epoch in range(epochs + 1):

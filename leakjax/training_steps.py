@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Int
 
-from leakjax.client import mean_loss
+from leakjax.client import example_losses, mean_loss
+from leakjax.defenses import Client, Setting
 from leakjax.model import Arrays, Model
 from leakjax.training_data import Examples
 
@@ -17,8 +18,12 @@ BYTES_AT_ONCE = 2**30
 _TEST_BATCH = 256
 
 
+Defense = Setting | optax.GradientTransformation | None
+
+
 class State(NamedTuple):
-    """What a step takes to the next: parameters, the optimizer's state, and the defense's of each client."""
+    """What a step takes to the next: parameters, the optimizer's state, and the defense's of each client (a random key
+    for one of the table, which is built anew in every step)."""
 
     params: Arrays
     optimizer: Any
@@ -26,10 +31,22 @@ class State(NamedTuple):
 
 
 def start(
-    model: Model, optimizer: optax.GradientTransformation, defense: optax.GradientTransformation | None, clients: int
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    defense: Defense,
+    clients: int,
+    seed: int,
+    images: Any,
 ) -> State:
-    """The state before the first step; where the defense's holds a random key, each client has one of its own."""
+    """The state before the first step; where the defense's holds a random key, each client has one of its own.
+
+    `images` (B, H, W, C) of one client, in the input range: what cannot be defended is found out before anything runs.
+    """
     params = {path: jnp.asarray(a) for path, a in model.params.items()}
+    if isinstance(defense, Setting):
+        key = jax.random.key(seed)
+        defense.transformation(key, Client(model, images))
+        return State(params, optimizer.init(params), jax.random.split(key, clients))
     one = None if defense is None else defense.init(params)
     return State(params, optimizer.init(params), jax.tree.map(lambda leaf: _for_each(leaf, clients), one))
 
@@ -38,19 +55,12 @@ def make_steps(
     model: Model,
     loss: str,
     optimizer: optax.GradientTransformation,
-    defense: optax.GradientTransformation | None,
+    defense: Defense,
     examples: Examples,
     dtype: Any,
 ) -> Callable[[State, Any, Any], tuple[State, Any]]:
     """(state, images (S, K, B, H, W, C), labels (S, K, B)) -> the state after S steps of K clients, and S losses."""
-    of_batch = mean_loss(model, loss)
-    defended = None if defense is None else optax.with_extra_args_support(defense)
-
-    def client(params: Any, state: Any, images: Any, labels: Any) -> Any:
-        value, gradient = jax.value_and_grad(of_batch)(params, model.buffers, images, labels)
-        if defended is not None:
-            gradient, state = defended.update(gradient, state, params, images=images, labels=labels)
-        return value, gradient, state
+    client = _client(model, loss, defense)
 
     def step(state: State, batch: Any) -> tuple[State, Any]:
         images, labels = examples.scaled(batch[0], dtype), batch[1]
@@ -62,6 +72,39 @@ def make_steps(
         return State(params, following, states), jnp.mean(values)
 
     return jax.jit(lambda state, images, labels: jax.lax.scan(step, state, (images, labels)))
+
+
+def _client(model: Model, loss: str, defense: Defense) -> Callable[..., Any]:
+    """(params, state, images (B, H, W, C), labels (B,)) -> the loss, what a client sends, and its next state."""
+    of_batch = mean_loss(model, loss)
+    if isinstance(defense, Setting):
+        return _of_the_table(model, loss, defense)
+    defended = None if defense is None else optax.with_extra_args_support(defense)
+
+    def client(params: Any, state: Any, images: Any, labels: Any) -> Any:
+        value, gradient = jax.value_and_grad(of_batch)(params, model.buffers, images, labels)
+        if defended is not None:
+            gradient, state = defended.update(gradient, state, params, images=images, labels=labels)
+        return value, gradient, state
+
+    return client
+
+
+def _of_the_table(model: Model, loss: str, setting: Setting) -> Callable[..., Any]:
+    """As `_client`; the defense may look at the images and the weights of the step, as in `observe`."""
+    of_batch, of_each = mean_loss(model, loss), example_losses(model, loss)
+
+    def client(params: Any, key: Any, images: Any, labels: Any) -> Any:
+        key, drawn = jax.random.split(key)
+        if setting.defense.per_example:
+            value = of_batch(params, model.buffers, images, labels)
+            gradient = jax.jacrev(of_each)(params, model.buffers, images, labels)
+        else:
+            value, gradient = jax.value_and_grad(of_batch)(params, model.buffers, images, labels)
+        transformation = setting.transformation(drawn, Client(model.with_arrays(params, model.buffers), images))
+        return value, transformation.update(gradient, transformation.init(params), params)[0], key
+
+    return client
 
 
 def steps_at_once(steps: Int[np.ndarray, "S K B"], examples: Examples) -> Iterator[Int[np.ndarray, "s K B"]]:

@@ -44,9 +44,8 @@ def test_commands_run(tmp_path: Path) -> None:
     assert (tmp_path / "leakjax-out" / "reconstruction.npz").exists()
 
 
-TABLES = re.findall(
-    r"<!-- table: (.*?) -->\n(.*?)<!-- end of table -->", README + (ROOT / "docs" / "zoo.md").read_text(), re.DOTALL
-)
+PAGES = README + "".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+TABLES = re.findall(r"<!-- table: (.*?) -->\n(.*?)<!-- end of table -->", PAGES, re.DOTALL)
 
 
 @pytest.mark.parametrize(("command", "shown"), TABLES, ids=[command.split("/")[-1] for command, _ in TABLES])
@@ -54,4 +53,4 @@ def test_tables_are_those_of_the_records(command: str, shown: str) -> None:
     command = [sys.executable, *command.split()[1:]]
     made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=300).stdout
     assert made.strip() == shown.strip()
-    assert made.count("\n") > 8
+    assert made.count("\n") >= 3

@@ -115,6 +115,55 @@ def test_defended_training_learns_less(trained, digits):
     assert 0.3 < found.accuracy[-1] < trained.accuracy[-1] - 0.01
 
 
+@pytest.mark.parametrize("spec", ["gaussian:0.05", "dp_sgd:1.0,0.5", "sign", "qsgd:4", "soteria:0.5", "top_k:0.9"])
+def test_defenses_by_name_send_what_observe_says(spec, digits):
+    """One step of SGD at rate 1 moves the weights by what one client sends, noise apart."""
+    images, labels = to_range(digits[0].images[:4], (0.0, 1.0)), digits[0].labels[:4]
+    silent = {"gaussian:0.05": "gaussian:1e-12", "dp_sgd:1.0,0.5": "dp_sgd:1.0,0"}.get(spec, spec)
+    found = train(
+        small(), (images, labels), epochs=1, batch_size=4, optimizer=optax.sgd(1.0), defense=silent, dtype="float64"
+    )
+    moved = {p: found.kept[0][p] - found.kept[1][p] for p in found.kept[0]}
+    if spec == "qsgd:4":  # rounds at random: the levels are those of the gradient sent
+        plain = observe(small(), (images, labels), batch_size=4).gradients
+        for path, a in moved.items():
+            step = np.linalg.norm(plain[path]) / 4
+            assert np.all(np.abs(a - plain[path][0]) < step * (1 + 1e-9))
+            np.testing.assert_allclose(a / step, np.round(a / step), atol=1e-9)
+        return
+    sent = observe(small(), (images, labels), batch_size=4, defense=silent).gradients
+    for path, a in moved.items():
+        np.testing.assert_allclose(a, sent[path][0], atol=1e-10)
+
+
+@pytest.mark.parametrize("spec", ["gaussian:0.5", "dp_sgd:1.0,2.0"])
+def test_named_noise_differs_by_client_and_step(spec, digits):
+    """B constant examples and no signal: K clients' mean noise is K^-1/2 of one's, and no step repeats it."""
+    data = np.zeros((32, 8, 8, 1)), np.zeros(32, int)
+    spread = {}
+    for clients in (1, 16):
+        run = functools.partial(
+            train,
+            small(),
+            data,
+            batch_size=2,
+            clients=clients,
+            optimizer=optax.sgd(1e-6),
+            defense=spec,
+            dtype="float64",
+        )
+        found = run(epochs=2)
+        first, second = ({p: found.kept[e + 1][p] - found.kept[e][p] for p in found.kept[e]} for e in (0, 1))
+        path = max(first, key=lambda p: first[p].size)
+        steps = 16 // clients
+        spread[clients] = first[path].std() / 1e-6 / np.sqrt(steps)
+        assert not np.allclose(first[path], second[path], rtol=1e-3)
+        assert abs(np.corrcoef(np.ravel(first[path]), np.ravel(second[path]))[0, 1]) < 0.3
+    sigma = {"gaussian:0.5": 0.5, "dp_sgd:1.0,2.0": 1.0}[spec]
+    assert spread[1] == pytest.approx(sigma, rel=0.15)
+    assert spread[16] == pytest.approx(sigma / 4, rel=0.15)
+
+
 def test_clients_draw_noise_of_their_own(digits):
     """Noise alone, averaged over K clients, has standard deviation sigma / sqrt(K)."""
     data = digits[0].images[:64], digits[0].labels[:64]
@@ -210,6 +259,9 @@ IMAGES, LABELS = np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int64)
         ((IMAGES.astype(int), LABELS), {}, "images must be uint8 or floating"),
         ((IMAGES[:0], LABELS[:0]), {}, "images must be uint8 or floating"),
         ((IMAGES[:, :4], LABELS), {}, "model cannot run"),
+        ((IMAGES, LABELS), {"defense": "gaussian:x"}, "sigma must be a number"),
+        ((IMAGES, LABELS), {"defense": "nothing"}, "unknown defense"),
+        ((IMAGES, LABELS), {"defense": 3}, "defense must be a specification"),
         (IMAGES, {}, "data must be a pair"),
         ([], {}, "data: the data source holds no image"),
         ((IMAGES, LABELS), {"optimizer": optax.sgd(float("nan"))}, "training diverged in epoch 1"),
@@ -250,11 +302,25 @@ def test_command_line(run, nets, tmp_path):
         np.testing.assert_array_equal(capture["params/head/kernel"], weights["params/head/kernel"])
 
 
+def test_command_line_trains_with_a_defense(run, nets):
+    options = ("--dataset", "digits", "--limit", "64", "--epochs", "1", "--keep", "1", "--batch-size", "8")
+    summaries = {}
+    for defense in ("dp_sgd:1.0,1e-9", "dp_sgd:1e-9,1e-9"):
+        result = run("train", "--model", *nets, *options, "--optimizer", "sgd", "--defense", defense, "--json")
+        assert result.exit_code == 0, result.stderr
+        summaries[defense] = json.loads(result.stdout)
+        assert summaries[defense]["defense"] == defense.replace("e-9", "e-09")
+    first, second = (s["train_loss"][0] for s in summaries.values())
+    assert first != second
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["train", "--optimizer", "lion"], "unknown optimizer 'lion'"),
         (["train", "--noise", "-1"], "--noise: expected a positive number"),
+        (["train", "--defense", "nothing"], "unknown defense 'nothing'"),
+        (["train", "--defense", "sign", "--clip", "1"], "leave out --clip and --noise"),
         (["train", "--learning-rate", "0"], "--learning-rate: expected a positive number"),
         (["train", "--limit", "0"], "--limit: expected a positive number"),
         (["train", "--keep", "x"], "--keep: expected integers"),

@@ -10,6 +10,7 @@ import typer
 from leakjax.cli.options import (
     ActivationName,
     Dataset,
+    DefenseSpec,
     Init,
     Json,
     LossName,
@@ -41,6 +42,7 @@ def train(
     noise: Annotated[
         float | None, typer.Option("--noise", help="Standard deviation of Gaussian noise on each client's gradient.")
     ] = None,
+    defense: DefenseSpec = None,
     keep: Annotated[
         str | None, typer.Option("--keep", metavar="E[,F..]", help="Epochs whose weights are written; default: all.")
     ] = None,
@@ -59,6 +61,7 @@ def train(
         import optax
 
         from leakjax import training
+        from leakjax.defenses import build_defense
         from leakjax.setup import Setup
         from leakjax.weights import write_weights
 
@@ -68,8 +71,11 @@ def train(
         for option, value in (("--learning-rate", learning_rate), ("--clip", clip), ("--noise", noise)):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{option}: expected a positive number, got {value}")
+        if defense is not None and not (clip is None and noise is None):
+            raise InputError("--defense: leave out --clip and --noise; it names clipping and noise itself")
         if limit is not None and limit < 1:
             raise InputError(f"--limit: expected a positive number of images, got {limit}")
+        told = None if defense is None else build_defense(defense).spec
         directory = writable(out)
         began = time.perf_counter()
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
@@ -86,7 +92,7 @@ def train(
                 clients=clients,
                 optimizer=optimizers[optimizer](learning_rate),
                 loss=setup.loss,
-                defense=optax.chain(*parts) if parts else None,
+                defense=optax.chain(*parts) if parts else told,
                 keep=None if keep is None else integers("--keep", keep),
                 input_range=setup.input_range,
                 seed=seed,
@@ -109,6 +115,7 @@ def train(
             "learning_rate": learning_rate,
             "clip": clip,
             "noise": noise,
+            "defense": told,
             "loss": setup.loss,
             "input_range": list(setup.input_range),
             "seed": seed,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from leakjax.defenses.rounding import masked
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.model import Model
-from leakjax.segments import read_segments
+from leakjax.segments import Chain, read_segments
 
 
 def soteria(model: Model, x: Float[Any, "B H W C"], pruned: float) -> optax.GradientTransformation:
@@ -35,12 +35,7 @@ def soteria(model: Model, x: Float[Any, "B H W C"], pruned: float) -> optax.Grad
 def soteria_mask(model: Model, x: Float[Any, "B H W C"], pruned: float) -> Mapping[str, Array]:
     """{path of W: 0 in the rows (n, 1) of the hidden features, 1 elsewhere}; where W is (K, n), columns (1, n)."""
     images = jnp.asarray(x)
-    try:
-        chain = read_segments(model, images.shape[1:], images.dtype, len(images), checked=False)
-    except UnreadableModelError as error:
-        raise InputError(
-            f"defense 'soteria' must find the last dense layer; the model cannot be read: {error}"
-        ) from None
+    chain = _chain(model, images.shape, images.dtype)
     head, variables = chain.segments[-1], model.variables
     outputs = int(np.prod(head.output.shape)) // len(images)
     kernels = [p for p in head.paths if variables[p].ndim == 2 and outputs in variables[p].shape]
@@ -74,3 +69,23 @@ def soteria_mask(model: Model, x: Float[Any, "B H W C"], pruned: float) -> Mappi
     hidden = jnp.argsort(scores)[: int(pruned * len(scores))]
     mask = jnp.ones(len(scores), values.dtype).at[hidden].set(0.0)
     return {path: mask[:, None] if tall else mask[None]}
+
+
+_CHAINS: dict[Any, Chain] = {}
+_CHAINS_LIMIT = 16
+
+
+def _chain(model: Model, shape: tuple[int, ...], dtype: Any) -> Chain:
+    """The model as segments, read once for all weights of one architecture: what is traced cannot be read."""
+    shapes = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
+    key = (model.apply, shapes, shape, str(dtype))
+    if key not in _CHAINS:
+        while len(_CHAINS) >= _CHAINS_LIMIT:
+            _CHAINS.pop(next(iter(_CHAINS)))
+        try:
+            _CHAINS[key] = read_segments(model, shape[1:], dtype, shape[0], checked=False)
+        except UnreadableModelError as error:
+            raise InputError(
+                f"defense 'soteria' must find the last dense layer; the model cannot be read: {error}"
+            ) from None
+    return _CHAINS[key]
