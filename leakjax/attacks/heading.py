@@ -12,6 +12,7 @@ from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.segments import Segment
 from leakjax.solvers.linear import lsmr_condition
+from leakjax.spreading import solved_together
 
 LABELINGS = 8
 
@@ -22,18 +23,27 @@ def start(problem: Problem, head: Segment) -> list[Path]:
 
 
 def _of_one(problem: Problem, head: Segment) -> list[Path]:
+    """Victims are read `chunk` at a time, as their layers are: what a victim gives does not depend on its company."""
+    size = solved_together(problem.victims, problem.chunk, ())
+    return [path for first in range(0, problem.victims, size) for path in _of_some(problem, head, first, size)]
+
+
+def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Path]:
+    victims = np.minimum(np.arange(first, first + size), problem.victims - 1)
     reading = read_head(
         head,
         problem.variables,
-        {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths},
+        {p: np.asarray(problem.gradients[p][victims], problem.dtype) for p in head.paths},
         problem.loss,
-        labels=None if problem.labels is None else problem.labels[:, 0],
+        labels=None if problem.labels is None else problem.labels[victims, 0],
         tolerance=problem.tolerance,
         accept=problem.matched,
     )
     paths = []
     for candidate in reading.candidates:
         v = candidate.victim
+        if first + v >= problem.victims:
+            continue
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
         condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
         if lost > NULL_SPACE:
@@ -43,7 +53,7 @@ def _of_one(problem: Problem, head: Segment) -> list[Path]:
         )
         dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
         noise = noise_level(problem, candidate.x, residual)
-        paths.append(Path(v, np.array([candidate.label]), candidate.x, dx, noise, (info,), seen))
+        paths.append(Path(first + v, np.array([candidate.label]), candidate.x, dx, noise, (info,), seen))
     return paths
 
 

@@ -6,7 +6,8 @@ least
     s_i = sum_b ||d r_bi / d x_b||_2 / |r_bi|
 
 (the solution of their problem 9 with the zero norm: max ||x - x'|| is where |r_i| / ||d r_i / d x|| is largest) are
-sent as if r_i were 0: row i of dL/dW is 0. All other parameters' gradients are sent as they are.
+sent as if r_i were 0: row i of dL/dW is 0. All other parameters' gradients are sent as they are. (The authors' program
+prunes in the same order but for a denominator of r_bi + 0.1, which guards against division by 0.)
 """
 
 from collections.abc import Mapping
