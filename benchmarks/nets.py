@@ -1,4 +1,4 @@
-"""Models by name: the zoo's, and plain nets of any size, `plain:SIDExWIDTHxDEPTH`, for what a size costs."""
+"""Models by name: the zoo's, and nets of any size, `plain:SIDExWIDTHxDEPTH` and `strided:SIDExWIDTH`."""
 
 import re
 from typing import Any
@@ -12,6 +12,13 @@ from leakjax.models.networks import Conv, ConvNet
 from leakjax.models.zoo import ModelSpec
 
 _PLAIN = re.compile(r"plain:(\d+)x(\d+)x(\d+)")
+_STRIDED = re.compile(r"strided:(\d+)x(\d+)")
+
+
+def strided(side: int, width: int) -> str:
+    """The name of a net for `side` x `side` x 3 images and 1,000 classes: AlexNet's first convolution (11x11, stride 4)
+    with `width` filters, a second with stride 2 and four times as many."""
+    return f"strided:{side}x{width}"
 
 
 def plain(side: int, width: int, depth: int) -> str:
@@ -27,24 +34,30 @@ def plain_size(name: str) -> tuple[int, int, int] | None:
 
 def net_spec(name: str) -> ModelSpec:
     """The `ModelSpec` of a name; an unknown one raises `InputError`."""
-    size = plain_size(name)
-    if size is None:
-        if name not in MODELS:
-            raise InputError(f"model {name!r} is neither one of the zoo nor plain:SIDExWIDTHxDEPTH")
+    if name in MODELS:
         return MODELS[name]
-    side, width, depth = size
-    layers = [Conv(width, 3, 1 + (k == 0), 1) for k in range(depth)]
+    if (size := plain_size(name)) is not None:
+        side, width, depth = size
+        return _spec("a plain net", side, [Conv(width, 3, 1 + (k == 0), 1) for k in range(depth)], 10)
+    if (found := _STRIDED.fullmatch(name)) is not None:
+        side, width = int(found[1]), int(found[2])
+        return _spec("a strided net", side, [Conv(width, 11, 4, 2), Conv(4 * width, 3, 2, 1)], 1000)
+    raise InputError(f"model {name!r} is neither one of the zoo nor plain:SIDExWIDTHxDEPTH nor strided:SIDExWIDTH")
+
+
+def _spec(summary: str, side: int, layers: list[Conv], outputs: int) -> ModelSpec:
+    shape = (side, side, 3)
 
     def build(rngs: nnx.Rngs, activation: str, init: str) -> ConvNet:
-        chosen = [parse_activation(activation)] * depth
-        return ConvNet(layers, rngs=rngs, activations=chosen, input_shape=(side, side, 3), init=init)
+        chosen = [parse_activation(activation)] * len(layers)
+        return ConvNet(layers, rngs=rngs, activations=chosen, input_shape=shape, outputs=outputs, init=init)
 
-    return ModelSpec(build, "a plain net", "tanh", input_shape=(side, side, 3))
+    return ModelSpec(build, summary, "tanh", input_shape=shape, outputs=outputs)
 
 
 def build_net(name: str, seed: int, activation: str | None) -> Any:
     """The nnx module of a name, with weights of `seed`."""
-    if plain_size(name) is None:
+    if name in MODELS:
         return build_model(name, seed=seed, activation=activation)
     spec = net_spec(name)
     return spec.build(nnx.Rngs(seed), activation or spec.activation, spec.init)

@@ -57,7 +57,8 @@ def jacobian(model, x, y):
 
 
 @pytest.mark.parametrize(
-    ("layers", "examples"), [(((3, 3, 1, 0),), 1), (((1, 3, 2, 0),), 1), (((3, 3, 2, 0), (4, 2, 1, 0)), 2)]
+    ("layers", "examples"),
+    [(((3, 3, 1, 0),), 1), (((1, 3, 2, 0),), 1), pytest.param(((3, 3, 2, 0), (4, 2, 1, 0)), 2, marks=pytest.mark.slow)],
 )
 def test_spectrum_rank_map_and_bound_agree_with_a_dense_jacobian(layers, examples):
     model, x, y = network(*layers), picture(examples=examples), np.arange(examples)
@@ -145,7 +146,8 @@ def test_a_models_own_precision_does_not_blur_its_ranks(dtype):
 
 
 @pytest.mark.parametrize(
-    ("activation", "filters", "seed"), [(jnp.tanh, 1, 0), (jax.nn.gelu, 1, 1), (jax.nn.relu, 2, 2)]
+    ("activation", "filters", "seed"),
+    [(jnp.tanh, 1, 0), pytest.param(jax.nn.gelu, 1, 1, marks=pytest.mark.slow), (jax.nn.relu, 2, 2)],
 )
 def test_shapes_bound_what_leaks(activation, filters, seed):
     """Curvature lets a bias's gradient speak, too, and slopes that are not zero pass on what they fold."""

@@ -110,6 +110,7 @@ def test_match_refines_what_the_layers_gave():
     assert [c.status for c in answer.certificates] == ["exact"] * 3
 
 
+@pytest.mark.slow
 def test_the_prior_chooses_for_every_image_of_a_batch():
     """One filter does not determine the images: matched all the same, and nothing claimed."""
     model = network(jnp.tanh, filters=1)

@@ -134,9 +134,9 @@ def study(first, count, attacks, victims, examples=1):
 
 
 def test_certificates_of_random_networks():
-    statuses = study(0, 6, ["copa", "match"], victims=2)
-    assert statuses["exact"] >= 3
-    assert sum(statuses.values()) >= 20
+    statuses = study(0, 3, ["copa", "match"], victims=2)
+    assert statuses["exact"] >= 2
+    assert sum(statuses.values()) >= 10
 
 
 def test_every_layerwise_answer_of_a_deficient_network_stays_a_candidate():
@@ -152,7 +152,7 @@ def test_certificates_of_many_random_networks(part):
 
 
 def test_certificates_of_random_networks_and_batches():
-    statuses = study(40, 3, ["copa"], victims=4, examples=2)
+    statuses = study(40, 2, ["copa"], victims=4, examples=2)
     assert statuses["exact"] >= 1
 
 

@@ -94,6 +94,7 @@ def test_bottlenecks_come_back(name):
     assert answer.certificates[0].status == "exact"
 
 
+@pytest.mark.slow
 def test_rectified_residual_networks_come_back():
     answer, images, labels = attacked(residual(parse_activation("relu"), widths=(12, 24)), victims=2)
     assert np.all(psnr(answer.images, images) > 150)

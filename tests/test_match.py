@@ -39,7 +39,9 @@ def test_the_network_s_gradient_is_the_client_s():
         np.testing.assert_allclose(found[path], observation.gradients[path][0], rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize(("count", "labels"), [(1, [4]), (3, [0, 3, 1]), (2, [2, 2])])
+@pytest.mark.parametrize(
+    ("count", "labels"), [(1, [4]), pytest.param(3, [0, 3, 1], marks=pytest.mark.slow), (2, [2, 2])]
+)
 def test_a_batch_comes_back_from_noise(count, labels):
     model = network(jnp.tanh, filters=12)
     images = batch(count)
@@ -69,6 +71,7 @@ def test_several_gradients_of_batches_keep_their_order():
         invert(observation, attack="match", starts=0)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_chain_is_matched_too():
     """Two examples meet in train-mode batch norm, and attention mixes all places: no segment could say so."""
 
@@ -100,6 +103,7 @@ def test_what_a_gradient_does_not_determine_is_counted():
     np.testing.assert_allclose(answer.determined.sum(), 53, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_odd_network_s_other_answer_is_known():
     """z(-x) = -z(x) and one logit: -x with the other label has the very same gradient."""
 

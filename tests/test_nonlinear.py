@@ -48,7 +48,10 @@ def psnr(a, b):
     return -10 * np.log10(np.mean((a - b) ** 2, axis=(1, 2, 3)) + 1e-35)
 
 
-@pytest.mark.parametrize("name", ["tanh", pytest.param("softplus", marks=pytest.mark.slow), "leaky_relu"])
+@pytest.mark.parametrize(
+    "name",
+    ["tanh", pytest.param("softplus", marks=pytest.mark.slow), pytest.param("leaky_relu", marks=pytest.mark.slow)],
+)
 def test_residual_networks_are_inverted_block_by_block(name):
     answer, images, labels = attacked(residual(parse_activation(name)))
     assert np.all(psnr(answer.images, images) > 100)
@@ -79,6 +82,7 @@ def test_what_pooling_hides_is_not_certified():
     assert answer.certificates[0].status != "exact"
 
 
+@pytest.mark.slow
 def test_a_pooled_residual_network_is_matched_by_dense_steps():
     """The recursion cannot start behind global average pooling; matching the whole gradient can."""
     images = np.random.default_rng(7).uniform(size=(1, *SHAPE))

@@ -114,7 +114,7 @@ def deficient(depth):
     return apply, {**params, "c": rng.normal(0, 0.3, (size, 5)), "d": rng.normal(0, 0.1, 5)}
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_prior_chooses_within_what_the_gradient_leaves_open(depth):
     image = smooth_image()
     observation = observe(deficient(depth), (image[None], np.array([2])))
@@ -141,7 +141,7 @@ def test_only_the_open_directions_move():
     assert np.linalg.norm(moved) > 0.5 * np.linalg.norm(truth)
 
 
-@pytest.mark.parametrize("prior", ["tv", "none"])
+@pytest.mark.parametrize("prior", ["tv", pytest.param("none", marks=pytest.mark.slow)])
 def test_hybrid_matches_better_than_the_layers_alone(prior):
     image = smooth_image()
     observation = observe(deficient(2), (image[None], np.array([2])))

@@ -202,7 +202,7 @@ def test_solve_dense_of_zeros():
     assert not np.any(answer.seen)
 
 
-@pytest.mark.parametrize("shape", [(900, 850), (820, 900)])
+@pytest.mark.parametrize("shape", [pytest.param((900, 850), marks=pytest.mark.slow), (820, 900)])
 def test_solve_dense_by_the_gram_matrix_agrees_with_singular_values(shape, rng):
     """Above 800 rows and columns the Gram matrix serves: same rank, solution and seen share as numpy's."""
     rank = 700
