@@ -21,6 +21,10 @@ from leakjax.systems import BLOCKS, layer_system
 
 SLOPE_FLOOR = 1e-2
 MOST_STEPS = 6000
+LARGE = 2**16
+"""Numbers of a layer from which on its chunks are not run at once: a core's cache does not hold them, and XLA's CPU
+client (jax 0.10) then returned wrong numbers from two runs of one program at once: 55x55x64 from 224x224x3 did not
+converge, though either run alone does."""
 
 
 class LayerState(NamedTuple):
@@ -130,7 +134,8 @@ def run_steps(
     """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     On CPUs the chunks, and the two right-hand sides of each, run side by side, one a core: a lone victim stays in its
-    core's cache and waits for no other. Where the problem has several devices, each takes its share of every chunk.
+    core's cache and waits for no other. Layers beyond a core's cache go one after another (`LARGE`). Where the problem
+    has several devices, each takes its share of every chunk.
     """
     whole, part = (placement(problem.devices, split=split) for split in (False, True))
     with compute_in(str(problem.dtype)):
@@ -149,7 +154,8 @@ def run_steps(
         return jax.tree.map(lambda a: np.asarray(a)[:keep], result)
 
     starts = range(0, len(victims), size)
-    with concurrent.futures.ThreadPoolExecutor(workers(problem)) as pool:
+    large = size * max(np.prod(segment.input.shape), np.prod(segment.output.shape)) >= LARGE
+    with concurrent.futures.ThreadPoolExecutor(1 if large else workers(problem)) as pool:
         results = list(pool.map(run, [(random, start) for random in (False, True) for start in starts]))
     solution, pulled = jax.tree.map(lambda *parts: np.concatenate(parts), *results[: len(starts)])
     probes, _ = jax.tree.map(lambda *parts: np.concatenate(parts), *results[len(starts) :])
