@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, on_images
-from benchmarks.nets import net_spec, plain
+from benchmarks.nets import net_spec, plain, strided
 
 IMAGES = 20
 PHOTOS, DIGITS = "foolbox/cifar10", "foolbox/mnist"
@@ -111,6 +111,10 @@ SUITES: Mapping[str, Suite] = {
     ),
     "defenses": _suite(
         "what each defense leaves of the images, by its strength, local steps and batch", _defenses(plain(16, 24, 1))
+    ),
+    "imagenet": Suite(
+        "photos of 224x224 through a strided net with 1,000 classes, matrix-free (about 16 GiB)",
+        tuple(on_images(Case(strided(224, 64), "rgap", "foolbox/imagenet@512"), range(3))),
     ),
     "scaling": Suite("cost against image side, width, depth and batch", tuple(_scaling())),
 }
