@@ -12,6 +12,8 @@ import optax
 
 from leakjax._widening import Wide, in_one_precision
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+from leakjax.attacks.certificate import agreed, certify, certify_together
+from leakjax.attacks.others import seek_others
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.attacks.told import certifiable
 from leakjax.defenses import CUSTOM, Setting, build_defense
@@ -23,11 +25,10 @@ from leakjax.observation import Observation, run_model
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
-from leakjax.reconstruction import Certificate, LayerInfo, Reconstruction
+from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
 
 SOLVERS = ("auto", "lsmr", "dense")
-_SOLVED = ("determined", "pulled_back")
 
 
 def invert(
@@ -147,7 +148,7 @@ def invert(
             learning_rate=observation.learning_rate,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
-        outcomes = chosen.run(problem, monitor)
+        outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
 
@@ -224,7 +225,8 @@ def _assemble(
     unknowns = int(np.prod(shape))
     low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
-    certificates = _certify_together([certify(problem, o, unknowns) for o in outcomes], problem.examples)
+    certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
+    certificates = certify_together(certificates, outcomes, problem.examples)
     if observation.defense is not None and (problem.defense is None or not certifiable(problem)):
         certificates = [Certificate("failed", None, c.unknowns, c.condition, "defense") for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
@@ -232,8 +234,8 @@ def _assemble(
         images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)
         labels.append(-1 if best is None else best.label)
         residuals.append(np.inf if best is None else best.gradient_residual)
-        trusted = certificate.status != "failed" and outcome.seen is not None
-        determined.append(outcome.seen if trusted else np.zeros(shape))
+        shares = None if certificate.status == "failed" else agreed(outcome, high - low)
+        determined.append(np.zeros(shape) if shares is None else shares)
     return Reconstruction(
         attack,
         dtype,
@@ -251,43 +253,6 @@ def _assemble(
             "solve": monitor.solve,
             "total": time.perf_counter() - start,
         },
+        np.asarray([outcome.scale for outcome in outcomes]),
+        tuple(outcome.target for outcome in outcomes),
     )
-
-
-def _certify_together(certificates: list[Certificate], examples: int) -> list[Certificate]:
-    """The examples of a gradient explain it together: where one is no image, none is trusted."""
-    groups = [certificates[k : k + examples] for k in range(0, len(certificates), examples)]
-    failed = [next((c for c in group if c.status == "failed"), None) for group in groups]
-    return [c if bad is None else bad for group, bad in zip(groups, failed, strict=True) for c in group]
-
-
-def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
-    """The certificate of one outcome, for `unknowns` or what its first layer says; see `Certificate`. No truth is used.
-
-    A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
-    nothing is certified, nor where the only answer leaves the input range.
-    """
-    if not outcome.candidates:
-        return Certificate("failed", None, unknowns, None, "head")
-    layers = outcome.layers
-    unknowns = layers[0].unknowns
-    condition = layers[0].condition
-    failed = next((info.name for info in reversed(layers) if info.status == "failed"), None)
-    if failed is None:
-        failed = next((info.name for info in reversed(layers) if not _relative_error(info) <= 1e-3), None)
-    if failed is None and not outcome.candidates[0].gradient_residual <= problem.matched:
-        failed = next((info.name for info in reversed(layers) if info.status not in _SOLVED), layers[0].name)
-    if failed is None:
-        failed = next((info.name for info in reversed(layers[1:]) if info.status not in _SOLVED), None)
-    if failed is not None:
-        return Certificate("failed", None, unknowns, condition, failed)
-    whole = layers[0].status in _SOLVED and len(outcome.candidates) == 1
-    if whole and not problem.in_range(outcome.candidates[0].image):  # no image
-        return Certificate("failed", None, unknowns, condition, layers[0].name)
-    return Certificate("exact" if whole else "ambiguous", layers[0].rank, unknowns, condition)
-
-
-def _relative_error(info: LayerInfo) -> float:
-    """What a layer's residual may do to its unknowns, relatively: its condition times its residual."""
-    condition = np.inf if info.condition is None else info.condition
-    return 0.0 if info.residual == 0 else float(condition * info.residual)

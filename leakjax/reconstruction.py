@@ -6,7 +6,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-Status = Literal["exact", "ambiguous", "failed"]
+Status = Literal["exact", "ambiguous", "approximate", "failed"]
+Proof = Literal["global", "local"]
 LayerStatus = Literal["determined", "deficient", "pulled_back", "failed"]
 
 
@@ -31,11 +32,16 @@ class LayerInfo:
 class Certificate:
     """How far a reconstruction can be trusted, known without the truth.
 
-    - `exact`: the gradient is matched and every layer's system determines its unknowns, no second candidate stands;
+    - `exact`: the gradient is matched, and no other image in range has it, by the `proof`;
     - `ambiguous`: the gradient is matched, but `unknowns - leaked_dimensions` directions, or the listed candidates,
-      cannot be told apart;
-    - `failed`: the gradient is not matched; `layer` names where it went wrong. "defense" where noise or rounding was
-      added to the gradient, or the attack was not told of one.
+      cannot be told apart; `symmetry` names the moves of an image that its gradient does not show, where there are any;
+    - `approximate`: the gradient is matched as well as noise, rounding or a defense allows, and `psnr_estimate` (dB,
+      pixels in [0, 1]) says how near the image is expected to be;
+    - `failed`: the gradient is not matched; `layer` names where it went wrong.
+
+    `proof` is "global" where every layer's own linear system, up to the listed answers of the head, leaves no other
+    image anywhere; "local" where the Jacobian at the answer leaves none near it, and neither the model's own symmetries
+    nor other starts gave another. `reason` says why a certificate is not `exact`, and what to try.
     """
 
     status: Status
@@ -43,6 +49,10 @@ class Certificate:
     unknowns: int
     condition: float | None
     layer: str | None = None
+    proof: Proof | None = None
+    symmetry: str | None = None
+    psnr_estimate: float | None = None
+    reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +72,11 @@ class Reconstruction:
     - `determined` (N, H, W, C): share of each entry that the gradient determines, 1 = all, 0 = unseen;
     - `gradient_residual` (N,): ||g(x) - g|| / ||g||;
     - `certificates`, `layers` (first layer to last), `candidates` (best first): one entry an example;
-    - `seconds`: trace, compile, solve, total.
+    - `seconds`: trace, compile, solve, total;
+    - `gradient_scale` (N,): the factor c of each example's gradient in what was sent, c dL/dtheta: 1 unless it was read
+      otherwise from the last layer;
+    - `targets`: by example, what its loss compares the logits with, where that is no integer label (then `labels` has
+      -1); None elsewhere.
     """
 
     attack: str
@@ -76,6 +90,8 @@ class Reconstruction:
     layers: tuple[tuple[LayerInfo, ...], ...]
     candidates: tuple[tuple[Candidate, ...], ...]
     seconds: dict[str, float]
+    gradient_scale: Float[np.ndarray, " N"]
+    targets: tuple[Float[np.ndarray, " K"] | None, ...]
 
     @property
     def unseen_pixels(self) -> Int[np.ndarray, " V"]:

@@ -278,7 +278,7 @@ def test_a_model_that_ends_without_parameters_is_refused(rng):
 
     observation = observe((apply, {"kernel": rng.normal(size=(3, 4))}), (rng.uniform(size=(1, 5, 3)), np.array([1])))
     with pytest.raises(InputError, match="no head to start from"):
-        invert(observation)
+        invert(observation, attack="rgap")
 
 
 def test_two_images_in_range_with_one_gradient_are_both_given():

@@ -10,9 +10,9 @@ import pytest
 from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
+from leakjax.attacks.certificate import certify, certify_together
 from leakjax.attacks.symmetries import twins
 from leakjax.client import mean_loss
-from leakjax.inversion import _certify_together, certify
 from leakjax.labels import likely_counts
 from leakjax.network import batch_gradient, read_network
 from leakjax.precision import compute_in
@@ -178,12 +178,12 @@ def two_answers(monkeypatch, ranks):
         in_range=lambda x: bool(x.min() >= low and x.max() <= high),
     )
     outcomes = module.matched_outcomes(problem, types.SimpleNamespace(matched=1e-6), trials)
-    return [certify(problem, outcome, 4) for outcome in outcomes]
+    return certify_together([certify(problem, outcome, 4) for outcome in outcomes], outcomes, 2)
 
 
 def test_answers_of_a_batch_stand_and_fall_as_a_whole(monkeypatch):
     certificates = two_answers(monkeypatch, [4, 4])
-    assert "exact" not in [c.status for c in _certify_together(certificates, 2)]
+    assert "exact" not in [c.status for c in certificates]
 
 
 def test_an_undetermined_answer_among_several_is_not_exact(monkeypatch):

@@ -117,7 +117,7 @@ def test_a_nonlinear_last_map_has_no_head():
     params = {k: rng.normal(0, 0.1, size) for k, size in (("w", (128, 5)), ("v", (128, 4)), ("u", (4, 5)))}
     observation = observe((apply, params), (np.full((1, *SHAPE), 0.5), np.array([1])))
     with pytest.raises(UnreadableModelError, match="last map is nonlinear"):
-        invert(observation, attack="copa")
+        invert(observation, attack="rgap")
 
 
 def test_a_gradient_in_which_x_has_no_part_is_not_taken_for_a_misfit():

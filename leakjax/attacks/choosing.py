@@ -65,7 +65,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     tight = max(10 * path.layers[0].residual, 1e-12)  # as well as the image that was there
     rounds = ROUNDS if len(segments) > 1 else 1
     starts = [np.full(n, 0.5 * (low + high)), own] if far else [own]
-    found = (_best(surface, start, guess, tight, rounds) for start in starts)
+    found = (_best(surface, start, guess, tight, rounds) for start in starts if np.all(np.isfinite(start)))
     best = next((point for point in found if point is not None), None)
     for weight in HIDDEN[1:]:
         if best is None or surface.shown(best.x) <= _HIDDEN:

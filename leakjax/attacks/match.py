@@ -17,7 +17,7 @@ import numpy as np
 
 from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
-from leakjax.attacks.matched import Found, compare, given, matched_outcomes, misfit
+from leakjax.attacks.matched import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.recursion import follow
 from leakjax.attacks.told import Told, tell
@@ -28,6 +28,7 @@ from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
+AGAIN = 1  # starts beyond the first that matches, where another answer may be as good
 FINE = 1e-8  # forcing where noise keeps the rows from falling
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
@@ -56,12 +57,18 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
     found = []
     for victim in range(problem.victims):
         trials: list[Found] = []
-        told = tell(problem, victim)
+        told, again = tell(problem, victim), 0
         for start in _order(problem, monitor, victim):
-            done = any(t.residual <= told.matched for t in trials)
+            done = any(t.residual <= told.matched and _may_be_an_image(problem, told, t) for t in trials)
             if done and not start.layerwise:
-                break
-            if done and not misfit(problem, told, start.labels, start.xs[0]) <= max(NEAR, told.matched):
+                again += 1
+                if again > (AGAIN if _may_have_others(problem) else 0):
+                    break
+            if (
+                done
+                and start.layerwise
+                and not misfit(problem, told, start.labels, start.xs[0]) <= max(NEAR, told.matched)
+            ):
                 continue
             monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
             solve = _solve_densely if problem.solver == "dense" else _solve
@@ -69,6 +76,21 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
         monitor.tell(f"looking at gradient {victim}")
         found += matched_outcomes(problem, told, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
+
+
+def _may_be_an_image(problem: Problem, told: Told, trial: Found) -> bool:
+    """Whether an answer lies in range, or leaves directions open: another point of its set may lie there."""
+    return problem.in_range(trial.x) or is_open(problem, told, trial)
+
+
+def _may_have_others(problem: Problem) -> bool:
+    """Whether another start may end at another image: a model that is not a chain of affine maps and monotone
+    activations, each with parameters behind it."""
+    if problem.chain is None:
+        return True
+    *segments, head = problem.segments
+    monotone = all(len(s.activation.pieces) <= 1 or s.activation.kind is not None for s in segments)
+    return not (monotone and head.paths and all(segment.linear for segment in problem.segments))
 
 
 def _check_memory(problem: Problem) -> None:
@@ -119,7 +141,7 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
 def _noise(problem: Problem, attempt: int) -> np.ndarray:
     """(S, B, ...): the middle of the range, disturbed; smoothly, and little at first, for dense steps."""
     low, high = problem.input_range
-    noise = np.random.default_rng(attempt).normal(size=(problem.starts, *problem.batch_shape))
+    noise = np.random.default_rng((attempt, problem.seed)).normal(size=(problem.starts, *problem.batch_shape))
     if problem.solver == "dense":
         noise = np.stack([from_natural(jnp.asarray(one)) for one in noise])
     spread = (SMOOTH_SPREADS if problem.solver == "dense" else SPREADS)[attempt % len(SPREADS)] * (high - low)

@@ -15,6 +15,10 @@ from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 
+LIKE = 1e-3
+"""Relative difference of two answers, each within its error of 10 times condition times residual, that count as one: no
+more than this, which is 60 dB."""
+
 
 class Found(NamedTuple):
     """x (B, ...), its labels, ||r|| / size, and the steps spent."""
@@ -50,7 +54,12 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     """
     n = trials[0].x.size
     matching = [trial for trial in trials if trial.residual <= told.matched]
-    ranks = [_local_rank(problem, told, trial) for trial in matching] or [(None, None, None)]
+    ranks: list[tuple[int | None, np.ndarray | None, float | None]] = []
+    for trial in matching:
+        ranks.append(_local_rank(problem, told, trial))
+        if ranks[0][0] != n:  # where directions are open, other answers are other points of one set
+            break
+    matching, ranks = matching[: len(ranks)], ranks or [(None, None, None)]
     whole = bool(matching) and all(rank == n for rank, _, _ in ranks)
     answers = []
     for k, trial in enumerate(matching or trials[:1]):
@@ -67,8 +76,15 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     deficiency = None if rank is None else rank - n
     steps = sum(trial.steps for trial in trials)
     info = LayerInfo("network", n, rank, deficiency, condition, answers[0][2], 0, steps, status)
-    images = split([answer[:3] for answer in answers])
+    error = max((c * t.residual for (_, _, c), t in zip(ranks, matching, strict=False) if c), default=0.0)
+    images = split([answer[:3] for answer in answers], float(np.clip(10 * error, 1e-7, LIKE)))
     return [Outcome(mine, (info,), None if seen is None else seen[b]) for b, mine in enumerate(images)]
+
+
+def is_open(problem: Problem, told: Told, found: Found) -> bool:
+    """Whether d r / d x at x leaves directions open: a random probe loses some of itself."""
+    look = match_programs(compare(problem, told), float(problem.tolerance))[2]
+    return not float(look(*given(problem, told, found.labels), jnp.asarray(found.x)).lost) <= NULL_SPACE
 
 
 def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:

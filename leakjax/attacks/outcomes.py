@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from leakjax.attacks.path import Path
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.heads import loss_pull
-from leakjax.reconstruction import Candidate
+from leakjax.reconstruction import Candidate, Proof
 from leakjax.residuals import pull_gradients, push_forward
 from leakjax.segments import Segment
 
@@ -32,8 +32,23 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
         layers = mine[0][1].layers if mine else ()
         images = split([(p.x, p.labels, float(r)) for r, p in mine]) if mine else [()] * problem.examples
         seen = _seen(mine[0][1]) if mine else None
-        found += [Outcome(c, layers, None if seen is None else seen[b]) for b, c in enumerate(images)]
+        proof = _proof(problem, mine[0][1]) if mine else None
+        found += [Outcome(c, layers, None if seen is None else seen[b], proof) for b, c in enumerate(images)]
     return found
+
+
+def _proof(problem: Problem, path: Path) -> Proof | None:
+    """ "global" where every layer is one linear system in its input alone, and all but the first determine theirs.
+
+    Then, from the head backward, each layer's input is the only one there is for the candidate of the head: the image
+    is the only one, or the first layer's null space holds all the others. A batch's head is separated by a search, a
+    pulled-back or nonlinear layer solved by one: these prove less.
+    """
+    linear = all(segment.linear for segment in problem.segments)
+    first, *later = path.layers
+    own = all(info.pull_back_depth == 0 for info in path.layers)
+    determined = all(info.status == "determined" for info in later) and first.rank is not None
+    return "global" if problem.examples == 1 and linear and own and determined else None
 
 
 def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, whole: bool) -> list[T]:
@@ -47,11 +62,11 @@ def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, wh
     return inside if whole and inside else inside + outside
 
 
-def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple[Candidate, ...]]:
+def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]], alike: float = 1e-7) -> list[tuple[Candidate, ...]]:
     """Candidates of every example, from (images (B, ...), labels (B,), residual) of whole gradients, best first.
 
     The examples of a gradient have no order: each answer is put into the order of the first. What several answers say
-    alike of an example is one candidate.
+    `alike` of an example, by their relative difference, is one candidate.
     """
     first = answers[0][0].reshape(len(answers[0][0]), -1)
     found: list[list[Candidate]] = [[] for _ in first]
@@ -59,13 +74,13 @@ def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> list[tuple
         distance = np.linalg.norm((first[:, None] - images.reshape(1, len(images), -1)).astype(float), axis=2)
         order = linear_sum_assignment(np.nan_to_num(distance, nan=1e150, posinf=1e150))
         for b, k in zip(*order, strict=True):
-            if not any(int(labels[k]) == c.label and _alike(images[k], c.image) for c in found[b]):
+            if not any(int(labels[k]) == c.label and _alike(images[k], c.image, alike) for c in found[b]):
                 found[b].append(Candidate(images[k], int(labels[k]), residual))
     return [tuple(mine) for mine in found]
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(np.linalg.norm(a - b) <= 1e-7 * np.linalg.norm(b))
+def _alike(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+    return bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b))
 
 
 def _seen(path: Path) -> np.ndarray | None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from leakjax.defenses import Setting
 from leakjax.model import Arrays
 from leakjax.network import Gradient, Network, client_update
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
-from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.reconstruction import Candidate, LayerInfo, Proof
 from leakjax.segments import Chain, Segment
 from leakjax.systems import BLOCKS
 
@@ -113,13 +113,29 @@ class Problem:
 class Outcome:
     """An attack's answer for one example: candidates, best first, and the layers of the best one (first to last).
 
-    `seen`: share of each input entry that the first layer determines, None where a later layer was deficient or
-    failed.
+    - `seen`: share of each input entry that the first layer determines, None where a later layer was deficient or
+      failed;
+    - `proof`: "global" where no image but the candidates, and what the first layer's null space adds to them, has this
+      gradient; None where only the Jacobian at the answer speaks;
+    - `symmetry`: moves of the image that leave the gradient as it is, by name, with the `count` of images they give and
+      the entries `moved` by them;
+    - `curved`: whether the open directions hold near the answer only;
+    - `scale`, `target`: as `Reconstruction` has them; `reason`: why there is no answer, where the attack knows;
+    - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow.
     """
 
     candidates: tuple[Candidate, ...]
     layers: tuple[LayerInfo, ...]
     seen: Float[np.ndarray, "..."] | None
+    proof: Proof | None = None
+    symmetry: str | None = None
+    count: int = 1
+    moved: Bool[np.ndarray, "..."] | None = None
+    curved: bool = False
+    scale: float = 1.0
+    target: Float[np.ndarray, " K"] | None = None
+    reason: str | None = None
+    psnr_estimate: float | None = None
 
 
 @dataclasses.dataclass

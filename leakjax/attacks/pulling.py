@@ -1,6 +1,7 @@
 """Paths with a waiting layer: its constraints pulled back, and what became of the layers in between."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ import numpy as np
 from leakjax.attacks.lifted import lift
 from leakjax.attacks.path import Anchor, Path, noise_level
 from leakjax.attacks.problem import Monitor, Problem
-from leakjax.attacks.pull_back import Known, meet_top, pull_back
+from leakjax.attacks.pull_back import Known, PullBack, meet_top, pull_back
 from leakjax.attacks.ranks import NULL_SPACE, pulled_rank
-from leakjax.attacks.starts import starts
+from leakjax.attacks.starts import input_limits, starts
 from leakjax.reconstruction import LayerInfo
 from leakjax.segments import Segment
 from leakjax.solvers.linear import lsmr_condition
 
+MORE = 12  # starts beyond the first few, where the first solution leaves the range
+SPARE = 2.0  # equations for every unknown, from which on a second solution would be a coincidence
+SLACK = 5e-3  # of the range, for rounding
+ALIKE = 1e-6  # relative difference of two solutions that count as one
 _ANY = np.ones(1)
 
 
@@ -28,39 +33,96 @@ def wait(problem: Problem, position: int, path: Path) -> Path:
     return dataclasses.replace(path, layers=(info, *path.layers), seen=None, anchor=anchor)
 
 
-def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> Path:
+def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> list[Path]:
     """Solve a waiting layer's constraints, pulled back to the segment at `position`, where the path has one.
 
     Left waiting, one segment deeper, where they still leave directions open. A linear layer alone has been solved
-    already; a nonlinear one begins at several points.
+    already; a nonlinear one begins at several points, and has a path for every solution that is found in range.
     """
     anchor = path.anchor
     if anchor is None or (anchor.position == position and problem.segments[position].linear):
-        return path
+        return [path]
     segments = problem.segments[position : anchor.position + 1]
     monitor.tell(f"pulling {segments[-1].name} back to {segments[0].name}")
     given = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
     linear = all(segment.linear for segment in segments)
-    guesses = [path.x] if linear else list(starts(problem, position, _near(problem, position, path)))
-    auto = problem.pull_back == "auto"
+    own = [] if linear else list(starts(problem, position, _near(problem, position, path)))
+    guesses = [path.x] if linear else own
+    auto, staged = problem.pull_back == "auto", False
     if auto and position == anchor.position:
         lifted = lift(problem, segments[0], given)
         anchor = dataclasses.replace(anchor, inside=None if lifted is None else lifted.inside)
         if lifted is not None and lifted.x is not None:
             clear = all(stage.activation is None or stage.activation.kind for stage in segments[0].stages)
             if lifted.lost > NULL_SPACE and position > 0 and clear:
-                return dataclasses.replace(path, x=lifted.x, dx=lifted.dx, anchor=anchor)
+                return [dataclasses.replace(path, x=lifted.x, dx=lifted.dx, anchor=anchor)]
+            staged = lifted.lost <= NULL_SPACE
             guesses = [lifted.x, *guesses]
     elif auto and anchor.inside is not None and (problem.network.has_kinks or not linear):
         met = _meet_top(problem, segments, given, anchor.inside, position, guesses)
         if met is not None:
             guesses = [met, *guesses]
         elif position > 0:
-            return path if segments[0].linear else _blank(segments[0], path)
+            return [path if segments[0].linear else _blank(segments[0], path)]
     found = pull_back(problem, segments, given, guesses, quick=not linear)
     determined = position == 0 or float(found.probe.lost) <= NULL_SPACE
     if not linear and determined and not float(found.residual) <= problem.matched:
         found = pull_back(problem, segments, given, guesses)
+    solutions = [found]
+    if own and not staged and float(found.residual) <= problem.matched and float(found.probe.lost) <= NULL_SPACE:
+        solutions = _all_solutions(problem, position, segments, given, own, found)
+    return [_settled(problem, position, segments, given, path, anchor, one) for one in solutions]
+
+
+def _all_solutions(
+    problem: Problem,
+    position: int,
+    segments: Sequence[Segment],
+    given: Known,
+    own: Sequence[np.ndarray],
+    found: PullBack,
+) -> list[PullBack]:
+    """Every solution that the starts lead to, those in range alone where there are any.
+
+    The other starts are tried where the first solution leaves the range, or where the equations are fewer than `SPARE`
+    times the unknowns: these may have several isolated solutions, more of them in general position have one.
+    """
+    low, high = input_limits(problem, position)
+
+    def inside(one: PullBack) -> bool:
+        slack = SLACK * (high - low if np.isfinite(high - low) else float(np.sqrt(np.mean(np.asarray(one.x) ** 2))))
+        return low - slack <= float(np.min(one.x)) and float(np.max(one.x)) <= high + slack
+
+    solutions = [found]
+    if not inside(found) or _equations(problem, segments, given) < SPARE * found.x.size:
+        for start in itertools.chain(
+            own, () if inside(found) else starts(problem, position, np.asarray(found.x), MORE)
+        ):
+            other = pull_back(problem, segments, given, [start], quick=True)
+            same = any(np.linalg.norm(other.x - one.x) <= ALIKE * np.linalg.norm(one.x) for one in solutions)
+            if float(other.residual) <= problem.matched and not same:
+                solutions.append(other)
+    return [one for one in solutions if inside(one)] or solutions
+
+
+def _equations(problem: Problem, segments: Sequence[Segment], given: Known) -> int:
+    """How many equations the segments put on what enters them: known outputs, and gradient entries that are not 0."""
+    top = segments[-1]
+    x = jnp.asarray(given.x).reshape(top.output.shape)
+    known = int(np.count_nonzero(np.asarray(top.activation.preimage(problem.variables, x, given.noise).known)))
+    return known + sum(int(np.count_nonzero(problem.gradients[p][given.victim])) for s in segments for p in s.paths)
+
+
+def _settled(
+    problem: Problem,
+    position: int,
+    segments: Sequence[Segment],
+    given: Known,
+    path: Path,
+    anchor: Anchor,
+    found: PullBack,
+) -> Path:
+    """The path with what was found for the input of `segments[0]`: determined, still open and waiting, or failed."""
     x, residual = np.asarray(found.x), float(found.residual)
     matched, n = residual <= problem.matched, x.size
     rank: int | None = n

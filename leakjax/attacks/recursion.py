@@ -12,6 +12,7 @@ import numpy as np
 from leakjax.attacks.choosing import choose
 from leakjax.attacks.closing import Nulls, close
 from leakjax.attacks.heading import start
+from leakjax.attacks.kept_activations import keep_activations
 from leakjax.attacks.kinks import Solved, mend_kinks
 from leakjax.attacks.layer_step import LayerState, Step, compile_steps, pull_back_cotangent, run_steps, workers
 from leakjax.attacks.outcomes import outcomes
@@ -45,11 +46,13 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
     bad conditioning; the rank of a layer too large for that stays None. With `pulling` a layer with a null space waits
     for the layers before it (`pull_back`).
     """
+    problem = keep_activations(problem) if pulling else problem
     return outcomes(problem, follow(problem, monitor, pulling=pulling))
 
 
 def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     """`recurse`, up to the images that were reached; several candidates a victim."""
+    problem = keep_activations(problem) if pulling else problem
     *segments, head = problem.segments
     if not head.paths:
         raise UnreadableModelError(
@@ -73,7 +76,8 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
             paths = _advance(problem, position, steps[position], size, paths, pulling and position > 0)
         else:
             paths = [wait(problem, position, path) for path in paths]
-        paths = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
+        pulled = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
+        paths = list(itertools.chain.from_iterable(pulled))
     return [choose(problem, monitor, path) for path in paths] if pulling else paths
 
 

@@ -118,6 +118,8 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     it shows a clear gap between 1e-5 and 1e-7 of the largest.
     """
     matrix, vector = np.asarray(matrix, np.float64), np.asarray(vector, np.float64)
+    if not np.all(np.isfinite(matrix)) or not np.all(np.isfinite(vector)):
+        return DenseSolution(np.zeros(matrix.shape[1]), float("inf"), 0, float("inf"), np.zeros(matrix.shape[1]))
     if not np.any(matrix):
         return DenseSolution(np.zeros(matrix.shape[1]), float(np.any(vector)), 0, 1.0, np.zeros(matrix.shape[1]))
     u, s, vt = _gram_svd(matrix) if min(matrix.shape) > _SMALL else np.linalg.svd(matrix, full_matrices=False)

@@ -37,13 +37,16 @@ class NullProjection(NamedTuple):
 
 
 def null_projection(matrix: np.ndarray, guess: int) -> NullProjection | None:
-    """Of A (m, n), whose null space has about `guess` dimensions; None where there is no telling them.
+    """Of A (m, n), whose null space has about `guess` dimensions; None where there is no telling them, and
+    where A is zero or not finite.
 
     With no more rows than columns B = L^{-1} A, L L^T = A A^T + shift (singular values far below 1e-6 of the largest
     are not seen). Else B is `null_space`'s N, and L L^T = A^T A + s N N^T.
     """
     used = np.any(matrix != 0, axis=1)
     rows = np.asarray(matrix[used], np.float64)
+    if not len(rows) or not np.all(np.isfinite(rows)):
+        return None
     if len(rows) <= rows.shape[1]:
         gram = rows @ rows.T
         gram[np.diag_indices(len(gram))] += max(_SHIFT * np.trace(gram), np.finfo(float).tiny)

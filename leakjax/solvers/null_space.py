@@ -22,8 +22,11 @@ def null_space(matrix: np.ndarray, guess: int) -> np.ndarray | None:
     """
     matrix = np.asarray(matrix, np.float64)
     n = matrix.shape[1]
+    if not np.all(np.isfinite(matrix)):
+        return None
     if not np.any(matrix):
         return np.eye(n)
+    matrix = matrix / np.max(np.abs(matrix))  # squares neither overflow nor vanish
     sparse = scipy.sparse.csr_array(matrix)
     gram = sparse.T @ sparse if sparse.nnz < _SPARSE * matrix.size else matrix.T @ matrix
     largest = np.sqrt(_largest_eigenvalue(gram))

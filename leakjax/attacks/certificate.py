@@ -1,0 +1,130 @@
+"""What an outcome proves: its certificate, from residuals, ranks and other images alone. No truth is used."""
+
+import dataclasses
+
+import numpy as np
+
+from leakjax.attacks.others import ORBIT
+from leakjax.attacks.problem import Outcome, Problem
+from leakjax.reconstruction import Certificate, LayerInfo
+
+SOLVED = ("determined", "pulled_back")
+OWN = 1 - 1e-6
+"""Share of every entry that a gradient of several examples must determine for one of them to stand by itself."""
+
+_HEAD = "no explanation of the last layer's gradient stands: check the loss, the labels given and the weights"
+_LAYER = (
+    "the equations of {layer} contradict each other: check that the gradient is of these weights, of this loss, of one "
+    "step and in this order of layers, or tell the noise (gradient_noise, --gradient-noise)"
+)
+_UNMATCHED = (
+    "the gradient of the answer is not the one that was sent: check the loss, the weights and the number of examples, "
+    "or try attack='match' (--attack match) with other starts"
+)
+_STALLED = "the search from {layer} ended far from the gradient that was sent: try more starts or another seed"
+_OUTSIDE = "the only answer leaves the input range: check input_range (--input-range) and the loss"
+_CURVED = (
+    "{free} directions are open at this answer, and the images that match the gradient form a curved set: nothing that "
+    "holds far from this answer is known of any entry"
+)
+_FLAT = "{free} directions leave no trace in the gradient"
+_SEVERAL = "{count} images have this gradient"
+_SYMMETRIC = "another {group} has the same gradient: {count} in all"
+
+
+def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
+    """The certificate of one outcome, for `unknowns` or what its first layer says; see `Certificate`.
+
+    A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
+    nothing is certified, nor where the only answer leaves the input range.
+    """
+    if not outcome.candidates:
+        return Certificate("failed", None, unknowns, None, "head", reason=outcome.reason or _HEAD)
+    layers = outcome.layers
+    unknowns = layers[0].unknowns
+    condition = layers[0].condition
+    found = _flaw(problem, outcome)
+    if found is not None:
+        layer, reason = found
+        return Certificate("failed", None, unknowns, condition, layer, reason=outcome.reason or reason)
+    whole = layers[0].status in SOLVED
+    several = len(outcome.candidates) > 1 or outcome.symmetry is not None
+    proof = outcome.proof or "local"
+    if whole and not several:
+        if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
+            return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
+        return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
+    rank = 0 if outcome.curved else layers[0].rank
+    reason = _open_words(outcome, whole)
+    return Certificate("ambiguous", rank, unknowns, condition, None, proof, outcome.symmetry, reason=reason)
+
+
+def certify_together(certificates: list[Certificate], outcomes: list[Outcome], examples: int) -> list[Certificate]:
+    """The examples of a gradient explain it together: where one is no image, none is trusted.
+
+    Where the gradient leaves directions open, an example that has no part in any of them is `exact` all the same.
+    """
+    found = []
+    for k in range(0, len(certificates), examples):
+        group, mine = certificates[k : k + examples], outcomes[k : k + examples]
+        failed = next((c for c in group if c.status == "failed"), None)
+        found += [failed] * len(group) if failed else map(_by_itself, group, mine)
+    return found
+
+
+def _by_itself(certificate: Certificate, outcome: Outcome) -> Certificate:
+    """`exact` for an example of an `ambiguous` gradient that all open directions leave alone."""
+    seen, alone = outcome.seen, len(outcome.candidates) == 1 and outcome.symmetry is None
+    if certificate.status != "ambiguous" or outcome.curved or seen is None or not alone or seen.min() < OWN:
+        return certificate
+    return dataclasses.replace(certificate, status="exact", proof="local", reason=None)
+
+
+def agreed(outcome: Outcome, width: float) -> np.ndarray | None:
+    """The share of every entry that is determined: `seen`, but 0 where the candidates differ and on curved sets.
+
+    `width`: of the input range, of which differences below a millionth are rounding.
+    """
+    if outcome.seen is None or outcome.curved:
+        return None
+    images = [candidate.image for candidate in outcome.candidates]
+    same = np.ones(images[0].shape, bool)
+    for other in images[1:]:
+        same &= np.abs(other - images[0]) <= 1e-6 * width
+    if outcome.moved is not None:
+        same &= ~outcome.moved
+    return np.where(same, outcome.seen, 0.0)
+
+
+def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
+    """(layer, reason) of what is not matched; None where all is."""
+    layers = outcome.layers
+    backwards = list(reversed(layers))
+    failed = next((info for info in backwards if info.status == "failed"), None)
+    failed = failed or next((info for info in backwards if not _relative_error(info) <= 1e-3), None)
+    if failed is not None:
+        words = _STALLED if failed.name == "network" or failed.pull_back_depth else _LAYER
+        return failed.name, words.format(layer=failed.name)
+    if not outcome.candidates[0].gradient_residual <= problem.matched:
+        unsolved = next((info for info in backwards if info.status not in SOLVED), layers[0])
+        return unsolved.name, _UNMATCHED
+    unsolved = next((info for info in reversed(layers[1:]) if info.status not in SOLVED), None)
+    return None if unsolved is None else (unsolved.name, _STALLED.format(layer=unsolved.name))
+
+
+def _open_words(outcome: Outcome, whole: bool) -> str:
+    info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
+    free = "some" if info.rank is None else str(info.unknowns - info.rank)
+    parts = [] if whole else [(_CURVED if outcome.curved else _FLAT).format(free=free)]
+    if outcome.symmetry is not None:
+        many = f"{count} images" if count <= ORBIT else f"more than {ORBIT} images"
+        parts.append(_SYMMETRIC.format(group=outcome.symmetry, count=many))
+    elif len(outcome.candidates) > 1:
+        parts.append(_SEVERAL.format(count=count))
+    return "; ".join(parts)
+
+
+def _relative_error(info: LayerInfo) -> float:
+    """What a layer's residual may do to its unknowns, relatively: its condition times its residual."""
+    condition = np.inf if info.condition is None else info.condition
+    return 0.0 if info.residual == 0 else float(condition * info.residual)

@@ -1,0 +1,203 @@
+"""Are there other images with this gradient? What a local rank cannot say, tried on the answer itself.
+
+The Jacobian at an answer speaks of its neighborhood alone. Far from it another image may have the very same gradient:
+the answer moved by a symmetry of the network (`moves`), or a point of a curved set of which the null space is but the
+tangent. Both are found by gradients at the answer, and of the same answer moved.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.attacks.moves import moves
+from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.told import predicted
+from leakjax.jacobian import inverse_norms
+from leakjax.network import Gradient
+from leakjax.reconstruction import Candidate
+from leakjax.solvers.lsmr import lsmr
+
+ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
+ALIKE = 1e-6  # of the input range: two images that differ by less are one
+STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
+_DIRECTIONS = 2
+_INNER = 6000
+
+
+def seek_others(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes of all gradients with the symmetries and the curvature that their answers show.
+
+    Nothing is sought where a proof is global, or where nothing is certified anyway.
+    """
+    found, size = [], problem.examples
+    for first in range(0, len(outcomes), size):
+        group = outcomes[first : first + size]
+        matched = all(o.candidates and _sound(problem, o) for o in group)
+        if not matched or group[0].proof == "global":
+            found += group
+            continue
+        monitor.tell(f"looking for other images of gradient {first // size}")
+        found += _with_curvature(problem, _with_symmetries(problem, group))
+    return found
+
+
+def _sound(problem: Problem, outcome: Outcome) -> bool:
+    matched = outcome.candidates[0].gradient_residual <= problem.matched
+    return matched and all(info.status != "failed" for info in outcome.layers)
+
+
+def _same(problem: Problem) -> float:
+    """Relative difference, parameter by parameter, of two gradients that count as the same: rounding, no more."""
+    return max(1e-10, 30 * problem.rounding)
+
+
+def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
+    answer = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
+    labels = jnp.asarray([o.candidates[0].label for o in group])
+    if problem.examples == 1 and int(labels[0]) < 0:
+        return group
+    gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
+    result = list(group)
+    for b, outcome in enumerate(group):
+        images, names = _orbit(problem, answer, labels, b, gap)
+        if not names:
+            continue
+        others = [x for x in images if problem.in_range(x)]
+        if not others:
+            continue
+        residual, label = outcome.candidates[0].gradient_residual, outcome.candidates[0].label
+        known = [c.image for c in outcome.candidates]
+        new = [x for x in others if not any(np.max(np.abs(x - k)) <= gap for k in known)]
+        moved = np.zeros(answer.shape[1:], bool)
+        for x in others:
+            moved |= np.abs(x - answer[b]) > gap
+        candidates = (*outcome.candidates, *(Candidate(x, label, residual) for x in new))
+        result[b] = dataclasses.replace(
+            outcome, candidates=candidates, symmetry=", ".join(names), count=1 + len(others), moved=moved
+        )
+    return result
+
+
+def _orbit(
+    problem: Problem, answer: np.ndarray, labels: Array, b: int, gap: float
+) -> tuple[list[np.ndarray], list[str]]:
+    """Images of example b, other than the answer, that moves give without a change of the gradient, and their names.
+
+    Up to `ORBIT`, by the moves that leave the gradient as it is, and by these again.
+    """
+    measure = _differences(predicted(problem))
+    given = dict(problem.variables), jnp.asarray(answer), labels
+    tried = list(moves(answer.shape[1:], problem.input_range))
+
+    def fresh(image: np.ndarray, seen: Sequence[np.ndarray]) -> bool:
+        return all(np.max(np.abs(image - other)) > gap for other in seen)
+
+    first = [(move, move.apply(answer[b])) for move in tried]
+    first = [(move, image) for move, image in first if fresh(image, [answer[b]])]
+    if not first:
+        return [], []
+    stack = np.repeat(answer[None], len(first), axis=0)
+    stack[:, b] = np.stack([image for _, image in first])
+    same = np.asarray(measure(*given, jnp.asarray(stack))) <= _same(problem)
+    holding = [move for (move, _), kept in zip(first, same, strict=True) if kept]
+    names = list(dict.fromkeys(move.name for move in holding))
+    found, frontier = [], [answer[b]]
+    while frontier and len(found) < ORBIT:
+        grown = []
+        for image in frontier:
+            for move in holding:
+                other = move.apply(image)
+                if len(found) < ORBIT and fresh(other, [answer[b], *found]):
+                    found.append(other)
+                    grown.append(other)
+        frontier = grown
+    return _with_same_gradient(problem, measure, given, found, b), names
+
+
+def _with_same_gradient(
+    problem: Problem, measure: Any, given: Any, moved: list[np.ndarray], b: int
+) -> list[np.ndarray]:
+    """Those whose own gradient is the answer's: a move may leave one image's gradient as it is and not another's."""
+    if not moved:
+        return []
+    stack = np.repeat(np.asarray(given[1])[None], len(moved), axis=0)
+    stack[:, b] = np.stack(moved)
+    same = np.asarray(measure(*given, jnp.asarray(stack))) <= _same(problem)
+    return [image for image, kept in zip(moved, same, strict=True) if kept]
+
+
+@functools.lru_cache(maxsize=16)
+def _differences(gradient: Gradient) -> Any:
+    """(variables, x, labels, others (K, B, ...)) -> max_p ||g_p(other) - g_p(x)|| / ||g_p(x)|| of each.
+
+    A parameter whose gradient is 1e-9 of all is measured by that.
+    """
+
+    def differences(variables: Any, x: Array, labels: Array, others: Array) -> Float[Array, " K"]:
+        here = gradient(variables, x, labels)
+        total = jnp.sqrt(sum(jnp.sum(g**2) for g in here.values()))
+        sizes = {p: jnp.maximum(jnp.linalg.norm(jnp.ravel(g)), 1e-9 * total) for p, g in here.items()}
+
+        def one(other: Array) -> Array:
+            there = gradient(variables, other, labels)
+            away = [jnp.linalg.norm(jnp.ravel(there[p] - here[p])) / sizes[p] for p in here]
+            return jnp.max(jnp.stack(away))
+
+        return jax.lax.map(one, others)
+
+    return jax.jit(differences)
+
+
+def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
+    """Every outcome of an open gradient with whether its null space ends near the answer."""
+    info = group[0].layers[0]
+    if info.rank == info.unknowns or info.rank == 0:
+        return group
+    answer = jnp.asarray(np.stack([o.candidates[0].image for o in group]), problem.dtype)
+    labels = jnp.asarray([o.candidates[0].label for o in group])
+    width = problem.input_range[1] - problem.input_range[0]
+    look = _along_open(predicted(problem), float(problem.tolerance))
+    away = np.asarray(look(dict(problem.variables), answer, labels, width * jnp.asarray(STEPS, problem.dtype)))
+    curved = not bool(np.all(away <= max(1e-7, problem.matched / 10)))
+    return [dataclasses.replace(o, curved=curved) for o in group]
+
+
+@functools.lru_cache(maxsize=16)
+def _along_open(gradient: Gradient, tolerance: float) -> Any:
+    """(variables, x, labels, steps (S,)) -> the relative change of the gradient `steps` away along random directions
+    that J = dg/dx does not see, d = w - J^+ J w, twice for rounding; (S D,)."""
+
+    def look(variables: Any, x: Array, labels: Array, steps: Array) -> Array:
+        here, plain = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        over = inverse_norms(here)
+
+        def tangent(d: Array) -> dict[str, Array]:
+            return jax.tree.map(jnp.multiply, over, plain(d))
+
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+        def open_part(w: Array) -> Array:
+            return w - lsmr(operator, tangent(w), tolerance=10 * tolerance, max_steps=_INNER).x
+
+        def along(key: Array) -> Array:
+            d = open_part(open_part(jax.random.normal(key, x.shape, x.dtype)))
+            d = d / jnp.maximum(jnp.max(jnp.abs(d)), jnp.finfo(x.dtype).tiny)
+
+            def change(step: Array) -> Array:
+                there = gradient(variables, x + step * d, labels)
+                rows = jax.tree.map(lambda w, a, b: w * (a - b), over, there, here)
+                return optax.tree.norm(rows) / jnp.sqrt(float(len(here)))
+
+            return jax.lax.map(change, steps)
+
+        return jnp.ravel(jax.lax.map(along, jax.random.split(jax.random.key(7), _DIRECTIONS)))
+
+    return jax.jit(look)
