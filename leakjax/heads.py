@@ -116,6 +116,29 @@ def read_head(
     return HeadReading(candidates, solution)
 
 
+def read_input(
+    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], tolerance: float
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(dz, x) of one gradient of a head with bias: dL/dz as it was sent, and the input, whatever factor dz has."""
+    path = bias_path(segment, variables)
+    assert path is not None, "the head has no bias"
+    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    dz, solution = _with_bias(segment, path, tolerance)(dict(variables), arrays)
+    return dz[0], solution.x[0]
+
+
+def read_ray(
+    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
+) -> tuple[Float[Array, "..."], Callable[[Array, Array], Array]]:
+    """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
+    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
+    x = solution.x[0]
+    z0 = segment.function(variables, jnp.zeros_like(x))
+    along = segment.function(variables, x) - z0
+    return direction[0], functools.partial(_ray(segment, loss), dict(variables), z0, along)
+
+
 def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
     zeros = jnp.zeros(segment.output.shape, dtype)
     return Preimage(zeros, zeros.astype(bool), zeros, jnp.ones_like(zeros, bool))

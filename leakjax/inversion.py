@@ -15,6 +15,7 @@ from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
 from leakjax.attacks.others import seek_others
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
+from leakjax.attacks.scales import read_scales, rescaled, unscaled
 from leakjax.attacks.told import certifiable
 from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
@@ -148,7 +149,10 @@ def invert(
             learning_rate=observation.learning_rate,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
+        scalings = read_scales(problem)
+        problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
+        outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
 

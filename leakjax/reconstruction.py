@@ -57,11 +57,15 @@ class Certificate:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
-    """One image that explains a gradient, with its label and ||g(x) - g|| / ||g||."""
+    """One image that explains a gradient, with its label and ||g(x) - g|| / ||g||.
+
+    `label` is -1 where the loss compares with a `target` that is no integer label.
+    """
 
     image: Float[np.ndarray, "H W C"]
     label: int
     gradient_residual: float
+    target: Float[np.ndarray, " K"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -160,8 +160,8 @@ def test_pairing_is_by_least_error_within_each_gradient(rng):
 def two_answers(monkeypatch, ranks):
     """Certificates of one gradient of two examples, from two answers, each outside the range in one of them."""
     module = importlib.import_module("leakjax.attacks.matched")
-    answers = iter(ranks)
-    monkeypatch.setattr(module, "_local_rank", lambda *_: (next(answers), np.ones((2, 1, 1, 2)), 1.0))
+    answers = iter([(rank, np.full((2, 1, 1, 2), rank / 4), 1.0) for rank in ranks])
+    monkeypatch.setattr(module, "_local_rank", lambda *_: next(answers))
     monkeypatch.setattr(module, "twins", lambda *_: [])
     monkeypatch.setattr(module, "predicted", lambda _: None)
     inside, outside = np.full((1, 1, 2), 0.5), np.full((1, 1, 2), 3.0)

@@ -45,12 +45,6 @@ def _has_no_start(problem: Problem, group: list[Outcome]) -> bool:
 
 
 def _matched_instead(problem: Problem, monitor: Monitor, victim: int, group: list[Outcome]) -> list[Outcome]:
-    alone = dataclasses.replace(
-        problem,
-        chain=None,
-        gradients={p: g[victim : victim + 1] for p, g in problem.gradients.items()},
-        labels=None if problem.labels is None else problem.labels[victim : victim + 1],
-    )
-    other = match(alone, monitor)
+    other = match(problem.alone(victim, chain=None), monitor)
     residuals = [np.nan_to_num(o[0].candidates[0].gradient_residual, nan=np.inf) for o in (group, other)]
     return other if residuals[1] < residuals[0] else group

@@ -44,6 +44,8 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         v = candidate.victim
         if first + v >= problem.victims:
             continue
+        if problem.target(first + v) is not None and any(path.victim == first + v for path in paths):
+            continue  # every label is as wrong
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
         condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
         if lost > NULL_SPACE:
@@ -53,7 +55,9 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         )
         dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
         noise = noise_level(problem, candidate.x, residual)
-        paths.append(Path(first + v, np.array([candidate.label]), candidate.x, dx, noise, (info,), seen))
+        target = problem.target(first + v)
+        tags = np.array([candidate.label]) if target is None else target[None]
+        paths.append(Path(first + v, tags, candidate.x, dx, noise, (info,), seen))
     return paths
 
 

@@ -10,9 +10,12 @@ from leakjax.labels import rank_labels
 
 
 def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, " B"]]:
-    """The given labels alone, or up to `most` label vectors of one gradient, the most plausible first."""
+    """The given labels or the target alone, or up to `most` label vectors of one gradient, the most plausible first."""
     if problem.labels is not None:
         return [problem.labels[victim]]
+    target = problem.target(victim)
+    if target is not None:
+        return [target[None]]
     sent = {p: problem.gradients[p][victim] for p in problem.gradients}
     return rank_labels(
         problem.network.logits,

@@ -122,13 +122,9 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """What `copa` finds for this victim alone, an update taken for its steps' mean gradient; nothing where the model
     has no head to start from."""
-    alone = dataclasses.replace(
-        problem,
-        gradients={p: g[victim : victim + 1] / problem.local_steps for p, g in problem.gradients.items()},
-        labels=None if problem.labels is None else problem.labels[victim : victim + 1],
-        local_steps=1,
-        defense=None,
-    )
+    alone = problem.alone(victim, local_steps=1, defense=None)
+    mean = {p: g / problem.local_steps for p, g in alone.gradients.items()}
+    alone = dataclasses.replace(alone, gradients=mean)
     try:
         paths = follow(alone, monitor, pulling=True)
     except InputError:

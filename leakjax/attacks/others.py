@@ -22,7 +22,6 @@ from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.told import predicted
 from leakjax.jacobian import inverse_norms
 from leakjax.network import Gradient
-from leakjax.reconstruction import Candidate
 from leakjax.solvers.lsmr import lsmr
 
 ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
@@ -54,6 +53,12 @@ def _sound(problem: Problem, outcome: Outcome) -> bool:
     return matched and all(info.status != "failed" for info in outcome.layers)
 
 
+def _tags(group: list[Outcome]) -> Array:
+    """The labels of the answers, (B,), or the target, (1, K)."""
+    first = [outcome.candidates[0] for outcome in group]
+    return jnp.asarray([c.label if c.target is None else c.target for c in first])
+
+
 def _same(problem: Problem) -> float:
     """Relative difference, parameter by parameter, of two gradients that count as the same: rounding, no more."""
     return max(1e-10, 30 * problem.rounding)
@@ -61,9 +66,7 @@ def _same(problem: Problem) -> float:
 
 def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     answer = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
-    labels = jnp.asarray([o.candidates[0].label for o in group])
-    if problem.examples == 1 and int(labels[0]) < 0:
-        return group
+    labels = _tags(group)
     gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
     result = list(group)
     for b, outcome in enumerate(group):
@@ -73,13 +76,13 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
         others = [x for x in images if problem.in_range(x)]
         if not others:
             continue
-        residual, label = outcome.candidates[0].gradient_residual, outcome.candidates[0].label
+        first = outcome.candidates[0]
         known = [c.image for c in outcome.candidates]
         new = [x for x in others if not any(np.max(np.abs(x - k)) <= gap for k in known)]
         moved = np.zeros(answer.shape[1:], bool)
         for x in others:
             moved |= np.abs(x - answer[b]) > gap
-        candidates = (*outcome.candidates, *(Candidate(x, label, residual) for x in new))
+        candidates = (*outcome.candidates, *(dataclasses.replace(first, image=x) for x in new))
         result[b] = dataclasses.replace(
             outcome, candidates=candidates, symmetry=", ".join(names), count=1 + len(others), moved=moved
         )
@@ -97,8 +100,8 @@ def _orbit(
     given = dict(problem.variables), jnp.asarray(answer), labels
     tried = list(moves(answer.shape[1:], problem.input_range))
 
-    def fresh(image: np.ndarray, seen: Sequence[np.ndarray]) -> bool:
-        return all(np.max(np.abs(image - other)) > gap for other in seen)
+    def fresh(x: np.ndarray, seen: Sequence[np.ndarray]) -> bool:
+        return all(np.max(np.abs(x - other)) > gap for other in seen)
 
     first = [(move, move.apply(answer[b])) for move in tried]
     first = [(move, image) for move, image in first if fresh(image, [answer[b]])]
@@ -162,7 +165,7 @@ def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     if info.rank == info.unknowns or info.rank == 0:
         return group
     answer = jnp.asarray(np.stack([o.candidates[0].image for o in group]), problem.dtype)
-    labels = jnp.asarray([o.candidates[0].label for o in group])
+    labels = _tags(group)
     width = problem.input_range[1] - problem.input_range[0]
     look = _along_open(predicted(problem), float(problem.tolerance))
     away = np.asarray(look(dict(problem.variables), answer, labels, width * jnp.asarray(STEPS, problem.dtype)))

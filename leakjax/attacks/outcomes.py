@@ -63,8 +63,9 @@ def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, wh
 
 
 def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]], alike: float = 1e-7) -> list[tuple[Candidate, ...]]:
-    """Candidates of every example, from (images (B, ...), labels (B,), residual) of whole gradients, best first.
+    """Candidates of every example, from (images (B, ...), labels (B,) or targets (B, K), residual) of whole gradients.
 
+    Best first.
     The examples of a gradient have no order: each answer is put into the order of the first. What several answers say
     `alike` of an example, by their relative difference, is one candidate.
     """
@@ -74,8 +75,9 @@ def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]], alike: float 
         distance = np.linalg.norm((first[:, None] - images.reshape(1, len(images), -1)).astype(float), axis=2)
         order = linear_sum_assignment(np.nan_to_num(distance, nan=1e150, posinf=1e150))
         for b, k in zip(*order, strict=True):
-            if not any(int(labels[k]) == c.label and _alike(images[k], c.image, alike) for c in found[b]):
-                found[b].append(Candidate(images[k], int(labels[k]), residual))
+            label, target = (int(labels[k]), None) if labels.ndim == 1 else (-1, labels[k])
+            if not any(label == c.label and _alike(images[k], c.image, alike) for c in found[b]):
+                found[b].append(Candidate(images[k], label, residual, target))
     return [tuple(mine) for mine in found]
 
 

@@ -36,7 +36,7 @@ class Problem:
     `devices`: over which the victims of a layer's solve are spread, `chunk` on each; none is JAX's default device.
 
     What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
-    `local_steps` with `learning_rate` that each update sums.
+    `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
     """
 
     chain: Chain | None
@@ -63,6 +63,21 @@ class Problem:
     defense: Setting | None = None
     local_steps: int = 1
     learning_rate: float | None = None
+    targets: tuple[Float[np.ndarray, " K"] | None, ...] = ()
+
+    def target(self, victim: int) -> Float[np.ndarray, " K"] | None:
+        """What the loss of a gradient of one example compares the logits with, where that is no integer label."""
+        return self.targets[victim] if self.targets else None
+
+    def alone(self, victim: int, **changes: Any) -> "Problem":
+        """The problem of one victim, with `changes` of other fields."""
+        return dataclasses.replace(
+            self,
+            gradients={p: g[victim : victim + 1] for p, g in self.gradients.items()},
+            labels=None if self.labels is None else self.labels[victim : victim + 1],
+            targets=self.targets[victim : victim + 1],
+            **changes,
+        )
 
     @property
     def client(self) -> Gradient:
