@@ -6,11 +6,16 @@ B^2 numbers c_b are all that is unknown:
 
     sum_b dz_b c_b^T = U,    sum_b dz_b = B g_bias,    dz_b = dL/dz(W V S c_b + c, y_b)
 
+Sums in place of means, and examples of unequal weight, have w_b dz_b for dz_b: where no solution is found with w = 1
+the w_b are B more unknowns.
+
 Examples that share a label differ in their predictions alone: S has small values for them, and in the c_b these weigh
 as much as the others. Where these are no more equations than unknowns several solutions may stand, and none is told.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from leakjax.heads import bias_path, loss_pull
+from leakjax.losses import labels_of
 from leakjax.memory import fits_in_memory
 from leakjax.model import Arrays
 from leakjax.segments import Segment
@@ -30,6 +36,7 @@ from leakjax.systems import segment_rows
 SPREADS = (0.1, 0.3)  # standard deviation of the random logits that the starts are made of
 STARTS = 8  # of each spread
 STEPS = (30, 300)  # for every labeling, the second where the first fits none
+MOST_LABELINGS = 80  # tried with weights of the examples
 PATIENT = 4000  # for the labeling that fits best, where none fits
 _ENOUGH = 1e3  # roundings, relative to the smallest singular value, that a solution may be off by
 
@@ -45,22 +52,30 @@ class DenseHead(NamedTuple):
     origin: Float[Array, "B K"]
     freedom: int
 
-    @property
-    def redundant(self) -> bool:
-        """Whether there are more equations than the B^2 unknowns."""
+    def redundant(self, *, weighted: bool = False) -> bool:
+        """Whether there are more equations than the B^2 unknowns, and B weights."""
         examples = len(self.origin)
-        return self.freedom * (examples + (self.bias is not None)) > examples**2
+        return self.freedom * (examples + (self.bias is not None)) > examples**2 + weighted * examples
 
 
 class BatchHead(NamedTuple):
     """One explanation of a head's gradient: labels (B,), dL/dz and x of every example, the relative residual of the
-    equations, and its condition: what a relative error in them does to x, relatively."""
+    equations, its condition: what a relative error in them does to x, relatively, and the examples' weights w (B,), all
+    1 in a mean; `dz` has them in it."""
 
     labels: Int[np.ndarray, " B"]
     dz: Float[np.ndarray, "B K"]
     x: Float[np.ndarray, "B ..."]
     residual: float
     condition: float
+    weights: Float[np.ndarray, " B"]
+
+
+class _Unknowns(NamedTuple):
+    """c (B, B), and the weights w (B,)."""
+
+    c: Array
+    w: Array
 
 
 class _Equations(NamedTuple):
@@ -112,8 +127,8 @@ def separate_examples(
     there are no more equations than unknowns.
     """
     segment, examples = head.segment, len(head.origin)
-    u, s, vt = np.linalg.svd(examples * np.asarray(gradients[head.kernel], float).ravel()[head.where], False)
-    if not head.redundant or len(s) < examples or not s[examples - 1] > 30 * rounding * s[0]:
+    u, s, vt = _singular(head, gradients)
+    if not head.redundant() or len(s) < examples or not s[examples - 1] > 30 * rounding * s[0]:
         return None
     u, s, vt = u[:, :examples], s[:examples], vt[:examples]
     total = None if head.bias is None else _sum_of_pulls(segment, variables, head.bias, gradients[head.bias])
@@ -121,28 +136,55 @@ def separate_examples(
     seen = segment.function(variables, jnp.asarray(basis)) - head.origin
     equations = _Equations(dict(variables), head.origin, seen, jnp.asarray(u, basis.dtype), total)
     limit = min(_ENOUGH * rounding * s[0] / s[-1], accept)
-    trials: list[tuple[np.ndarray, Any]] = []
 
-    def attempt(labels: np.ndarray, steps: int) -> bool:
-        trials.append((labels, _solver(segment, loss)(equations, jnp.asarray(labels), steps)))
-        return _least(trials[-1][1]) <= limit
+    def attempt(labels: np.ndarray, steps: int, weighted: bool) -> tuple[np.ndarray, Any]:
+        return labels, _solver(segment, loss, weighted)(equations, jnp.asarray(labels), steps)
 
+    trials = []
     for steps in STEPS:
-        if any([attempt(labels, steps) for labels in labelings]):
+        trials += [attempt(labels, steps, False) for labels in labelings]
+        if min(map(_least, trials)) <= limit:
             break
     else:
-        attempt(min(trials, key=lambda trial: _least(trial[1]))[0], PATIENT)
+        trials.append(attempt(min(trials, key=_least)[0], PATIENT, False))
+        if min(map(_least, trials)) > limit and head.redundant(weighted=True):
+            every = _all_labelings(labelings, labels_of(head.origin.size // examples))
+            trials += [attempt(labels, STEPS[-1], True) for labels in every]
     found: list[BatchHead] = []
-    for labels, (cs, residuals, dzs) in trials:
-        for c, residual, dz in zip(*map(np.asarray, (cs, residuals, dzs)), strict=True):
+    for labels, (unknowns, residuals, dzs) in trials:
+        for c, w, residual, dz in zip(*map(np.asarray, (*unknowns, residuals, dzs)), strict=True):
             if not residual <= limit:
                 continue
-            jacobian = np.asarray(_jacobian(segment, loss)(equations, jnp.asarray(labels), jnp.asarray(c)))
-            condition = _condition(jacobian.reshape(-1, c.size), c, s)
-            one = BatchHead(labels, dz, np.tensordot(c, basis, axes=1), float(residual), condition)
+            weighted = not np.all(w == 1.0)
+            jacobian = _jacobian(segment, loss, weighted)(
+                equations, jnp.asarray(labels), jnp.asarray(c), jnp.asarray(w)
+            )
+            condition = _condition(np.asarray(jacobian), c, s)
+            x = np.tensordot(c, basis, axes=1)
+            one = BatchHead(labels, dz, x, float(residual), condition, w)
             if not any(_same(one, other) for other in found):
                 found.append(one)
     return found
+
+
+def examples_shown(head: DenseHead, gradients: Mapping[str, Float[np.ndarray, "..."]], rounding: float) -> int:
+    """The rank of the kernel's gradient above rounding: how many examples stand behind it, at least."""
+    _, s, _ = _singular(head, gradients)
+    return int(np.sum(s > 30 * rounding * s[0]))
+
+
+def _singular(head: DenseHead, gradients: Mapping[str, Float[np.ndarray, "..."]]) -> tuple[np.ndarray, ...]:
+    """U, s, V^T of B times the kernel's gradient (K, n)."""
+    return np.linalg.svd(len(head.origin) * np.asarray(gradients[head.kernel], float).ravel()[head.where], False)
+
+
+def _all_labelings(likely: Sequence[np.ndarray], labels: int) -> list[np.ndarray]:
+    """Every label vector (B,), sorted, where these are few; else the `likely` ones: counts read from a gradient take it
+    for a mean."""
+    examples = likely[0].shape
+    if len(likely) == 1 or likely[0].ndim > 1 or math.comb(labels + examples[0] - 1, examples[0]) > MOST_LABELINGS:
+        return list(likely)
+    return [np.array(tags) for tags in itertools.combinations_with_replacement(range(labels), examples[0])]
 
 
 def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarray] | None:
@@ -188,9 +230,13 @@ def _sum_of_pulls(segment: Segment, variables: Arrays, path: str, gradient: np.n
     return jnp.linalg.lstsq(matrix, jnp.ravel(jnp.asarray(gradient, matrix.dtype)))[0]
 
 
-def _residual(segment: Segment, loss: str, equations: _Equations, labels: Array, c: Array) -> tuple[Any, Array]:
-    """(rows of the residual, dz (B, K)) at c (B, B)."""
+def _residual(
+    segment: Segment, loss: str, equations: _Equations, labels: Array, unknowns: _Unknowns
+) -> tuple[Any, Array]:
+    """(rows of the residual, w dz (B, K))."""
+    c, w = unknowns
     dz = _pulls(segment, loss, equations, labels, equations.origin + jnp.tensordot(c, equations.seen, axes=1))
+    dz = w[:, None] * dz
     rows = (dz.T @ c - equations.u) / jnp.sqrt(float(len(c)))
     if equations.total is None:
         return rows, dz
@@ -203,39 +249,57 @@ def _pulls(segment: Segment, loss: str, equations: _Equations, labels: Array, z:
 
 
 @functools.lru_cache(maxsize=16)
-def _solver(segment: Segment, loss: str) -> Any:
-    """(equations, labels, steps) -> solutions c, ||residual|| and dz of all starts, side by side."""
+def _solver(segment: Segment, loss: str, weighted: bool) -> Any:
+    """(equations, labels, steps) -> solutions (c, w), ||residual|| and dz of all starts, side by side.
 
-    def solve(equations: _Equations, labels: Array, steps: int) -> tuple[Array, Array, Array]:
-        eps = float(jnp.finfo(equations.origin.dtype).eps)
+    Without `weighted` w is 1. With it w begins at the factor that the sum of all dz asks for, of either sign.
+    """
+
+    def solve(equations: _Equations, labels: Array, steps: int) -> tuple[_Unknowns, Array, Array]:
+        dtype = equations.origin.dtype
+        eps = float(jnp.finfo(dtype).eps)
         method = optx.Dogleg(rtol=50 * eps, atol=5 * eps)
+        ones = jnp.ones(len(equations.origin), dtype)
 
-        def one(key: Any, spread: Any) -> tuple[Array, Array, Array]:
-            noise = jax.random.normal(key, equations.origin.shape, equations.origin.dtype)
+        def one(key: Any, spread: Any, sign: Any) -> tuple[_Unknowns, Array, Array]:
+            noise = jax.random.normal(key, equations.origin.shape, dtype)
             pulls = _pulls(segment, loss, equations, labels, equations.origin + spread * noise)
-            start = jnp.linalg.inv(equations.u.T @ pulls.T)
+            factor = jnp.ones((), dtype)
+            if weighted and equations.total is not None:
+                factor = sign * jnp.linalg.norm(equations.total) / jnp.linalg.norm(jnp.sum(pulls, axis=0))
+            start = jnp.linalg.inv(equations.u.T @ (factor * pulls).T)
 
-            def residual(c: Any, _: Any) -> Any:
-                return _residual(segment, loss, equations, labels, c)[0]
+            def residual(y: Any, _: Any) -> Any:
+                return _residual(segment, loss, equations, labels, y if weighted else _Unknowns(y, ones))[0]
 
-            c = optx.least_squares(residual, method, start, max_steps=steps, throw=False).value
-            left, dz = _residual(segment, loss, equations, labels, c)
+            first: Any = _Unknowns(start, factor * ones) if weighted else start
+            y = optx.least_squares(residual, method, first, max_steps=steps, throw=False).value
+            end = y if weighted else _Unknowns(y, ones)
+            left, dz = _residual(segment, loss, equations, labels, end)
             size = jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(left)))
-            return c, jnp.where(jnp.all(jnp.isfinite(c)), size, jnp.inf), dz
+            return end, jnp.where(jnp.all(jnp.isfinite(end.c)), size, jnp.inf), dz
 
         keys = jax.random.split(jax.random.key(0), STARTS * len(SPREADS))
-        return jax.vmap(one)(keys, jnp.repeat(jnp.asarray(SPREADS, equations.origin.dtype), STARTS))
+        signs = jnp.where(jnp.arange(len(keys)) % 4 == 3, -1.0, 1.0).astype(dtype)
+        return jax.vmap(one)(keys, jnp.repeat(jnp.asarray(SPREADS, dtype), STARTS), signs)
 
     return jax.jit(solve, static_argnums=2)
 
 
 @functools.lru_cache(maxsize=16)
-def _jacobian(segment: Segment, loss: str) -> Any:
-    def flat(c: Any, equations: _Equations, labels: Array) -> Array:
-        leaves = jax.tree.leaves(_residual(segment, loss, equations, labels, c)[0])
+def _jacobian(segment: Segment, loss: str, weighted: bool) -> Any:
+    """(equations, labels, c, w) -> the Jacobian of the residual, (rows, B^2), and B more columns where `weighted`."""
+
+    def flat(unknowns: Any, equations: _Equations, labels: Array) -> Array:
+        leaves = jax.tree.leaves(_residual(segment, loss, equations, labels, unknowns)[0])
         return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
-    return jax.jit(lambda equations, labels, c: jax.jacobian(flat)(c, equations, labels))
+    def build(equations: _Equations, labels: Array, c: Array, w: Array) -> Array:
+        by_c, by_w = jax.jacobian(flat)(_Unknowns(c, w), equations, labels)
+        by_c = by_c.reshape(len(by_c), -1)
+        return jnp.concatenate([by_c, by_w], axis=1) if weighted else by_c
+
+    return jax.jit(build)
 
 
 def _condition(jacobian: np.ndarray, c: np.ndarray, s: np.ndarray) -> float:
@@ -243,12 +307,12 @@ def _condition(jacobian: np.ndarray, c: np.ndarray, s: np.ndarray) -> float:
     left, values, right = np.linalg.svd(np.asarray(jacobian, float), full_matrices=False)
     if values[-1] <= len(values) * np.finfo(jacobian.dtype).eps * values[0]:
         return float("inf")
-    inverse = (right.T / values) @ left.T * np.tile(s, len(c))[:, None]
+    inverse = ((right.T / values) @ left.T)[: c.size] * np.tile(s, len(c))[:, None]
     return float(np.linalg.norm(inverse, 2) / np.linalg.norm(c * s))
 
 
-def _least(trial: Any) -> float:
-    return float(np.nanmin(np.asarray(trial[1]), initial=np.inf))
+def _least(trial: tuple[np.ndarray, Any]) -> float:
+    return float(np.nanmin(np.asarray(trial[1][1]), initial=np.inf))
 
 
 def _same(one: BatchHead, other: BatchHead) -> bool:

@@ -1,5 +1,6 @@
 """`invert`: from an observation to images, with a certificate."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ import optax
 from leakjax._widening import Wide, in_one_precision
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
+from leakjax.attacks.noisy import with_noise
 from leakjax.attacks.others import seek_others
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.attacks.scales import read_scales, rescaled, unscaled
+from leakjax.attacks.stored import stored_rounding
 from leakjax.attacks.told import certifiable
 from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
@@ -48,6 +51,7 @@ def invert(
     seed: int = 0,
     devices: Sequence[Any] | None = None,
     adaptive: bool = True,
+    gradient_noise: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -73,6 +77,8 @@ def invert(
     - `seed`: of the random starts;
     - `adaptive`: whether `match` uses what the observation says of a defense (see `attacks.told`); else, as the
       layer-wise attacks always do, it takes what was sent for the gradient;
+    - `gradient_noise`: standard deviation of normal noise that is known to be in every entry of what was sent; without
+      it noise is read off what the best answer leaves of the gradient;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own;
@@ -109,6 +115,7 @@ def invert(
         raise unknown_name("optimizer", str(optimizer), OPTIMIZERS)
     if not isinstance(descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
+    _check_noise(gradient_noise, observation)
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
@@ -121,7 +128,8 @@ def invert(
         chain = _chain(model, observation, dtype, chosen.layerwise)
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
-        precision = max(float(np.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps))
+        stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
+        precision = max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
         gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
         problem = Problem(
             chain,
@@ -144,7 +152,7 @@ def invert(
             steps,
             seed,
             devices=_check_devices(devices),
-            defense=_told(observation, adaptive and not chosen.layerwise),
+            defense=_told(observation, adaptive and not chosen.layerwise, gradient_noise),
             local_steps=observation.local_steps,
             learning_rate=observation.learning_rate,
         )
@@ -153,14 +161,53 @@ def invert(
         problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
+        outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
+        outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
 
 
-def _told(observation: Observation, adaptive: bool) -> Setting | None:
+def _reckoned_with(problem: Problem, defense: str) -> bool:
+    """Whether what the defense did to the gradient is in the attack's own equations, up to rounding: told of it, and no
+    noise; or a factor, as clipping of the norm is, that the head shows."""
+    if problem.defense is None:
+        return defense.partition(":")[0] == "clip" and problem.local_steps == 1
+    return certifiable(problem)
+
+
+def _defended(certificate: Certificate) -> Certificate:
+    words = "a defense changed the gradient, and the attack was not told or cannot undo it: try attack='match'"
+    return Certificate("failed", None, certificate.unknowns, certificate.condition, "defense", reason=words)
+
+
+def _with_reason(outcome: Outcome, reason: str | None) -> Outcome:
+    return outcome if reason is None else dataclasses.replace(outcome, reason=reason)
+
+
+def _told(observation: Observation, adaptive: bool, gradient_noise: float | None) -> Setting | None:
     """The defense that the attack reckons with."""
     known = adaptive and observation.defense not in (None, CUSTOM)
-    return build_defense(str(observation.defense)) if known else None
+    if known:
+        return build_defense(str(observation.defense))
+    return build_defense(f"gaussian:{gradient_noise!r}") if adaptive and gradient_noise is not None else None
+
+
+def _sigma_told(observation: Observation, gradient_noise: float | None) -> float | None:
+    """The noise that a layer-wise attack hears of: in every entry of a gradient that it takes as it is."""
+    name, _, values = str(observation.defense or "").partition(":")
+    if name == "gaussian" and observation.local_steps == 1:
+        return float(values)
+    return gradient_noise
+
+
+def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
+    if gradient_noise is None:
+        return
+    number = isinstance(gradient_noise, int | float) and not isinstance(gradient_noise, bool)
+    if not (number and 0 < gradient_noise < np.inf):
+        raise InputError(f"gradient_noise must be a standard deviation above 0, or None, got {gradient_noise!r}")
+    if observation.defense is not None:
+        raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
 
 
 @functools.lru_cache(maxsize=16)
@@ -231,8 +278,8 @@ def _assemble(
     images, labels, determined, residuals = [], [], [], []
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
     certificates = certify_together(certificates, outcomes, problem.examples)
-    if observation.defense is not None and (problem.defense is None or not certifiable(problem)):
-        certificates = [Certificate("failed", None, c.unknowns, c.condition, "defense") for c in certificates]
+    if observation.defense is not None and not _reckoned_with(problem, observation.defense):
+        certificates = [c if c.status == "approximate" else _defended(c) for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
         images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)

@@ -6,6 +6,7 @@ import numpy as np
 
 from leakjax.attacks.others import ORBIT
 from leakjax.attacks.problem import Outcome, Problem
+from leakjax.attacks.residual_noise import HALF
 from leakjax.reconstruction import Certificate, LayerInfo
 
 SOLVED = ("determined", "pulled_back")
@@ -23,6 +24,11 @@ _UNMATCHED = (
 )
 _STALLED = "the search from {layer} ended far from the gradient that was sent: try more starts or another seed"
 _OUTSIDE = "the only answer leaves the input range: check input_range (--input-range) and the loss"
+_APPROXIMATE = (
+    "the gradient is matched up to {left:.1e} of its size, which is noise or rounding: the estimate is what that "
+    "does to the image"
+)
+_COARSE = "the gradient was rounded to half precision, and what that does to the image could not be estimated"
 _CURVED = (
     "{free} directions are open at this answer, and the images that match the gradient form a curved set: nothing that "
     "holds far from this answer is known of any entry"
@@ -43,6 +49,10 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     layers = outcome.layers
     unknowns = layers[0].unknowns
     condition = layers[0].condition
+    if outcome.psnr_estimate is not None:
+        words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual)
+        estimate = outcome.psnr_estimate
+        return Certificate("approximate", unknowns, unknowns, condition, psnr_estimate=estimate, reason=words)
     found = _flaw(problem, outcome)
     if found is not None:
         layer, reason = found
@@ -50,6 +60,8 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     whole = layers[0].status in SOLVED
     several = len(outcome.candidates) > 1 or outcome.symmetry is not None
     proof = outcome.proof or "local"
+    if problem.rounding > HALF:
+        return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_COARSE)
     if whole and not several:
         if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
             return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)

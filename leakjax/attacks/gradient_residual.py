@@ -37,7 +37,7 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
     """
 
     def residual(variables: Any, sent: Sent, labels: Any) -> Any:
-        return _residual(compare, variables, sent, labels), jnp.sqrt(float(len(sent.gradient)))
+        return residual_of(compare, variables, sent, labels), jnp.sqrt(float(len(sent.gradient)))
 
     def solve(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
         function, size = residual(variables, sent, labels)
@@ -75,7 +75,7 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
     return tuple(map(jax.jit, (solve, smooth, look, misfit, gram)))
 
 
-def _residual(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:
+def residual_of(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:
     """r(x, smoothing), by parameter, and the amplitudes of x where the prior has a weight."""
     rows = _sign_rows if compare.signs else _weighted_rows
     middle = 0.5 * (compare.limits[0] + compare.limits[1])
@@ -112,7 +112,7 @@ def dense_rows(compare: Compare) -> Any:
 
     def row(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
         x = start + from_natural(u.reshape(start.shape))
-        return ravel_pytree(_residual(compare, variables, sent, labels)(x))[0]
+        return ravel_pytree(residual_of(compare, variables, sent, labels)(x))[0]
 
     def jacobian(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
         r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, start), u)

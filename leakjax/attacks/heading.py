@@ -5,9 +5,9 @@ import numpy as np
 from leakjax.attacks.labelings import labelings
 from leakjax.attacks.layer_step import pull_back_cotangent
 from leakjax.attacks.path import Path, layer_info, noise_level
-from leakjax.attacks.problem import Problem
+from leakjax.attacks.problem import Monitor, Problem
 from leakjax.attacks.ranks import NULL_SPACE, head_rank
-from leakjax.batch_heads import fits, read_dense_head, separate_examples
+from leakjax.batch_heads import examples_shown, fits, read_dense_head, separate_examples
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.heads import read_head
 from leakjax.segments import Segment
@@ -15,17 +15,33 @@ from leakjax.solvers.linear import lsmr_condition
 from leakjax.spreading import solved_together
 
 LABELINGS = 8
+_COUNT = (
+    "the last layer's gradient has rank {shown}: {shown} examples or more stand behind it, or noise, and not {told}; "
+    "give examples={shown} (--batch-size {shown}), or the noise"
+)
+_FEWER = " (its rank is {shown}: the gradient holds {shown} examples that differ, or fewer outputs than examples)"
 
 
-def start(problem: Problem, head: Segment) -> list[Path]:
-    """All paths of all victims; raises `InputError` where a batch's head does not separate its examples."""
-    return _of_one(problem, head) if problem.examples == 1 else _of_batches(problem, head)
+def start(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
+    """All paths of all victims; raises `InputError` where a batch's head does not separate its examples.
+
+    Where a head's gradient is of another number of examples than was told, the monitor hears of it.
+    """
+    return _of_one(problem, monitor, head) if problem.examples == 1 else _of_batches(problem, monitor, head)
 
 
-def _of_one(problem: Problem, head: Segment) -> list[Path]:
+def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
     """Victims are read `chunk` at a time, as their layers are: what a victim gives does not depend on its company."""
     size = solved_together(problem.victims, problem.chunk, ())
-    return [path for first in range(0, problem.victims, size) for path in _of_some(problem, head, first, size)]
+    paths = [path for first in range(0, problem.victims, size) for path in _of_some(problem, head, first, size)]
+    misfits = sorted({path.victim for path in paths if path.layers[0].status == "failed"})
+    dense = read_dense_head(head, problem.variables, problem.loss) if misfits else None
+    for victim in misfits if dense else []:
+        assert dense is not None
+        shown = examples_shown(dense, {p: problem.gradients[p][victim] for p in head.paths}, problem.rounding)
+        if shown > 1:
+            monitor.reasons[victim] = _COUNT.format(shown=shown, told=1)
+    return paths
 
 
 def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Path]:
@@ -61,7 +77,7 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
     return paths
 
 
-def _of_batches(problem: Problem, head: Segment) -> list[Path]:
+def _of_batches(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
     outputs = int(np.prod(head.output.shape[1:]))
     remedy = 'use attack="match" (--attack match), or a smaller batch'
     dense = read_dense_head(head, problem.variables, problem.loss)
@@ -69,7 +85,7 @@ def _of_batches(problem: Problem, head: Segment) -> list[Path]:
         raise UnreadableModelError(f"the last layer is not dense: its gradient mixes the examples of a batch; {remedy}")
     if not fits(dense):
         raise InputError(f"separating {problem.examples} examples takes more memory than this machine has; {remedy}")
-    paths, separable = [], False
+    paths, separable, ranks = [], False, []
     for v in range(problem.victims):
         found = separate_examples(
             dense,
@@ -81,6 +97,11 @@ def _of_batches(problem: Problem, head: Segment) -> list[Path]:
             accept=problem.matched,
         )
         separable |= found is not None
+        if not found:
+            shown = examples_shown(dense, {p: problem.gradients[p][v] for p in head.paths}, problem.rounding)
+            ranks.append(shown)
+            if shown > problem.examples:
+                monitor.reasons[v] = _COUNT.format(shown=shown, told=problem.examples)
         for one in found or []:
             rank = one.x.size if np.isfinite(one.condition) else None
             info = layer_info(problem, head.name, one.x.size, rank, one.condition, one.residual, 0)
@@ -88,10 +109,12 @@ def _of_batches(problem: Problem, head: Segment) -> list[Path]:
             x = one.x.astype(problem.dtype)
             dx = pull_back_cotangent(head, problem.variables, x, dz)
             noise = noise_level(problem, x, one.condition * one.residual)
-            paths.append(Path(v, one.labels, x, dx, noise, (info,), np.ones(x.shape)))
+            weights = None if np.all(one.weights == 1.0) else one.weights
+            paths.append(Path(v, one.labels, x, dx, noise, (info,), np.ones(x.shape), weights=weights))
     if not separable:
         raise InputError(
             f"the last layer's gradient does not separate the {problem.examples} examples behind it: it has {outputs} "
-            f"outputs and must have more than there are examples, no two of them alike; {remedy}"
+            f"outputs and must have more than there are examples, no two of them alike"
+            f"{_FEWER.format(shown=max(ranks))}; {remedy}"
         )
     return paths

@@ -53,20 +53,23 @@ def _sound(problem: Problem, outcome: Outcome) -> bool:
     return matched and all(info.status != "failed" for info in outcome.layers)
 
 
-def _tags(group: list[Outcome]) -> Array:
+def tags_of(group: list[Outcome]) -> Array:
     """The labels of the answers, (B,), or the target, (1, K)."""
     first = [outcome.candidates[0] for outcome in group]
     return jnp.asarray([c.label if c.target is None else c.target for c in first])
 
 
 def _same(problem: Problem) -> float:
-    """Relative difference, parameter by parameter, of two gradients that count as the same: rounding, no more."""
-    return max(1e-10, 30 * problem.rounding)
+    """Relative difference, parameter by parameter, of two gradients that count as the same: rounding, no more.
+
+    At most 1e-5: half precision would call many images alike that its noise lets an estimate tell apart.
+    """
+    return float(np.clip(30 * problem.rounding, 1e-10, 1e-5))
 
 
 def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     answer = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
-    labels = _tags(group)
+    labels = tags_of(group)
     gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
     result = list(group)
     for b, outcome in enumerate(group):
@@ -87,6 +90,13 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
             outcome, candidates=candidates, symmetry=", ".join(names), count=1 + len(others), moved=moved
         )
     return result
+
+
+def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
+    """Images in range of some example, other than x, that a symmetry of the network gives without a change of the
+    gradient."""
+    gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
+    return [o for b in range(len(x)) for o in _orbit(problem, x, labels, b, gap)[0] if problem.in_range(o)]
 
 
 def _orbit(
@@ -165,7 +175,7 @@ def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     if info.rank == info.unknowns or info.rank == 0:
         return group
     answer = jnp.asarray(np.stack([o.candidates[0].image for o in group]), problem.dtype)
-    labels = _tags(group)
+    labels = tags_of(group)
     width = problem.input_range[1] - problem.input_range[0]
     look = _along_open(predicted(problem), float(problem.tolerance))
     away = np.asarray(look(dict(problem.variables), answer, labels, width * jnp.asarray(STEPS, problem.dtype)))

@@ -33,7 +33,11 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
         images = split([(p.x, p.labels, float(r)) for r, p in mine]) if mine else [()] * problem.examples
         seen = _seen(mine[0][1]) if mine else None
         proof = _proof(problem, mine[0][1]) if mine else None
-        found += [Outcome(c, layers, None if seen is None else seen[b], proof) for b, c in enumerate(images)]
+        scales = np.ones(problem.examples) if not mine or mine[0][1].weights is None else mine[0][1].weights
+        found += [
+            Outcome(c, layers, None if seen is None else seen[b], proof, scale=float(scales[b]))
+            for b, c in enumerate(images)
+        ]
     return found
 
 
@@ -96,7 +100,9 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
     gradient = _gradient_of(problem.segments, problem.loss)
     residuals = []
     for path in paths:
-        found = gradient(dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.labels))
+        weights = np.ones(problem.examples) if path.weights is None else path.weights
+        point = dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.labels)
+        found = gradient(*point, jnp.asarray(weights, problem.dtype))
         given = {p: problem.gradients[p][path.victim] for p in found}
         error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
         residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
@@ -105,11 +111,12 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
 
 @functools.lru_cache(maxsize=32)
 def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Any:
-    """(variables, x, labels) -> {path: dL/dtheta}, by the same segments that the layers are solved with."""
+    """(variables, x, labels, weights (B,)) -> {path: dL/dtheta}, by the segments that the layers are solved with."""
 
-    def gradient(variables: Any, x: Any, labels: Any) -> Any:
+    def gradient(variables: Any, x: Any, labels: Any, weights: Any) -> Any:
         xs, zs, slopes = push_forward(segments, variables, x)
         dz = loss_pull(segments[-1], variables, loss, zs[-1], labels)
+        dz = dz * weights.reshape(-1, *[1] * (dz.ndim - 1))
         return pull_gradients(segments, variables, xs, slopes, dz)[0]
 
     return jax.jit(gradient)

@@ -28,7 +28,7 @@ class Path:
     """One candidate: labels (B,), x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
-    whose constraints gave the image itself.
+    whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
     """
 
     victim: int
@@ -40,6 +40,7 @@ class Path:
     seen: np.ndarray | None
     anchor: Anchor | None = None
     source: Anchor | None = None
+    weights: np.ndarray | None = None
 
     @property
     def certain(self) -> bool:

@@ -155,9 +155,10 @@ class Outcome:
 
 @dataclasses.dataclass
 class Monitor:
-    """Where the time goes, and a listener for what is being done."""
+    """Where the time goes, a listener for what is being done, and by victim the `reasons` why it cannot be."""
 
     trace: float = 0.0
     compile: float = 0.0
     solve: float = 0.0
     tell: Callable[[str], None] = lambda stage: None
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)

@@ -63,7 +63,7 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     size = solved_together(problem.victims, problem.chunk, problem.devices)
     _check_memory(problem, size)
     monitor.tell("reading the head")
-    paths = start(problem, head)
+    paths = start(problem, monitor, head)
     linear = [k for k, segment in enumerate(segments) if segment.linear]
     monitor.tell(f"compiling {len(linear)} layers")
     steps = dict(zip(linear, compile_steps(problem, [segments[k] for k in linear], size, monitor), strict=True))

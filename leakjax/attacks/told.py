@@ -101,6 +101,13 @@ def _weighted(problem: Problem, sent: dict[str, Array], sigmas: dict[str, float]
     return Told(Sent(sent, weights, _prior(problem, k)), matched, noisy=True)
 
 
+def noise_of(problem: Problem, victim: int) -> dict[str, float] | None:
+    """The standard deviation of the noise that the defense adds, by parameter; None where it adds none."""
+    if problem.defense is None or problem.defense.name not in LOSSY or problem.defense.name == "sign":
+        return None
+    return _sigmas(problem, {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}, problem.defense)
+
+
 def _sigmas(problem: Problem, sent: dict[str, Array], defense: Setting) -> dict[str, float]:
     """The noise's standard deviation, by parameter; 0 for a parameter of which nothing can be said."""
     if defense.name == "qsgd":  # uniform about a level: step^2 E[f (1 - f)] = step^2 / 6

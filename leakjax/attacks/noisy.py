@@ -1,0 +1,207 @@
+"""Answers to noisy gradients: the best fit, and how far from the image the noise leaves it.
+
+Where a gradient is matched but for noise, s = g(x*) + n, the answer is polished to the least-squares fit
+min_x ||W (g(x) - s)|| (W = 1 / sigma where the noise is told, else 1 / ||g_p||), and its error follows from the noise,
+
+    x - x* = (W J)^+ W n,   J = dg/dx at the answer,
+
+to first order: draws of n like the noise that was told, or that the residual shows, give its mean square. No truth is
+used. The mean square is that of this image and this kind of noise, not a bound.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.attacks.gradient_residual import Compare, match_programs, residual_of
+from leakjax.attacks.matched import compare, given
+from leakjax.attacks.others import other_images, tags_of
+from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.ranks import NULL_SPACE
+from leakjax.attacks.residual_noise import HALF, Noise, draw_noise, read_noise, read_rounding
+from leakjax.attacks.told import LOSSY, Told, noise_of, predicted, tell
+from leakjax.defenses import build_defense
+from leakjax.priors import DEVIATION
+from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.solvers.linear import lsmr_condition
+from leakjax.solvers.lsmr import lsmr
+
+NEAR, NEAR_TOLD = 0.05, 0.6
+"""||g(x) - s|| / ||s|| up to which what is left may be noise that nobody told of, and noise that was told."""
+
+LEAST_DECIBEL = 15.0
+"""Below it the first-order error means little: the noise hides the image."""
+
+DRAWS = 6
+_INNER = 3000
+
+
+class Polished(NamedTuple):
+    """The fit x (B, ...), ||r|| / ||s||, what is left by parameter, and whether J determines x."""
+
+    x: np.ndarray
+    residual: float
+    left: dict[str, np.ndarray]
+    determined: bool
+    condition: float
+
+
+def with_noise(problem: Problem, monitor: Monitor, outcomes: list[Outcome], sigma: float | None) -> list[Outcome]:
+    """The outcomes, those of noisy gradients polished and with `psnr_estimate`.
+
+    Arguments: `sigma`, the standard deviation of the noise in every entry of what was sent, where it is told (None
+    where the problem's own defense says it, or nobody does).
+    """
+    found, size = list(outcomes), problem.examples
+    for victim in range(problem.victims):
+        group = outcomes[victim * size : (victim + 1) * size]
+        if _concerned(problem, group, sigma):
+            monitor.tell(f"looking at the noise of gradient {victim}")
+            found[victim * size : (victim + 1) * size] = _estimated(problem, victim, group, sigma)
+    return found
+
+
+def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> bool:
+    if not all(o.candidates and np.all(np.isfinite(o.candidates[0].image)) for o in group):
+        return False
+    told = sigma is not None or _is_lossy(problem)
+    residual = group[0].candidates[0].gradient_residual
+    if told:
+        return problem.defense is None or problem.defense.name != "sign"
+    layers = group[0].layers
+    clean = residual <= problem.matched and all(info.status != "failed" for info in layers)
+    sure = clean and all(_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
+    return not sure and residual <= NEAR and problem.local_steps == 1 and problem.defense is None
+
+
+def _error(info: LayerInfo) -> float:
+    condition = np.inf if info.condition is None else info.condition
+    return 0.0 if info.residual == 0 else float(condition * info.residual)
+
+
+def _is_lossy(problem: Problem) -> bool:
+    return problem.defense is not None and problem.defense.name in LOSSY
+
+
+def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float | None) -> list[Outcome]:
+    """The group with the polished answer where it is as good as the noise allows; as it is where that is not known."""
+    x = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
+    labels = np.asarray(tags_of(group))
+    scales = [o.scale for o in group]
+    if len(set(scales)) > 1 or (problem.examples > 1 and scales[0] != 1.0):
+        return group
+    aware = problem
+    if sigma is not None and problem.defense is None:
+        aware = _told_of(problem, sigma)
+    told = tell(aware, victim)
+    fit = _polish(aware, told, victim, labels, x)
+    noise: Noise | None
+    if told.noisy:
+        level = noise_of(aware, victim)
+        noise = None if level is None else Noise(_filled(level, fit.left), "white", 0.0)
+        if not fit.residual <= NEAR_TOLD or not _misfit(aware, told, labels, fit.x) <= told.matched:
+            return group
+    elif problem.rounding > HALF:
+        noise = read_rounding(fit.left, _sent(problem, victim), fit.x.size, problem.rounding)
+    else:
+        noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
+        if noise is not None and noise.spread == "white":
+            aware = _told_of(problem, noise.level)
+            told = tell(aware, victim)
+            fit = _polish(aware, told, victim, labels, fit.x)
+            noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
+    if noise is None or not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
+        return group
+    errors = _errors(aware, told, labels, fit.x, noise)
+    low, high = problem.input_range
+    decibel = -10 * np.log10(np.maximum(errors, 1e-35) / (high - low) ** 2)
+    if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
+        return group
+    return [
+        dataclasses.replace(
+            o,
+            candidates=(Candidate(fit.x[b], o.candidates[0].label, fit.residual, o.candidates[0].target),),
+            seen=np.ones(fit.x.shape[1:]),
+            curved=False,
+            symmetry=None,
+            moved=None,
+            psnr_estimate=float(decibel[b]),
+        )
+        for b, o in enumerate(group)
+    ]
+
+
+def _told_of(problem: Problem, sigma: float) -> Problem:
+    """The problem as if white noise had been told of, without a prior: what is determined needs none."""
+    return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none")
+
+
+def _sent(problem: Problem, victim: int) -> dict[str, np.ndarray]:
+    return {p: np.asarray(g[victim], float) for p, g in problem.gradients.items()}
+
+
+def _filled(level: Mapping[str, float], like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {p: np.full(a.shape, level[p]) for p, a in like.items()}
+
+
+def _misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
+    program = match_programs(compare(problem, told), float(problem.tolerance))[3]
+    return float(program(*given(problem, told, labels), jnp.asarray(x)))
+
+
+def _polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray) -> Polished:
+    solve, _, look, *_ = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
+    known = given(problem, told, labels, prior=told.sent.prior is not None)
+    solution = solve(*known, jnp.asarray(x)[None])
+    best = np.asarray(solution.x[0])
+    best = best if np.all(np.isfinite(best)) else x
+    probe = look(*given(problem, told, labels), jnp.asarray(best))
+    sent = _sent(problem, victim)
+    there = _prediction(predicted(problem))(dict(problem.variables), jnp.asarray(best), jnp.asarray(labels))
+    left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
+    size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
+    residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
+    determined = float(probe.lost) <= max(NULL_SPACE, 1e-3 * residual)
+    return Polished(best, residual, left, determined, lsmr_condition(probe))
+
+
+@functools.lru_cache(maxsize=16)
+def _prediction(gradient: Any) -> Any:
+    return jax.jit(lambda variables, x, labels: gradient(variables, x, labels))
+
+
+def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> Float[np.ndarray, " B"]:
+    """Mean square of x - x* over draws of the noise, example by example."""
+    solve = _propagation(compare(problem, told), float(problem.tolerance))
+    held = told.sent.prior is not None
+    known = given(problem, told, labels, prior=held)
+    rng = np.random.default_rng(0)
+    squares = []
+    for _ in range(DRAWS):
+        n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
+        unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
+        d = np.asarray(solve(*known, jnp.asarray(x), n, unit))
+        squares.append(np.mean(d.reshape(len(x), -1) ** 2, axis=1))
+    return np.mean(squares, axis=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _propagation(form: Compare, tolerance: float) -> Any:
+    """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, and what a prior adds to it."""
+
+    def propagate(variables: Any, sent: Any, labels: Any, x: Array, noise: Any, unit: Array) -> Array:
+        _, tangent = jax.linearize(residual_of(form, variables, sent, labels), x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        side = jax.tree.map(jnp.multiply, sent.weights, noise)
+        if sent.prior is not None:  # an image as likely as any has amplitudes of `DEVIATION` of the range
+            side = (side, sent.prior * DEVIATION * (form.limits[1] - form.limits[0]) * unit)
+        return lsmr(operator, side, tolerance=1e-8, max_steps=_INNER).x
+
+    return jax.jit(propagate)
