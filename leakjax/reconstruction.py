@@ -98,6 +98,20 @@ class Reconstruction:
     targets: tuple[Float[np.ndarray, " K"] | None, ...]
 
     @property
+    def label_sources(self) -> tuple[str, ...]:
+        """Where each label is from: "given", "recovered", "target" (the loss compares with `targets` instead), or
+        "guessed": the certificate is `failed`, or its candidates have several labels."""
+        return tuple(self._label_source(k) for k in range(len(self.labels)))
+
+    def _label_source(self, k: int) -> str:
+        if self.targets[k] is not None:
+            return "target"
+        if self.label_source == "given":
+            return "given"
+        one = len({candidate.label for candidate in self.candidates[k]}) == 1
+        return "recovered" if one and self.certificates[k].status != "failed" else "guessed"
+
+    @property
     def unseen_pixels(self) -> Int[np.ndarray, " V"]:
         """How many positions are determined below 1e-6 in every channel, by victim."""
         return np.sum(np.all(self.determined < 1e-6, axis=-1), axis=tuple(range(1, self.determined.ndim - 1)))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-_COLORS = {"exact": "#1a7f37", "ambiguous": "#9a6700", "failed": "#cf222e"}
+_COLORS = {"exact": "#cf222e", "approximate": "#bc4c00", "ambiguous": "#9a6700", "failed": "#57606a"}
 _SHOWN = 8
 
 

@@ -70,10 +70,12 @@ def _example(observation: Observation, result: Reconstruction, truth: np.ndarray
         scores["psnr_determined"] = psnr(truth[k], image, result.determined[k] > DETERMINED)
     return {
         "label": int(result.labels[k]) if result.labels[k] >= 0 else None,
-        "label_source": result.label_source,
+        "label_source": result.label_sources[k],
+        "target": None if result.targets[k] is None else np.asarray(result.targets[k], float).tolist(),
         **{name: scores[name] for name in ("psnr", "psnr_determined", "ssim", "mse")},
         "unseen_pixels": int(result.unseen_pixels[k]),
         "gradient_residual": float(result.gradient_residual[k]),
+        "gradient_scale": float(result.gradient_scale[k]),
         "certificate": _certificate(result.certificates[k], result.candidates[k]),
         "layers": [dataclasses.asdict(info) for info in result.layers[k]],
     }

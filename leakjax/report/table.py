@@ -1,6 +1,6 @@
 """The tables that commands print on standard error."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -16,11 +16,9 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         table.add_column(name, justify="right" if name not in ("certificate",) else "left")
     for k, example in enumerate(report["examples"]):
         certificate = example["certificate"]
-        words = certificate["status"] + (f" at {certificate['layer']}" if certificate["layer"] else "")
-        if certificate["status"] == "ambiguous":
-            count = len(certificate["candidates"])
-            words += f", {certificate['leaked_dimensions']}/{certificate['unknowns']} determined"
-            words += f", {count} candidates" if count > 1 else ""
+        words = _certificate(certificate)
+        if example["gradient_scale"] != 1:
+            words += f", gradient times {example['gradient_scale']:.4g}"
         table.add_row(
             str(k),
             str(example["label"]),
@@ -31,6 +29,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
             words,
         )
     console.print(table)
+    _reasons(console, report["examples"])
     layers = Table(
         title="layers of image 0, first to last",
         title_justify="left",
@@ -54,6 +53,31 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(layers)
     seconds = "  ".join(f"{name} {value:.2f} s" for name, value in report["seconds"].items())
     console.print(f"[dim]{seconds}[/dim]", highlight=False)
+
+
+def _reasons(console: Console, examples: Sequence[Mapping[str, Any]]) -> None:
+    """Each reason once, with the images it is said of."""
+    reasons: dict[str, list[int]] = {}
+    for k, example in enumerate(examples):
+        if example["certificate"]["reason"]:
+            reasons.setdefault(example["certificate"]["reason"], []).append(k)
+    for reason, images in reasons.items():
+        listed = ", ".join(map(str, images[:8])) + (", .." if len(images) > 8 else "")
+        console.print(f"image {listed}: {reason}", highlight=False, markup=False)
+
+
+def _certificate(certificate: Mapping[str, Any]) -> str:
+    status = certificate["status"]
+    if status == "exact":
+        return f"exact ({certificate['proof']})"
+    if status == "approximate":
+        return f"approximate, about {certificate['psnr_estimate']:.0f} dB"
+    if status == "failed":
+        return f"failed at {certificate['layer']}" if certificate["layer"] else "failed"
+    words = f"ambiguous, {certificate['leaked_dimensions']}/{certificate['unknowns']} determined"
+    count = len(certificate["candidates"])
+    words += f", {count} candidates" if count > 1 else ""
+    return words + (f" ({certificate['symmetry']})" if certificate["symmetry"] else "")
 
 
 def _number(value: Any, form: str) -> str:
