@@ -19,12 +19,14 @@ from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.measuring import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.result import Audit, LayerAudit, Withheld
-from leakjax.leakage.sentences import layer_sentence, verdict
+from leakjax.leakage.sentences import layer_sentence
 from leakjax.leakage.spectrum import variances
 from leakjax.leakage.structural import Count, padded_count, structural_count
+from leakjax.leakage.verdict import Found, verdict
 from leakjax.model import Model, read_model
 from leakjax.observation import output_count
 from leakjax.precision import compute_in
+from leakjax.provenance import provenance
 from leakjax.segments import Segment, read_segments
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -79,14 +81,13 @@ def audit(
         withheld = [] if chosen is None else [Withheld(tuple(names[i] for i in chosen[0]), chosen[1])]
         if not shapes_only:
             x, y = batch_of(read, shape, images, labels, limits, seed)
-            batch, asked = len(x), Asked(loss, limits[1] - limits[0], sigmas, dp_sgd, epsilons, seed, tell)
+            batch, asked = len(x), Asked(loss, limits, sigmas, dp_sgd, epsilons, seed, tell, noise is not SIGMAS)
             found = measure(read, segments, x, y, asked)
-            if chosen is not None and segments and found.leakage is not None:
+            if chosen is not None and segments and found.leakage is not None and not found.doubt.spots:
                 paths = {path for i in chosen[0] for path in segments[i].paths}
                 rank, remaining = measure_without(read, x, y, asked, paths)
                 withheld = [dataclasses.replace(withheld[0], measured_dimensions=rank, leakage_map=remaining)]
-    if found.remark:
-        remarks.append(found.remark)
+    remarks += found.remarks
     if batch > 1:
         remarks.append(
             f"layers are those of the first of {batch} images, changes and layers to withhold are counted for one; "
@@ -107,11 +108,15 @@ def audit(
     shares = [1.0 if m is None else m.passing_share for m in numeric]
     unknowns = batch * geometries[0].unknowns
     numbers = sum(int(np.prod(p.shape)) for p in read.params.values())
-    structural = min(batch * structural_leaked(geometries, shares=shares), max(numbers, 1), unknowns)
+    structural, possible = (
+        min(batch * structural_leaked(geometries, shares=s), max(numbers, 1), unknowns) for s in (shares, None)
+    )
     leaked = None if leakage is None else leakage.rank
-    status, sentence = verdict(structural if leaked is None else leaked, unknowns, batch, numeric=leaked is not None)
+    status, sentence = verdict(
+        Found(leaked, structural, possible, unknowns, batch, shape[-1], found.doubt, found.points or ())
+    )
     spread = None
-    if leakage is not None and sigmas:
+    if leakage is not None and sigmas and found.points is not None:
         spread = np.sqrt(variances(leakage, sigmas[0])).reshape(leakage.map.shape)
     return Audit(
         model=name,
@@ -146,7 +151,21 @@ def audit(
         remarks=tuple(remarks),
         leakage_map=found.map,
         uncertainty=spread,
+        blind=found.doubt.spots,
+        seed=seed,
+        loss=loss,
+        data=_data(images, batch, seed, shapes_only),
+        **provenance(),
     )
+
+
+def _data(images: Any, examples: int, seed: int, shapes_only: bool) -> str:
+    """What the audit looked at, in words."""
+    if shapes_only:
+        return "none: shapes only"
+    if images is None:
+        return f"a random image drawn with seed {seed}"
+    return f"{examples} image{'' if examples == 1 else 's'} given by the caller"
 
 
 def _segments(
