@@ -1,4 +1,4 @@
-"""The Jacobian of a gradient with respect to the images behind it, as a dense Gram matrix where that is small; its rank.
+"""The Jacobian of a gradient with respect to the images behind it, as a dense Gram matrix where small; its rank.
 
 ONE rule of rank: a singular value counts where it is above t = `rank_tolerance` times the largest, s_1. A matrix (m, n)
 whose entries were rounded by relative errors e of random signs differs from the exact one by a matrix of norm about

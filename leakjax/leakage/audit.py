@@ -14,7 +14,7 @@ from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
 from leakjax.leakage.asking import Asked, Measured, Tell
 from leakjax.leakage.index import copa_index, layer_weights, smallest_withheld, structural_leaked
-from leakjax.leakage.inputs import batch_of, check_options, check_shape
+from leakjax.leakage.inputs import batch_of, check_options, check_runs, check_seed, check_shape, check_size
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.measuring import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
@@ -67,10 +67,14 @@ def audit(
     limits, sigmas = check_options(loss, input_range, noise)
     if shapes_only and dp_sgd is not None:
         raise InputError("dp_sgd needs a gradient to clip; leave out shapes_only")
+    seed = check_seed(seed)
     epsilons = [] if dp_sgd is None else dp_sgd.epsilons()
+    for multiplier in () if dp_sgd is None else dp_sgd.noise_multipliers:
+        check_size("clip times noise_multiplier", dp_sgd.sigma(multiplier, 1))
     dtype = jnp.dtype("float32" if shapes_only else "float64")
     with compute_in(dtype.name):
         tell("reading the model")
+        check_runs(read, shape, dtype)
         read, remarks = in_precision(read, shape, dtype)
         segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
         remarks += unreadable

@@ -1,4 +1,4 @@
-"""Whether the derivatives that an audit is made of say what the gradient does, and what to look at where they do not."""
+"""Whether the derivatives that an audit is made of say what the gradient does, and what to look at otherwise."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +93,7 @@ def unpredicted(gradient: Gradient, variables: Any, x: Any, labels: Any, width: 
     worst = 0.0
     for size, factor in STEPS:
         found = np.stack([np.asarray(v) for v in moved(variables, x, labels, size * width * signs).values()])
-        change, predicted, whole = found[(found[:, 0] > MOVED * found[:, 2]) & (found[:, 2] > 0)].T
+        change, predicted, _ = found[(found[:, 0] > MOVED * found[:, 2]) & (found[:, 2] > 0)].T
         beyond = change > factor * predicted
         ratio = change[beyond] / np.maximum(predicted[beyond], 1e-300)
         worst = max(worst, float(np.max(ratio, initial=0.0)))

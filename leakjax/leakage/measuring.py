@@ -145,8 +145,8 @@ def _refuse_zero(gradient: dict[str, Array]) -> None:
     """A gradient that is zero everywhere says nothing of what leaks."""
     if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
         raise InputError(
-            "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated weights, "
-            "or a label that is met exactly), and nothing it leaks says what others would. Use other weights or images, "
+            "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated "
+            "weights, or a label that is met exactly), and says nothing of others. Use other weights or images, "
             'loss="sigmoid_binary_cross_entropy" (--loss) for a model with one logit, or shapes_only (--shapes-only)'
         )
 

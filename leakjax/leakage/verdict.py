@@ -11,14 +11,6 @@ from leakjax.leakage.spectrum import PRIOR_DEVIATION
 LIMITED = 0.1  # leaked share below which few numbers leak; a thumbnail of the image may still be made of them
 DEGENERATE = 3  # times more that the shapes allow: so few numbers then belong to these weights, not to the model
 GREY = -20 * math.log10(PRIOR_DEVIATION)  # dB of a guess that has seen nothing
-PICTURES = (
-    (GREY + 0.5, "no better than a grey guess"),
-    (16.0, "a blur at best"),
-    (22.0, "a recognizable picture"),
-    (30.0, "a clear picture"),
-    (60.0, "nearly the picture itself"),
-    (math.inf, "the picture, all but exactly"),
-)
 RECOGNIZABLE, EXACT = 16.0, 60.0  # dB
 
 
@@ -81,8 +73,11 @@ def _at_level(point: NoisePoint) -> str:
         named = f"with clip {point.clip:g} and noise multiplier {point.noise_multiplier:g} (sigma {point.sigma:g})"
     if level is None:
         return f"{named}: no bound is known{private}"
-    words = next(words for limit, words in PICTURES if level < limit or math.isinf(limit))
-    return f"{named}: {words} ({level:.1f} dB{private})"
+    if level < GREY + 0.5:
+        return f"{named}: no better than a grey guess ({level:.1f} dB{private})"
+    kind = "at most" if point.psnr_bound == level else "about"
+    better = "" if point.psnr_bound is not None else "; the image is not determined, and a better prior may do better"
+    return f"{named}: a picture of {kind} {level:.1f} dB, as far as a smoothness prior goes{private}{better}"
 
 
 def _without_noise(found: Found) -> tuple[str, str]:
