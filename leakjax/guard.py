@@ -102,8 +102,8 @@ def guard(
     derivative vanishes though the update depends on the images, and where anything is not finite. `Score.reason` and
     `Guard.explain` say which, and the numbers of such a score are the worst that there are.
 
-    The transformation comes first in an `optax.chain`: after one with a memory, such as momentum, a blocked gradient would
-    be kept there and leave later.
+    The transformation comes first in an `optax.chain`: after one with a memory, such as momentum, a blocked gradient
+    would be kept there and leave later.
 
     Raises `InputError` for limits out of range, and when called on images outside `input_range`, an empty batch or one
     too large.

@@ -69,8 +69,9 @@ def audit(
         raise InputError("dp_sgd needs a gradient to clip; leave out shapes_only")
     seed = check_seed(seed)
     epsilons = [] if dp_sgd is None else dp_sgd.epsilons()
-    for multiplier in () if dp_sgd is None else dp_sgd.noise_multipliers:
-        check_size("clip times noise_multiplier", dp_sgd.sigma(multiplier, 1))
+    if dp_sgd is not None:
+        for multiplier in dp_sgd.noise_multipliers:
+            check_size("clip times noise_multiplier", dp_sgd.sigma(multiplier, 1))
     dtype = jnp.dtype("float32" if shapes_only else "float64")
     with compute_in(dtype.name):
         tell("reading the model")
@@ -117,7 +118,17 @@ def audit(
     )
     leaked = None if leakage is None else leakage.rank
     status, sentence = verdict(
-        Found(leaked, structural, possible, unknowns, batch, shape[-1], found.doubt, found.points or ())
+        Found(
+            leaked=leaked,
+            structural=structural,
+            possible=possible,
+            unknowns=unknowns,
+            examples=batch,
+            channels=shape[-1],
+            doubt=found.doubt,
+            noise=found.points or (),
+            asked=not shapes_only and (dp_sgd is not None or (noise is not SIGMAS and bool(sigmas))),
+        )
     )
     spread = None
     if leakage is not None and sigmas and found.points is not None:
@@ -180,6 +191,11 @@ def _segments(
         return read_segments(model, shape, dtype, checked=checked).segments, []
     except UnreadableModelError as error:
         return (), [f"not readable layer by layer, audited as one map: {error}"]
+    except InputError:
+        raise
+    except (TypeError, ValueError, NotImplementedError, KeyError) as error:  # integers between layers, for one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return (), [f"not readable layer by layer, audited as one map: {reason}"]
 
 
 def _whole(model: Model, shape: tuple[int, ...]) -> Geometry:

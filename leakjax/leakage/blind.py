@@ -15,7 +15,7 @@ from leakjax._rules import RULES
 from leakjax.client import mean_loss
 from leakjax.metrics import PSNR_CAP
 from leakjax.model import Model
-from leakjax.network import Gradient, Logits
+from leakjax.network import Gradient, Logits, Network
 
 STEPS = ((1e-3, 10.0), (1e-2, 10.0), (1e-1, 30.0))
 """Sizes of a change of the images, of their range, and the factor beyond its prediction that no smooth map explains."""
@@ -75,24 +75,30 @@ def rounded_front(model: Model, x: np.ndarray, limits: tuple[float, float]) -> F
     return Front(y.reshape(x.shape), logits, *_line(x, y.reshape(x.shape), limits))
 
 
-def unpredicted(gradient: Gradient, variables: Any, x: Any, labels: Any, width: float, seed: int) -> float | None:
-    """By how much more than its derivative predicts the gradient moves with its images; None where they agree.
+def unpredicted(
+    network: Network, gradient: Gradient, variables: Any, x: Any, labels: Any, width: float
+) -> float | None:
+    """By how much more than its derivative predicts a model moves with its images; None where they agree.
 
-    Random signs d and sizes s: ||g(x + s d) - g(x)|| / (s ||J d||), parameter by parameter; a kink or curvature gives
-    factors near 1, a jump one that grows as s falls.
+    For random signs d and sizes s, ||u(x + s d) - u(x)|| / (s ||J d||), u being the gradient, parameter by parameter,
+    or, where the network has kinks (at which gradients jump, and logits do not), the logits. Curvature gives factors
+    near 1, a jump one that grows as s falls. What is zero at x, or moves by less than `MOVED` of itself, is left out.
     """
 
-    @jax.jit
-    def moved(variables: Any, x: Any, labels: Any, d: Any) -> Any:
-        here, along = jax.jvp(lambda x: gradient(variables, x, labels), (x,), (d,))
-        there = gradient(variables, x + d, labels)
-        norm = jnp.linalg.norm
-        return {p: jnp.stack([norm(there[p] - here[p]), norm(along[p]), norm(here[p])]) for p in here}
+    def looked_at(variables: Any, x: Any) -> Any:
+        return {"": network.logits(variables, x)} if network.has_kinks else gradient(variables, x, labels)
 
-    signs = jax.random.rademacher(jax.random.key(seed), x.shape, x.dtype)
+    @jax.jit
+    def moved(variables: Any, x: Any, d: Any) -> Any:
+        here, along = jax.jvp(lambda x: looked_at(variables, x), (x,), (d,))
+        there, norm = looked_at(variables, x + d), jnp.linalg.norm
+        rows = {p: (there[p] - here[p], along[p], here[p]) for p in here}
+        return {p: jnp.stack([norm(jnp.ravel(a)) for a in row]) for p, row in rows.items()}
+
+    signs = jax.random.rademacher(jax.random.key(0), x.shape, x.dtype)
     worst = 0.0
     for size, factor in STEPS:
-        found = np.stack([np.asarray(v) for v in moved(variables, x, labels, size * width * signs).values()])
+        found = np.stack([np.asarray(v) for v in moved(variables, x, size * width * signs).values()])
         change, predicted, _ = found[(found[:, 0] > MOVED * found[:, 2]) & (found[:, 2] > 0)].T
         beyond = change > factor * predicted
         ratio = change[beyond] / np.maximum(predicted[beyond], 1e-300)

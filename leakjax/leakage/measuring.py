@@ -55,8 +55,8 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     """
     n, shape = x.size, x.shape[1:]
     _refuse_not_finite(model)
-    logits = read_network(model, shape, len(x), jnp.float64).logits
-    gradient = batch_gradient(logits, asked.loss, tuple(model.params))
+    network = read_network(model, shape, len(x), jnp.float64)
+    gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
     arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
     sent = gradient(*arrays)
     _refuse_zero(sent)
@@ -65,7 +65,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     if spots:
         return _measure_rounded(model, gradient, sent, arrays, asked, doubt._replace(spots=tuple(map(str, spots))))
     gradient = data_gradient(gradient)
-    doubt = doubt._replace(beyond=unpredicted(gradient, *arrays, asked.scale, asked.seed))
+    doubt = doubt._replace(beyond=unpredicted(network, gradient, *arrays, asked.scale))
     layers: Sequence[LayerLeakage] = ()
     if segments and x[:1].size <= LARGEST_LAYERS and not _stops(model, x):
         asked.tell("looking at every layer")

@@ -29,8 +29,12 @@ class Doubt(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a verdict is on: `leaked` dimensions (None: not measured) of all `unknowns`, those that the shapes allow at
-    these weights (`structural`) and at any (`possible`), B `examples` of `channels`, and the points of noise."""
+    """What a verdict is on.
+
+    - `leaked` dimensions (None: not measured) of all `unknowns`; those that the shapes allow at these weights
+      (`structural`), and at any (`possible`);
+    - B `examples` of `channels`; what `doubt` there is; the points of `noise`, and whether the caller `asked` for any.
+    """
 
     leaked: int | None
     structural: int
@@ -40,6 +44,7 @@ class Found(NamedTuple):
     channels: int
     doubt: Doubt = Doubt()
     noise: Sequence[NoisePoint] = ()
+    asked: bool = False
 
     @property
     def whose(self) -> str:
@@ -51,8 +56,10 @@ def verdict(found: Found) -> tuple[str, str]:
     """("exact", "partial", "limited" or "unknown", a sentence); of the noise that was asked for, where it was."""
     word, sentence = _without_noise(found)
     asked = [point for point in found.noise if point.asked]
-    if word == "unknown" or not asked:
+    if word == "unknown" or not found.asked:
         return word, sentence
+    if not asked:
+        return "unknown", f"Unknown at the noise asked for: nothing bounds an attack there. Without noise: {sentence}"
     said = "; ".join(_at_level(point) for point in asked)
     levels = [point.attainable_psnr for point in asked]
     if any(level is None for level in levels):
@@ -84,11 +91,6 @@ def _without_noise(found: Found) -> tuple[str, str]:
     doubt = found.doubt
     if doubt.spots:
         return _behind_rounding(found)
-    if doubt.beyond is not None:
-        return "unknown", (
-            f"The gradient moves {doubt.beyond:.2g} times as far with {found.whose} as its derivative says: something "
-            f"jumps, and what it gives away is not counted. The shapes allow {_of(found, found.possible, 'at most ')}."
-        )
     measured = found.leaked is not None
     leaked = found.structural if found.leaked is None else found.leaked
     if leaked >= found.unknowns:
@@ -106,9 +108,14 @@ def _without_noise(found: Found) -> tuple[str, str]:
             f"gradient holds {_of(found, leaked)}. Other weights leak more: the shapes allow "
             f"{_of(found, found.possible, 'at most ')}."
         )
-    holds = f"the gradient holds {_of(found, leaked)}" if measured else (
-        f"a gradient of this shape can hold {_of(found, leaked, 'at most ')}"
-    )  # fmt: skip
+    if doubt.beyond is not None:
+        return "unknown", (
+            f"The model moves {doubt.beyond:.2g} times as far with {found.whose} as its derivative says: something "
+            f"jumps, and what it gives away is not counted. The shapes allow {_of(found, found.possible, 'at most ')}."
+        )
+    holds = f"a gradient of this shape can hold {_of(found, leaked, 'at most ')}"
+    if measured:
+        holds = f"the gradient holds {_of(found, leaked)}"
     if few:
         return "limited", f"Few numbers leak, not none: {holds}{_thumbnail(found, leaked)}."
     return "partial", f"Partly exposed: {holds}; a prior over images fills in much of the rest."
