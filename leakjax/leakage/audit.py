@@ -75,7 +75,7 @@ def audit(
     dtype = jnp.dtype("float32" if shapes_only else "float64")
     with compute_in(dtype.name):
         tell("reading the model")
-        check_runs(read, shape, dtype)
+        check_runs(read, shape)
         read, remarks = in_precision(read, shape, dtype)
         segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
         remarks += unreadable

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from leakjax._blindness import depends
@@ -58,10 +59,10 @@ def check_size(named: str, sigma: float) -> None:
         )
 
 
-def check_runs(model: Model, shape: tuple[int, ...], dtype: Any) -> None:
+def check_runs(model: Model, shape: tuple[int, ...]) -> None:
     """Refuse a model that cannot run on such images, returns anything but logits, or does not look at them."""
     output_count(model, shape)
-    x = jax.ShapeDtypeStruct((1, *shape), dtype)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(*(a.dtype for a in model.params.values())))
     if not depends(lambda variables, x: model.apply(variables, x), dict(model.variables), x):
         raise InputError("the logits do not depend on the input: the model ignores it, and its gradient says nothing")
 
