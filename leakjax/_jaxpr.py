@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,38 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
     replaced by the jaxpr they carry. Nothing is computed.
     """
-    closed = jax.make_jaxpr(lambda v, x: function(v, x))(list(variables), x)
+    flat = flatten(lambda v, x: function(v, x), (list(variables), x), inlined)
+    if len(flat.outputs) != 1:
+        raise ValueError(
+            f"model must return one array of logits, got {len(flat.outputs)} outputs; return the logits only"
+        )
+    (output,) = flat.outputs
+    if not isinstance(output, int):
+        raise ValueError("model's output is a constant: it does not depend on its input")
+    return Graph(flat.equations, flat.inputs[:-1], flat.inputs[-1], output, flat.structs)
+
+
+class Flat(NamedTuple):
+    """Any traced function: its `equations`, ids of its `inputs`, its `outputs` (ids or constants), and `structs`."""
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int | Constant, ...]
+    structs: dict[int, jax.ShapeDtypeStruct]
+
+    def needed(self) -> list[Equation]:
+        """The equations, in order, on which an output depends."""
+        wanted, chosen = {v for v in self.outputs if isinstance(v, int)}, []
+        for equation in reversed(self.equations):
+            if any(o in wanted for o in equation.outputs):
+                chosen.append(equation)
+                wanted.update(v for v in equation.inputs if isinstance(v, int))
+        return chosen[::-1]
+
+
+def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set[str] = CALLS) -> Flat:
+    """Trace `function(*arguments)`, of and to any pytrees of arrays (or structs), into equations."""
+    closed = jax.make_jaxpr(function)(*arguments)
     structs: dict[int, jax.ShapeDtypeStruct] = {}
     counter = itertools.count()
     equations: list[Equation] = []
@@ -116,11 +147,17 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
 
     ids = [new_id(v) for v in closed.jaxpr.invars]
     outputs = walk(closed.jaxpr, closed.consts, ids)
-    if len(outputs) != 1:
-        raise ValueError(f"model must return one array of logits, got {len(outputs)} outputs; return the logits only")
-    if not isinstance(outputs[0], int):
-        raise ValueError("model's output is a constant: it does not depend on its input")
-    return Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
+    return Flat(tuple(equations), tuple(ids), tuple(outputs), structs)
+
+
+def as_function(jaxpr: Any) -> Callable[..., Sequence[Any]]:
+    """A jaxpr, closed or without constants, as a function of its operands."""
+    return jex.jaxpr_as_fun(jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ()))
+
+
+def operands_of(jaxpr: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what a jaxpr takes."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _open(jaxpr)[0].invars]
 
 
 def evaluate(

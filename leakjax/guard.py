@@ -6,11 +6,13 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from leakjax._blindness import blind_spots, depends, seen_through
 from leakjax.errors import InputError, unknown_name
 from leakjax.leakage import scoring
-from leakjax.leakage.derivative import linearize_update
+from leakjax.leakage.derivative import Derivative, linearize_update
 from leakjax.leakage.scoring import Score
 from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
@@ -20,6 +22,8 @@ METHODS = ("sketch", "exact")
 LIMITED = ("image", "batch")
 EXACT_LIMIT = 4096
 """Pixels of a batch up to which "exact" is allowed."""
+
+EDGE = 1e-6  # of the range: how far rounding may carry a pixel outside of it
 
 LossFunction = Callable[[Any, Any, Any], Any]
 UpdateFunction = Callable[[Any, Any, Any], Any]
@@ -37,12 +41,14 @@ class Guard(NamedTuple):
     """What `guard` returns.
 
     - `score(params, images, labels) -> Score`: jitted and pure;
+    - `explain(score) -> str`: why its update was not allowed, in words;
     - `transformation`: an `optax.GradientTransformationExtraArgs`; its
       `update(updates, state, params, *, images, labels)` returns the updates where they are allowed, else zeros.
     """
 
     score: Callable[[Any, Any, Any], Score]
     transformation: optax.GradientTransformationExtraArgs
+    explain: Callable[[Score], str]
 
 
 def guard(
@@ -58,6 +64,7 @@ def guard(
     steps: int = 4,
     prior: float = 0.25,
     seed: int = 0,
+    input_range: tuple[float, float] = (0.0, 1.0),
 ) -> Guard:
     """Make a guard that scores what a client is about to send, u(x), by its Jacobian J = du/dx at the client's batch.
 
@@ -85,34 +92,54 @@ def guard(
       there is `noise`, at probes x steps forward and reverse passes of the batch an image ("batch": in all);
     - `prior`: standard deviation of a pixel to an attacker who sees nothing; `seed`: of the random directions.
 
-    `images` (B, ...) are floating point with pixels in [0, 1]: put what normalizes them into `loss_fn`. The
-    transformation comes first in an `optax.chain`: after one with a memory, such as momentum, a blocked gradient would
-    be kept there and leave later.
+    - `input_range`: the values (low, high) that a pixel of `images` can have; noise, prior and PSNR are those of
+      pixels (x - low) / (high - low). Whatever normalizes them further belongs into `loss_fn`.
 
-    Raises `InputError` for limits out of range, and when called on an empty batch or one too large.
+    `images` (B, ...) are floating point in `input_range`. The guard fails closed. It raises `InputError` for images
+    outside of it; under `jit`, where their values cannot be looked at, it blocks. It blocks, too, where its derivative
+    says nothing of the update: behind an operation of which the derivative is 0 everywhere (`round`, a threshold, a
+    cast to integers; through `stop_gradient` and custom derivatives it sees the values themselves), where the
+    derivative vanishes though the update depends on the images, and where anything is not finite. `Score.reason` and
+    `Guard.explain` say which, and the numbers of such a score are the worst that there are.
+
+    The transformation comes first in an `optax.chain`: after one with a memory, such as momentum, a blocked gradient
+    would be kept there and leave later.
+
+    Raises `InputError` for limits out of range, and when called on images outside `input_range`, an empty batch or one
+    too large.
     """
     sent = _sent(loss_fn, update_fn)
     _check_limits(max_leaked_fraction, max_psnr, prior)
     _check_method(noise, method, per, probes, steps)
     fraction_limit = math.inf if max_leaked_fraction is None else max_leaked_fraction
     psnr_limit = math.inf if max_psnr is None else max_psnr
+    low, high = _check_range(input_range)
     ridge = (noise or 0.0) ** 2 / prior**2
+    spots: list[str] = []
 
     @jax.jit
     def compiled(params: Any, images: Any, labels: Any) -> Score:
-        j, key = linearize_update(lambda x: sent(params, x, labels), images), jax.random.key(seed)
+        def update(parts: Any, x: Any) -> Any:
+            return sent(parts[0], low + (high - low) * x, parts[1])
+
+        pixels, parts = (images - low) / (high - low), (params, labels)
+        blind = blind_spots(update, parts, pixels)
+        spots[:] = dict.fromkeys([*spots, *map(str, blind)])
+        j, key = linearize_update(lambda x: seen_through(update)(parts, x), pixels), jax.random.key(seed)
+        moves = bool(blind) or depends(update, parts, pixels)
+        faults = _faults(bool(blind), moves, pixels, j, update(parts, pixels))
         if method == "exact":
             leak = scoring.exact(j, key, ridge)
         else:
             leak = scoring.sketch(j, key, ridge, probes, steps, j.examples if per == "image" else 1)
-        return scoring.score_of(leak, images.size, prior, fraction_limit, psnr_limit, per == "image")
+        return scoring.score_of(leak, images.size, prior, fraction_limit, psnr_limit, per == "image", faults)
 
     def score(params: Any, images: Any, labels: Any) -> Score:
-        images, labels = _batch(images, labels, method)
+        images, labels = _batch(images, labels, method, (low, high))
         with jax.default_matmul_precision("highest"):
             return compiled(params, images, labels)
 
-    return Guard(score, _transformation(score))
+    return Guard(score, _transformation(score), lambda found: scoring.explain(found, spots))
 
 
 def loss_of(model: Any, loss: str = "softmax_cross_entropy") -> LossFunction:
@@ -135,7 +162,7 @@ def _transformation(score: Callable[[Any, Any, Any], Score]) -> optax.GradientTr
     def init(params: Any) -> GuardState:
         del params
         none, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        return GuardState(Score(none, none, none, none, none, jnp.ones((), bool)), count, count)
+        return GuardState(Score(none, none, none, none, none, jnp.ones((), bool), count), count, count)
 
     def update(
         updates: Any, state: Any, params: Any = None, *, images: Any, labels: Any, **extra_args: Any
@@ -183,15 +210,45 @@ def _check_method(noise: float | None, method: str, per: str, probes: int, steps
             raise InputError(f"{name} must be 1 or more, got {value}")
 
 
-def _batch(images: Any, labels: Any, method: str) -> tuple[Any, Any]:
-    """The batch as arrays, once its shapes and dtypes are known to be good."""
+def _check_range(input_range: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(v) for v in input_range)
+    except (TypeError, ValueError):
+        raise InputError(f"input_range must be two numbers (low, high), got {input_range!r}") from None
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise InputError(f"input_range must be (low, high) with low below high, got {input_range}")
+    return low, high
+
+
+def _faults(blind: bool, moves: bool, pixels: Any, j: Derivative, update: Any) -> Any:
+    """The sum of what keeps a score from being one; `moves`: whether the update depends on the images at all."""
+    inside = jnp.all((pixels >= -EDGE) & (pixels <= 1 + EDGE))
+    finite = jnp.asarray(True)
+    for array in jax.tree.leaves(update):
+        finite &= jnp.all(jnp.isfinite(array))
+    signs = jax.random.rademacher(jax.random.key(1), j.start.shape, j.start.dtype)
+    along = j.forward(signs)
+    finite &= jnp.all(jnp.isfinite(along))
+    still = jnp.all(along == 0) if moves else jnp.asarray(False)
+    flags = (
+        (scoring.BLIND, blind),
+        (scoring.OUTSIDE, ~inside),
+        (scoring.STILL, still & (not blind)),
+        (scoring.NOT_FINITE, ~finite),
+    )
+    return sum((jnp.where(flag, bit, 0).astype(jnp.int32) for bit, flag in flags), jnp.zeros((), jnp.int32))
+
+
+def _batch(images: Any, labels: Any, method: str, limits: tuple[float, float]) -> tuple[Any, Any]:
+    """The batch as arrays, once its shapes, dtypes and, where they can be looked at, values are known to be good."""
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise InputError(f"images must be floating point with pixels in [0, 1], got {images.dtype}: divide by 255")
+        raise InputError(f"images must be floating point in input_range {limits}, got {images.dtype}: divide by 255")
     if images.ndim < 2 or not images.size:
         raise InputError(f"images must be a batch (B, ...) of one or more, got shape {images.shape}")
     if not labels.ndim or labels.shape[0] != images.shape[0]:
         raise InputError(f"labels must be one for each of {images.shape[0]} images, got shape {labels.shape}")
+    _check_values(images, limits)
     if method == "exact" and images.size > EXACT_LIMIT:
         raise InputError(
             f"images have {images.size} pixels in all, more than the {EXACT_LIMIT} that method 'exact' takes; "
@@ -200,3 +257,17 @@ def _batch(images: Any, labels: Any, method: str) -> tuple[Any, Any]:
     if method == "exact" and not fits_in_memory(8 * images.size**2 * images.dtype.itemsize):
         raise InputError(f"images have {images.size} pixels in all, too many for memory; take method 'sketch'")
     return images, labels
+
+
+def _check_values(images: Any, limits: tuple[float, float]) -> None:
+    try:
+        values = np.asarray(images)
+    except jax.errors.TracerArrayConversionError:
+        return  # under jit or scan: the score blocks
+    (low, high), least, most = limits, float(values.min()), float(values.max())
+    edge = EDGE * (high - low)
+    if not (low - edge <= least and most <= high + edge):
+        raise InputError(
+            f"images lie in {least:g} to {most:g}, outside input_range {limits}: noise and PSNR are in its unit. Pass "
+            "the range that they have"
+        )

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def test_files_and_summary(run, folder):
 
 
 MINE = """
+import jax.numpy as jnp
 from flax import nnx
 
 class Net(nnx.Module):
@@ -33,6 +35,37 @@ class Net(nnx.Module):
 
 def net(seed):
     return Net(nnx.Rngs(seed))
+
+class Rounding(Net):
+    def __call__(self, x):
+        return super().__call__(jnp.round(255 * x) / 255)
+
+class Auxiliary(Net):
+    def __call__(self, x):
+        return super().__call__(x), {"features": x}
+
+class Branching(Net):
+    def __call__(self, x):
+        return super().__call__(2 * x if x.sum() > 0 else x)
+
+class Ignoring(Net):
+    def __call__(self, x):
+        return super().__call__(jnp.ones_like(x))
+
+def rounding(seed):
+    return Rounding(nnx.Rngs(seed))
+
+def auxiliary(seed):
+    return Auxiliary(nnx.Rngs(seed))
+
+def branching(seed):
+    return Branching(nnx.Rngs(seed))
+
+def ignoring(seed):
+    return Ignoring(nnx.Rngs(seed))
+
+def raising(seed):
+    raise RuntimeError("no\\nluck")
 """
 OWN = ("--model", "mine:net", "--input-shape", "6,6,1")
 
@@ -80,9 +113,75 @@ def test_too_much_leakage_fails(folder, cache, monkeypatch):
     assert CliRunner().invoke(app, [*SHAPES, "--out", "out", "--fail-above", "0.4"]).exit_code == 0
 
 
+@pytest.fixture
+def status(folder, cache, monkeypatch):
+    """Run a command line in the folder, whose exit status may be 1."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    return lambda *words: CliRunner().invoke(app, ["audit", "--out", "out", *words])
+
+
+@pytest.mark.usefixtures("mine")
+def test_the_verdict_and_a_gate_are_of_the_noise_asked_for(status, folder):
+    loud = status(*OWN, "--noise", "1", "--fail-above-psnr", "20")
+    assert loud.exit_code == 0
+    held = json.loads((folder / "out" / "audit.json").read_text())
+    assert "With sigma 1: no better than a grey guess" in held["sentence"]
+    assert "Everything leaks" in held["sentence"]
+    both = status(*OWN, "--noise", "1,1e-3", "--fail-above-psnr", "20")
+    assert both.exit_code == 1
+    assert "more than --fail-above-psnr 20" in both.stderr
+
+
+@pytest.mark.usefixtures("mine")
+def test_the_verdict_of_dp_sgd_names_epsilon(status, folder):
+    assert status(*OWN, "--clip", "1", "--noise-multiplier", "1", "--fail-above-psnr", "15").exit_code == 0
+    sentence = json.loads((folder / "out" / "audit.json").read_text())["sentence"]
+    assert "noise multiplier 1 (sigma 1): no better than a grey guess" in sentence
+    assert "epsilon 4.38" in sentence
+
+
+@pytest.mark.usefixtures("mine")
+def test_what_is_unknown_passes_no_gate(status, folder):
+    hidden = "--model", "mine:rounding", "--input-shape", "6,6,1"
+    result = status(*hidden, "--noise", "9", "--fail-above-psnr", "99", "--fail-above", "1")
+    assert result.exit_code == 1
+    assert result.stderr.count("leakjax: error: --fail-above") == 2
+    held = json.loads((folder / "out" / "audit.json").read_text())
+    assert held["verdict"] == "unknown"
+    assert held["blind"]
+    assert "`round`" in held["sentence"]
+
+
+@pytest.mark.usefixtures("mine")
+def test_an_audit_can_be_traced(run, folder):
+    assert run(*SHAPES, "--seed", "3", "--out", "out").exit_code == 0
+    held = json.loads((folder / "out" / "audit.json").read_text())
+    assert {"leakjax", "device", "date"} <= {name for name, value in held.items() if value}
+    assert (held["seed"], held["data"], held["weights"]) == (3, "none: shapes only", "initialized with seed 3")
+    page = (folder / "out" / "audit.html").read_text()
+    assert "Where this comes from" in page
+    assert held["date"] in page.replace("<wbr>", "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--fail-above-psnr", "20"), "--noise"),
+        (("--fail-above-psnr", "nan", "--noise", "1"), "--fail-above-psnr"),
+        (("--noise", "1e200"), "absurd"),
+        (("--noise", "1e-200"), "absurd"),
+        (("--clip", "1e300", "--noise-multiplier", "1e300"), "absurd"),
+        (("--clip", "1", "--noise-multiplier", "1e-200"), "epsilon"),
+        (("--clip", "1", "--noise-multiplier", "1e-5", "--sampling-rate", "0.1"), "epsilon"),
+        (("--clip", "1", "--noise-multiplier", "1", "--steps", "1" + "0" * 400), "epsilon"),
+        (("--model", "mine:net", "--input-shape", "5,5,1"), "cannot run"),
+        (("--model", "mine:net", "--input-shape", "6,6,3"), "cannot run"),
+        (("--model", "mine:auxiliary", "--input-shape", "6,6,1"), "logits"),
+        (("--model", "mine:auxiliary", "--input-shape", "6,6,1", "--shapes-only"), "logits"),
+        (("--model", "mine:branching", "--input-shape", "6,6,1"), "boolean"),
+        (("--model", "mine:ignoring", "--input-shape", "6,6,1"), "do not depend on the input"),
+        (("--model", "mine:raising", "--input-shape", "6,6,1"), "the factory raised RuntimeError"),
         (("--fail-above", "2"), "--fail-above"),
         (("--noise", "x"), "--noise"),
         (("--noise", "-1"), "noise"),

@@ -67,7 +67,7 @@ def full(**changed):
 def bare(**changed):
     nothing = {"rank": None, "rank_deficiency": None, "condition": None, "known_share": None, "pull_back_depth": None}
     fields = ("leaked_dimensions", "leaked_fraction", "unseen_pixels", "spectrum", "noise")
-    audit = full(layers=tuple(dataclasses.replace(layer, **nothing) for layer in full().layers), verdict="safe")
+    audit = full(layers=tuple(dataclasses.replace(layer, **nothing) for layer in full().layers), verdict="limited")
     none = dict.fromkeys((*fields, "leakage_map", "uncertainty"))
     return dataclasses.replace(audit, **none, changes=(), withheld=(), remarks=(), **changed)
 
@@ -205,7 +205,10 @@ def test_privacy_is_shown_where_it_is_known():
     assert '<th scope="col">Clip</th>' not in draw_page(full())
 
 
-@pytest.mark.parametrize(("verdict", "word"), [("exact", "Exact:"), ("partial", "Partial:"), ("safe", "Safe:")])
+@pytest.mark.parametrize(
+    ("verdict", "word"),
+    [("exact", "Exact:"), ("partial", "Partial:"), ("limited", "Limited:"), ("unknown", "Unknown:")],
+)
 def test_the_verdict_is_in_words(verdict, word):
     assert word in Reader(draw_page(full(verdict=verdict))).text
 

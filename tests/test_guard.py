@@ -249,6 +249,44 @@ def test_models_and_states_of_flax(rng):
     np.testing.assert_allclose(np.asarray(one, float), np.asarray(other, float), rtol=1e-5)
 
 
+@pytest.mark.parametrize("noise", [1e-3, 0.3])
+def test_pixels_of_any_range_are_judged_in_its_unit(rng, noise):
+    """Images of 0..255 with the division inside the loss are those of 0..1: the same gradient, the same score."""
+    params, (images, labels) = dense((16, 12, 5), rng), batch_of(rng, 1)
+
+    def divided(params, images, labels):
+        return loss_fn(params, images / 255, labels)
+
+    how = {"max_psnr": 20.0, "noise": noise, "method": "exact"}
+    unit = score_by(params, images, labels, **how)
+    wide = score_by(params, 255 * images, labels, loss=divided, input_range=(0, 255), **how)
+    np.testing.assert_allclose(np.asarray(wide, float), np.asarray(unit, float), rtol=1e-5)
+
+
+def test_pixels_outside_the_range_are_refused_and_blocked_where_they_cannot_be_seen(rng):
+    params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 8)
+    protect = guard(loss_fn, max_psnr=20.0, noise=9.0)
+    with pytest.raises(InputError, match="outside input_range"):
+        protect.score(params, 255 * images, labels)
+    score = jax.jit(protect.score)(params, 255 * images, labels)
+    assert not score.allowed
+    assert "outside input_range" in protect.explain(score)
+    allowed = jax.jit(protect.score)(params, images, labels)
+    assert allowed.allowed
+    assert protect.explain(allowed) == "allowed"
+
+
+def test_a_derivative_that_vanishes_and_numbers_that_are_none_are_blocked(rng):
+    params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 1)
+    protect = guard(loss_fn, max_leaked_fraction=0.9)
+    zero = protect.score(jax.tree.map(jnp.zeros_like, params), images, labels)
+    broken = protect.score(jax.tree.map(lambda a: a * jnp.nan, params), images, labels)
+    assert not zero.allowed
+    assert "derivative at them is zero" in protect.explain(zero)
+    assert not broken.allowed
+    assert "not finite" in protect.explain(broken)
+
+
 def test_zeros_above_the_limit_and_counts(rng):
     params, (images, labels) = dense((16, 3, 5), rng), batch_of(rng, 8)
     tx = guard(loss_fn, max_leaked_fraction=0.9, method="exact").transformation
@@ -314,6 +352,8 @@ def test_bad_input_is_named(rng):
         ({"max_psnr": 30.0, "per": "images"}, "did you mean 'image'"),
         ({"max_psnr": 30.0, "probes": 0}, "probes must be"),
         ({"max_psnr": 30.0, "steps": 0}, "steps must be"),
+        ({"max_psnr": 30.0, "input_range": (1.0, 0.0)}, "input_range must be"),
+        ({"max_psnr": 30.0, "input_range": 255}, "input_range must be"),
         ({"max_psnr": 30.0, "update_fn": loss_fn}, "either loss_fn or update_fn"),
     ):
         with pytest.raises(InputError, match=words):

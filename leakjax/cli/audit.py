@@ -1,8 +1,11 @@
 """`leakjax audit`."""
 
+import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +26,9 @@ from leakjax.cli.options import (
 )
 from leakjax.cli.session import progress, say, session, writable
 from leakjax.errors import InputError
+
+if TYPE_CHECKING:
+    from leakjax.leakage.result import Audit
 
 
 def audit(
@@ -50,6 +56,14 @@ def audit(
     fail_above: Annotated[
         float | None, typer.Option("--fail-above", metavar="FRACTION", help="Exit with 1 if more than this leaks.")
     ] = None,
+    fail_above_psnr: Annotated[
+        float | None,
+        typer.Option(
+            "--fail-above-psnr",
+            metavar="DB",
+            help="Exit with 1 if an attack can reach more at the worst noise asked for, or if nothing bounds it.",
+        ),
+    ] = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
@@ -66,12 +80,18 @@ def audit(
         from leakjax.leakage.audit import SIGMAS
         from leakjax.leakage.audit import audit as run
         from leakjax.leakage.privacy import DPSGD
+        from leakjax.provenance import file_and_hash
         from leakjax.report.audit_map import draw_map
         from leakjax.report.audit_table import print_audit
         from leakjax.setup import Setup
 
         if fail_above is not None and not 0 <= fail_above <= 1:
             raise InputError(f"--fail-above: expected a fraction in 0..1, got {fail_above}")
+        if fail_above_psnr is not None:
+            if not math.isfinite(fail_above_psnr):
+                raise InputError(f"--fail-above-psnr: expected a number of decibels, got {fail_above_psnr}")
+            if noise is None and noise_multiplier is None:
+                raise InputError("--fail-above-psnr needs --noise, or --clip with --noise-multiplier: at which noise?")
         if (noise_multiplier is None) != (clip is None):
             raise InputError("--noise-multiplier and --clip go together: give both, or neither")
         drawn = dataset is None and images is None
@@ -106,6 +126,13 @@ def audit(
                 name=model if setup.activation is None else f"{model} ({setup.activation})",
                 progress=tell,
             )
+        looked_at = result.data
+        if not drawn:
+            source = dataset if images is None else file_and_hash(images)
+            looked_at = f"{source}, index {index or '0'}"
+        initialized = f"initialized with seed {seed}" if ":" not in model else f"those of {model}"
+        used = initialized if weights is None else file_and_hash(weights)
+        result = dataclasses.replace(result, data=looked_at, weights=used)
         summary = result.to_json()
         (directory / "audit.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         (directory / "audit.html").write_text(result.to_html(), encoding="utf-8")
@@ -118,8 +145,34 @@ def audit(
             print_audit(console, result)
             files = "audit.json, audit.html" + (", leakage_map.png, maps.npz" if mapped else "")
             console.print(f"wrote {directory}/{files}", highlight=False)
-        leaked = result.leaked_dimensions
-        share = (result.structural_leaked_dimensions if leaked is None else leaked) / result.unknowns
-        if fail_above is not None and share > fail_above:
-            say(f"{100 * share:.1f} % of the image leaks, more than --fail-above {fail_above}")
+        failures = [*_leaks_more(result, fail_above), *_reaches_more(result, fail_above_psnr)]
+        for failure in failures:
+            say(failure)
+        if failures:
             raise typer.Exit(1)
+
+
+def _leaks_more(result: "Audit", limit: float | None) -> Iterator[str]:
+    """Why `--fail-above` fails, if it does."""
+    leaked = result.leaked_dimensions
+    share = (result.structural_leaked_dimensions if leaked is None else leaked) / result.unknowns
+    from leakjax.leakage.percentage import percentage
+
+    if limit is None:
+        return
+    if result.verdict == "unknown":
+        yield f"--fail-above: it is unknown how much leaks. {result.sentence}"
+    elif share > limit:
+        most = "at most " if leaked is None else ""
+        yield f"{most}{percentage(share)} of the image leaks, more than --fail-above {limit}"
+
+
+def _reaches_more(result: "Audit", limit: float | None) -> Iterator[str]:
+    """Why `--fail-above-psnr` fails, if it does."""
+    if limit is None:
+        return
+    reached = result.attainable_psnr
+    if reached is None:
+        yield f"--fail-above-psnr: nothing bounds an attack at this noise. {result.sentence}"
+    elif reached > limit:
+        yield f"an attack can reach {reached:.1f} dB at the noise asked for, more than --fail-above-psnr {limit:g}"

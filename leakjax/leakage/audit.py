@@ -14,17 +14,19 @@ from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
 from leakjax.leakage.asking import Asked, Measured, Tell
 from leakjax.leakage.index import copa_index, layer_weights, smallest_withheld, structural_leaked
-from leakjax.leakage.inputs import batch_of, check_options, check_shape
+from leakjax.leakage.inputs import batch_of, check_options, check_runs, check_seed, check_shape, check_size
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.measuring import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.result import Audit, LayerAudit, Withheld
-from leakjax.leakage.sentences import layer_sentence, verdict
+from leakjax.leakage.sentences import layer_sentence
 from leakjax.leakage.spectrum import variances
 from leakjax.leakage.structural import Count, padded_count, structural_count
+from leakjax.leakage.verdict import Found, verdict
 from leakjax.model import Model, read_model
 from leakjax.observation import output_count
 from leakjax.precision import compute_in
+from leakjax.provenance import provenance
 from leakjax.segments import Segment, read_segments
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -65,10 +67,15 @@ def audit(
     limits, sigmas = check_options(loss, input_range, noise)
     if shapes_only and dp_sgd is not None:
         raise InputError("dp_sgd needs a gradient to clip; leave out shapes_only")
+    seed = check_seed(seed)
     epsilons = [] if dp_sgd is None else dp_sgd.epsilons()
+    if dp_sgd is not None:
+        for multiplier in dp_sgd.noise_multipliers:
+            check_size("clip times noise_multiplier", dp_sgd.sigma(multiplier, 1))
     dtype = jnp.dtype("float32" if shapes_only else "float64")
     with compute_in(dtype.name):
         tell("reading the model")
+        check_runs(read, shape)
         read, remarks = in_precision(read, shape, dtype)
         segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
         remarks += unreadable
@@ -79,14 +86,13 @@ def audit(
         withheld = [] if chosen is None else [Withheld(tuple(names[i] for i in chosen[0]), chosen[1])]
         if not shapes_only:
             x, y = batch_of(read, shape, images, labels, limits, seed)
-            batch, asked = len(x), Asked(loss, limits[1] - limits[0], sigmas, dp_sgd, epsilons, seed, tell)
+            batch, asked = len(x), Asked(loss, limits, sigmas, dp_sgd, epsilons, seed, tell, noise is not SIGMAS)
             found = measure(read, segments, x, y, asked)
-            if chosen is not None and segments and found.leakage is not None:
+            if chosen is not None and segments and found.leakage is not None and not found.doubt.spots:
                 paths = {path for i in chosen[0] for path in segments[i].paths}
                 rank, remaining = measure_without(read, x, y, asked, paths)
                 withheld = [dataclasses.replace(withheld[0], measured_dimensions=rank, leakage_map=remaining)]
-    if found.remark:
-        remarks.append(found.remark)
+    remarks += found.remarks
     if batch > 1:
         remarks.append(
             f"layers are those of the first of {batch} images, changes and layers to withhold are counted for one; "
@@ -107,11 +113,25 @@ def audit(
     shares = [1.0 if m is None else m.passing_share for m in numeric]
     unknowns = batch * geometries[0].unknowns
     numbers = sum(int(np.prod(p.shape)) for p in read.params.values())
-    structural = min(batch * structural_leaked(geometries, shares=shares), max(numbers, 1), unknowns)
+    structural, possible = (
+        min(batch * structural_leaked(geometries, shares=s), max(numbers, 1), unknowns) for s in (shares, None)
+    )
     leaked = None if leakage is None else leakage.rank
-    status, sentence = verdict(structural if leaked is None else leaked, unknowns, batch, numeric=leaked is not None)
+    status, sentence = verdict(
+        Found(
+            leaked=leaked,
+            structural=structural,
+            possible=possible,
+            unknowns=unknowns,
+            examples=batch,
+            channels=shape[-1],
+            doubt=found.doubt,
+            noise=found.points or (),
+            asked=not shapes_only and (dp_sgd is not None or (noise is not SIGMAS and bool(sigmas))),
+        )
+    )
     spread = None
-    if leakage is not None and sigmas:
+    if leakage is not None and sigmas and found.points is not None:
         spread = np.sqrt(variances(leakage, sigmas[0])).reshape(leakage.map.shape)
     return Audit(
         model=name,
@@ -146,7 +166,21 @@ def audit(
         remarks=tuple(remarks),
         leakage_map=found.map,
         uncertainty=spread,
+        blind=found.doubt.spots,
+        seed=seed,
+        loss=loss,
+        data=_data(images, batch, seed, shapes_only),
+        **provenance(),
     )
+
+
+def _data(images: Any, examples: int, seed: int, shapes_only: bool) -> str:
+    """What the audit looked at, in words."""
+    if shapes_only:
+        return "none: shapes only"
+    if images is None:
+        return f"a random image drawn with seed {seed}"
+    return f"{examples} image{'' if examples == 1 else 's'} given by the caller"
 
 
 def _segments(
@@ -157,6 +191,11 @@ def _segments(
         return read_segments(model, shape, dtype, checked=checked).segments, []
     except UnreadableModelError as error:
         return (), [f"not readable layer by layer, audited as one map: {error}"]
+    except InputError:
+        raise
+    except (TypeError, ValueError, NotImplementedError, KeyError) as error:  # integers between layers, for one
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return (), [f"not readable layer by layer, audited as one map: {reason}"]
 
 
 def _whole(model: Model, shape: tuple[int, ...]) -> Geometry:

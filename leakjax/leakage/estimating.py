@@ -1,5 +1,6 @@
 """The numeric part of an audit where the Jacobian is too large to write down."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -34,21 +35,22 @@ def estimate(
         private = estimate_spectrum(clipped, *arrays, floor=[s / unit for s in sigmas], seed=asked.seed)
         points = asked.private(_points(sigmas, private))
     if found is None:
-        return Measured(layers, None, points, None, None, remark + "no spectrum, map or bound without noise levels")
-    points = _points(asked.noise, found) + points
+        remark += "no spectrum, map or bound without noise levels"
+        return Measured(layers, None, points, None, None, (remark,))
+    plain = (dataclasses.replace(point, asked=asked.asked) for point in _points(asked.noise, found))
+    points = (*plain, *points)
     spectrum = tuple((asked.scale * found.singular_values).tolist())
     remark += "effective dimensions are estimated, the spectrum is its largest values, and there is no bound"
     reached = [f for f in floors if found.singular_values[:1].max(initial=0.0) <= MAP_STEPS * f]
     if not reached:
-        return Measured(
-            layers, None, points, spectrum, None, f"{remark} and no map (name a higher noise level for one)"
-        )
+        remark += " and no map (name a higher noise level for one)"
+        return Measured(layers, None, points, spectrum, None, (remark,))
     asked.tell("estimating the map")
     options = {"probes": MAP_PROBES, "steps": MAP_STEPS, "block": MAP_BLOCK, "seed": asked.seed}
     drawn = estimate_map(gradient, *arrays, floor=min(reached), **options)
     error = float(np.sqrt(np.mean(drawn.standard_error**2)))
     remark += f"; the map is of blocks of {MAP_BLOCK} at noise {min(reached) * unit:g}, standard error {error:.2f}"
-    return Measured(layers, None, points, spectrum, drawn.map, remark)
+    return Measured(layers, None, points, spectrum, drawn.map, (remark,))
 
 
 def _points(sigmas: Sequence[float], found: SpectrumEstimate) -> tuple[NoisePoint, ...]:

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from leakjax._blindness import depends
 from leakjax.errors import InputError, unknown_name
 from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.losses import LOSSES
 from leakjax.model import Model
 from leakjax.observation import output_count
 from leakjax.priors import from_natural
+
+LARGEST_NOISE = 1e30
 
 
 def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -43,7 +47,35 @@ def check_options(loss: str, input_range: Any, noise: Any) -> tuple[tuple[float,
     for sigma in sigmas:
         if not (np.isfinite(sigma) and sigma > 0):
             raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")
+        check_size("noise", sigma)
     return (low, high), sigmas
+
+
+def check_size(named: str, sigma: float) -> None:
+    """Refuse noise whose square, or its inverse, is no number that could be computed with."""
+    if not 1 / LARGEST_NOISE <= sigma <= LARGEST_NOISE:
+        raise InputError(
+            f"{named}: a standard deviation of {sigma:g} is absurd; expected {1 / LARGEST_NOISE:g} to {LARGEST_NOISE:g}"
+        )
+
+
+def check_runs(model: Model, shape: tuple[int, ...]) -> None:
+    """Refuse a model that cannot run on such images, returns anything but logits, or does not look at them."""
+    output_count(model, shape)
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(*(a.dtype for a in model.params.values())))
+    if not depends(lambda variables, x: model.apply(variables, x), dict(model.variables), x):
+        raise InputError("the logits do not depend on the input: the model ignores it, and its gradient says nothing")
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that a generator takes."""
+    try:
+        found = operator.index(seed)
+    except TypeError:
+        raise InputError(f"seed must be a whole number, got {seed!r}") from None
+    if not 0 <= found < 2**32:
+        raise InputError(f"seed must be in 0..{2**32 - 1}, got {found}")
+    return found
 
 
 def batch_of(

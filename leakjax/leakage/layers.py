@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.activations import Preimage
+from leakjax.jacobian import row_space
 from leakjax.memory import fits_in_memory
 from leakjax.model import Arrays
 from leakjax.residuals import pull_gradients, pulled_back, push_forward
@@ -23,7 +24,6 @@ from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
 LARGEST = 6000
 MOST_STEPS = 6000
-_RANK = 1e-13
 
 
 class LayerLeakage(NamedTuple):
@@ -106,13 +106,19 @@ def _probe(span: tuple[Segment, ...]) -> Any:
 def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:
     if x.size > LARGEST or not fits_in_memory(4 * 8 * x.size**2):
         return None
-    values = np.linalg.eigvalsh(np.asarray(_gram(span)(variables, preimage, dz, x)))
-    return int(np.sum(values > _RANK * values[-1])) if values[-1] > 0 else 0
+    program = _gram_product(span)
+    rows = sum(int(a.size) for a in jax.tree.leaves(_rows(span, variables, preimage, dz, x)))
+    return row_space(lambda v: program(variables, preimage, dz, x, v), rows, x.size, x.dtype).rank
+
+
+def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
+    """Shapes of the residual's blocks."""
+    return jax.eval_shape(lambda u: _residual(span, variables, preimage, dz, x).function(u, None), x)
 
 
 @functools.lru_cache(maxsize=64)
-def _gram(span: tuple[Segment, ...]) -> Any:
-    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Array:
+def _gram_product(span: tuple[Segment, ...]) -> Any:
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array) -> Array:
         residual = _residual(span, variables, preimage, dz, x)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         adjoint = jax.linear_transpose(tangent, x)
@@ -120,6 +126,6 @@ def _gram(span: tuple[Segment, ...]) -> Any:
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+        return jax.lax.map(column, v.astype(x.dtype), batch_size=16)
 
     return jax.jit(build)

@@ -1,6 +1,7 @@
 """The numeric part of an audit: layers, Jacobian and noise bounds at a batch of images."""
 
-from collections.abc import Collection, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from leakjax._widening import in_one_precision
 from leakjax.errors import InputError
 from leakjax.leakage.asking import Asked, Measured
+from leakjax.leakage.blind import data_gradient, looked_up, rounded_front, silent, spots_of, spots_of_model, unpredicted
 from leakjax.leakage.estimating import estimate
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
 from leakjax.leakage.privacy import clipped_gradient
@@ -23,6 +25,7 @@ from leakjax.leakage.spectrum import (
     variances,
     with_natural_prior,
 )
+from leakjax.leakage.verdict import Doubt
 from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
 from leakjax.model import Model
@@ -52,26 +55,70 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     """
     n, shape = x.size, x.shape[1:]
     _refuse_not_finite(model)
-    logits = read_network(model, shape, len(x), jnp.float64).logits
-    gradient = batch_gradient(logits, asked.loss, tuple(model.params))
+    network = read_network(model, shape, len(x), jnp.float64)
+    gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
     arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
-    _refuse_zero(gradient(*arrays))
+    sent = gradient(*arrays)
+    _refuse_zero(sent)
+    doubt = Doubt(silent=tuple(silent(sent)))
+    spots = spots_of_model(model, asked.loss, *arrays[1:])
+    if spots:
+        return _measure_rounded(model, gradient, sent, arrays, asked, doubt._replace(spots=tuple(map(str, spots))))
+    gradient = data_gradient(gradient)
+    doubt = doubt._replace(beyond=unpredicted(network, gradient, *arrays, asked.scale))
     layers: Sequence[LayerLeakage] = ()
-    if segments and x[:1].size <= LARGEST_LAYERS:
+    if segments and x[:1].size <= LARGEST_LAYERS and not _stops(model, x):
         asked.tell("looking at every layer")
         layers = _numeric_layers(model, segments, x[:1], y[:1], asked.loss)
-    dense = n <= LARGEST and fits_in_memory(6 * 8 * n**2)
     clipped = None if asked.dp_sgd is None else _clipped(model, shape, asked)
-    if not dense:
-        return estimate(gradient, clipped, arrays, layers, asked)
+    if not _fits(n):
+        return estimate(gradient, clipped, arrays, layers, asked)._replace(doubt=doubt)
     asked.tell("building the Jacobian")
     leakage = dense_leakage(gradient, *arrays, asked.scale)
-    points = _noise_points(leakage, x.shape, asked.noise)
+    points = tuple(
+        dataclasses.replace(point, asked=asked.asked) for point in _noise_points(leakage, x.shape, asked.noise)
+    )
     if clipped is not None:
         asked.tell("building the Jacobian of clipped gradients")
         limited = dense_leakage(clipped, *arrays, asked.scale)
         points += asked.private(_noise_points(limited, x.shape, asked.private_sigmas(len(x))))
-    return Measured(layers, leakage, points, tuple(np.sqrt(leakage.values[::-1]).tolist()), leakage.map)
+    return Measured(layers, leakage, points, _spectrum(leakage), leakage.map, doubt=doubt)
+
+
+def _measure_rounded(
+    model: Model, gradient: Gradient, sent: Mapping[str, Array], arrays: Any, asked: Asked, doubt: Doubt
+) -> Measured:
+    """What can be said where operations hide the images: how much leaks of what those in front leave of them.
+
+    A gradient is a function of the rounded images y, and depends on them as on any others: its first layer's is
+    dz y^T, in which no rounding is left. Nothing is said where roundings come later.
+    """
+    variables, x, labels = arrays
+    remarks = tuple(looked_up(model, sent, x))
+    front = rounded_front(model, np.asarray(x), asked.limits)
+    if front is None or not _fits(x.size):
+        return Measured(remarks=remarks, doubt=doubt)
+    behind, y = batch_gradient(front.logits, asked.loss, tuple(model.params)), jnp.asarray(front.y)
+    if spots_of(behind, variables, y, labels):
+        return Measured(remarks=remarks, doubt=doubt)
+    asked.tell("building the Jacobian behind the rounding")
+    leakage = dense_leakage(data_gradient(behind), variables, y, labels, front.slope)
+    remarks += ("ranks, map and spectrum are of the images as they are after " + " and ".join(doubt.spots),)
+    return Measured((), leakage, None, _spectrum(leakage), leakage.map, remarks, doubt._replace(picture=front.psnr))
+
+
+def _fits(n: int) -> bool:
+    return n <= LARGEST and fits_in_memory(6 * 8 * n**2)
+
+
+def _spectrum(leakage: Leakage) -> tuple[float, ...]:
+    return tuple(np.sqrt(leakage.values[::-1]).tolist())
+
+
+def _stops(model: Model, x: np.ndarray) -> bool:
+    """Whether the model stops gradients: its layers' own equations are then not those of their derivatives."""
+    structs = jax.eval_shape(lambda: dict(model.variables)), jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return "stop_gradient" in str(jax.make_jaxpr(model.apply)(*structs))
 
 
 def measure_without(
@@ -84,7 +131,7 @@ def measure_without(
         return 0, np.zeros(x.shape)
     logits = read_network(model, x.shape[1:], len(x), jnp.float64).logits
     arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
-    found = dense_leakage(batch_gradient(logits, asked.loss, kept), *arrays, asked.scale)
+    found = dense_leakage(data_gradient(batch_gradient(logits, asked.loss, kept)), *arrays, asked.scale)
     return found.rank, found.map
 
 
@@ -98,8 +145,9 @@ def _refuse_zero(gradient: dict[str, Array]) -> None:
     """A gradient that is zero everywhere says nothing of what leaks."""
     if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
         raise InputError(
-            "the gradient at this image is zero everywhere, and an audit of it would say 'safe'; use other images, or "
-            'loss="sigmoid_binary_cross_entropy" (--loss) for a model with one logit'
+            "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated "
+            "weights, or a label that is met exactly), and says nothing of others. Use other weights or images, "
+            'loss="sigmoid_binary_cross_entropy" (--loss) for a model with one logit, or shapes_only (--shapes-only)'
         )
 
 
@@ -117,7 +165,8 @@ def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, l
 def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:
     assert asked.dp_sgd is not None
     logits = read_network(model, shape, 1, jnp.float64).logits
-    return clipped_gradient(batch_gradient(logits, asked.loss, tuple(model.params)), asked.dp_sgd.clip)
+    gradient = data_gradient(batch_gradient(logits, asked.loss, tuple(model.params)))
+    return clipped_gradient(gradient, asked.dp_sgd.clip)
 
 
 def _noise_points(leakage: Leakage, shape: tuple[int, ...], noise: Sequence[float]) -> tuple[NoisePoint, ...]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
@@ -96,6 +97,19 @@ def epsilon(noise_multiplier: float, *, sampling_rate: float, steps: int, delta:
     accounting = _accounting()
     if noise_multiplier == 0:
         return math.inf
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return _epsilon(accounting, noise_multiplier, sampling_rate, steps, delta)
+    except (ArithmeticError, ValueError, MemoryError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"epsilon cannot be computed for noise_multiplier {noise_multiplier:g}, sampling_rate {sampling_rate:g}, "
+            f"{steps if steps < 10**9 else 'over 1e9'} steps and delta {delta:g} ({reason}): out of any useful range"
+        ) from error
+
+
+def _epsilon(accounting: Any, noise_multiplier: float, sampling_rate: float, steps: int, delta: float) -> float:
     if sampling_rate == 1:
         return float(accounting.get_epsilon_gaussian(noise_multiplier / math.sqrt(steps), delta))
     step = accounting.PoissonSampledDpEvent(sampling_rate, accounting.GaussianDpEvent(noise_multiplier))

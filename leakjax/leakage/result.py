@@ -66,7 +66,8 @@ class NoisePoint:
     - `psnr_estimate_prior`: the same with the prior that natural images are smooth, a local estimate;
     - `effective_dimensions`: directions that stand out of the noise, and `effective_dimensions_error`, their standard
       error where they are estimated;
-    - `noise_multiplier`, `clip`, `epsilon`, `delta`: of the DP-SGD step that adds this noise, None elsewhere.
+    - `noise_multiplier`, `clip`, `epsilon`, `delta`: of the DP-SGD step that adds this noise, None elsewhere;
+    - `asked`: whether the caller asked for this level, so that the verdict speaks of it.
     """
 
     sigma: float
@@ -78,6 +79,13 @@ class NoisePoint:
     clip: float | None = None
     epsilon: float | None = None
     delta: float | None = None
+    asked: bool = False
+
+    @property
+    def attainable_psnr(self) -> float | None:
+        """The better of two attackers, in dB: one without bias, one with the prior; None where neither is known."""
+        pair = self.psnr_bound, self.psnr_estimate_prior
+        return max((v for v in pair if v is not None and not math.isnan(v)), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +126,10 @@ class Audit:
       space, 1 where the gradient determines it; `unseen_pixels`: positions below 1e-6 in every channel;
     - `uncertainty`: (B, H, W, C) standard deviations, pixels in [0, 1], that the first noise level leaves an unbiased
       attacker (infinite where open);
-    - `verdict`: "exact", "partial" or "safe", and the `sentence` that says why; `remarks`: what could not be given.
+    - `verdict`: "exact", "partial", "limited" (few numbers leak; the sentence says what picture they make) or "unknown"
+      (nothing sound can be said: it passes no gate), and the `sentence` that says why, of the noise that was asked for;
+    - `remarks`: what could not be given; `blind`: operations through which no derivative sees;
+    - `leakjax`, `seed`, `loss`, `data`, `weights`, `device`, `date`: what ties the audit to a model, images and a run.
     """
 
     model: str
@@ -141,6 +152,28 @@ class Audit:
     remarks: tuple[str, ...] = ()
     leakage_map: Float[np.ndarray, "B H W C"] | None = None
     uncertainty: Float[np.ndarray, "B H W C"] | None = None
+    blind: tuple[str, ...] = ()
+    leakjax: str | None = None
+    seed: int | None = None
+    loss: str | None = None
+    data: str | None = None
+    weights: str | None = None
+    device: str | None = None
+    date: str | None = None
+
+    @property
+    def attainable_psnr(self) -> float | None:
+        """The most, in dB, that an attacker reaches at the worst of the levels of noise that were asked for.
+
+        The better of an unbiased attack and one with a prior, by `psnr_bound` and `psnr_estimate_prior`; None where no
+        level was asked for, or where at one of them neither is known or the verdict is "unknown": then nothing bounds
+        it.
+        """
+        asked = [point for point in self.noise or () if point.asked]
+        levels = [point.attainable_psnr for point in asked]
+        if not asked or self.verdict == "unknown" or None in levels:
+            return None
+        return max(level for level in levels if level is not None)
 
     def to_json(self) -> dict[str, Any]:
         """The object of audit.json: every field but the maps; numbers that are not finite are None."""

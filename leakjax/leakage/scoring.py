@@ -1,11 +1,12 @@
 """What one outgoing update gives away about the batch behind it: a score cheap enough for a training loop."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from leakjax.leakage.derivative import CHUNK, Derivative, each
 from leakjax.leakage.quadrature import errors_at_least
@@ -22,7 +23,8 @@ class Score(NamedTuple):
       the prior, at most 350;
     - `worst_leaked_fraction`, `worst_psnr`: the same two of the image of which most leaks, or upper bounds of them; the
       share of an image is the mean over its pixels of the diagonal of J^+ J, the projector onto the row space of J;
-    - `allowed`: whether all is within the limits.
+    - `allowed`: whether all is within the limits, and nothing keeps the score from being one;
+    - `reason`: why it is not allowed, a sum of `LIMIT` ... `NOT_FINITE`, 0 where it is; `explain` puts it in words.
     """
 
     leaked_dimensions: Float[Array, ""]
@@ -31,6 +33,24 @@ class Score(NamedTuple):
     worst_leaked_fraction: Float[Array, ""]
     worst_psnr: Float[Array, ""]
     allowed: Bool[Array, ""]
+    reason: Int[Array, ""]
+
+
+LIMIT, BLIND, OUTSIDE, STILL, NOT_FINITE = 1, 2, 4, 8, 16
+REASONS = {
+    LIMIT: "more leaks than the limits allow",
+    BLIND: "no derivative sees through {spots}: what passes there is not counted, and may be the images themselves",
+    OUTSIDE: "pixels lie outside input_range, in whose unit noise and PSNR are",
+    STILL: "the update depends on the images but its derivative at them is zero (all-zero or saturated weights?): "
+    "nothing can be counted",
+    NOT_FINITE: "the update or its derivative is not finite",
+}
+
+
+def explain(score: Score, spots: Sequence[str] = ()) -> str:
+    """Why a score's update is not allowed, in words; "allowed" where it is. `spots`: operations that hide images."""
+    code, named = int(score.reason), " and ".join(spots) or "an operation of the model"
+    return "; ".join(words.format(spots=named) for bit, words in REASONS.items() if code & bit) or "allowed"
 
 
 class Leak(NamedTuple):
@@ -125,14 +145,25 @@ def errors_exactly(
     return jnp.mean(errors.reshape(j.examples, -1), axis=1)
 
 
-def score_of(leak: Leak, pixels: int, prior: float, fraction_limit: float, limit: float, worst: bool) -> Score:
-    """The score of an update that leaks so much of `pixels`; the limits are on the `worst` image or on the batch."""
+def score_of(
+    leak: Leak, pixels: int, prior: float, fraction_limit: float, limit: float, worst: bool, faults: Array
+) -> Score:
+    """The score of an update that leaks so much of `pixels`; the limits are on the `worst` image or on the batch.
+
+    Arguments: `faults`, the sum of what keeps the numbers from being a score, 0 for nothing.
+    """
     fraction = (leak.dimensions / pixels).astype(jnp.float32)
     means = fraction, _psnr(leak.error, prior)
     worsts = leak.worst_fraction.astype(jnp.float32), _psnr(leak.worst_error, prior)
     limited = worsts if worst else means
-    allowed = (limited[0] <= fraction_limit) & (limited[1] <= limit)
-    return Score(leak.dimensions.astype(jnp.float32), *means, *worsts, allowed)
+    within = (limited[0] <= fraction_limit) & (limited[1] <= limit)
+    reason = faults + jnp.where(within, 0, LIMIT).astype(jnp.int32)
+    lost = (faults & ~STILL) != 0
+    share, psnr, worst_share, worst_psnr = (
+        jnp.where(lost, most, value) for most, value in zip((1.0, PSNR_CAP) * 2, (*means, *worsts), strict=True)
+    )
+    dimensions = jnp.where(lost, float(pixels), leak.dimensions.astype(jnp.float32))
+    return Score(dimensions, share, psnr, worst_share, worst_psnr, reason == 0, reason)
 
 
 def _psnr(error: Array, prior: float) -> Array:

@@ -1,8 +1,7 @@
 """What an audit says in plain words."""
 
+from leakjax.leakage.percentage import percentage
 from leakjax.leakage.structural import Count
-
-SAFE = 0.1  # leaked fraction below which an image is a blur at best
 
 
 def layer_sentence(
@@ -17,7 +16,7 @@ def layer_sentence(
     if dead:
         parts.append(f"{dead:,} positions of it are never read (the stride passes over them)")
     if known_share is not None and known_share < 1:
-        parts.append(f"its activation hides {100 * (1 - known_share):.0f} % of its outputs")
+        parts.append(f"its activation hides {percentage(1 - known_share)} of its outputs")
     if rank is not None and rank < unknowns:
         parts.append(
             f"the {depth} layer{'s' if depth > 1 else ''} before it settle{'' if depth > 1 else 's'} the rest"
@@ -25,21 +24,3 @@ def layer_sentence(
             else "the layers before it do not settle the rest"
         )
     return "; ".join(parts) + "."
-
-
-def verdict(leaked: int, unknowns: int, examples: int, *, numeric: bool) -> tuple[str, str]:
-    """("exact", "partial" or "safe", a sentence), of so many leaked of all unknowns."""
-    share = leaked / unknowns
-    whose, them = ("an image", "that image") if examples == 1 else (f"{examples} images", "them")
-    how = "the gradient" if numeric else "a gradient of this shape can"
-    if leaked >= unknowns:
-        verb = "determines" if numeric else "determine"
-        return "exact", (
-            f"Not safe to share: {how} {verb} every one of the {unknowns:,} numbers of {whose}, and whoever "
-            f"receives it can compute {them} to machine precision."
-        )
-    numbers = f"{leaked:,} of the {unknowns:,} numbers of {whose} ({100 * share:.0f} %)"
-    holds = f"{how} {'holds' if numeric else 'hold'} {'' if numeric else 'at most '}{numbers}"
-    if share < SAFE:
-        return "safe", f"Little to reconstruct: {holds}; a blur at best, though not nothing."
-    return "partial", f"Partly exposed: {holds}; a prior over images fills in much of the rest."

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from leakjax.jacobian import row_space
 from leakjax.priors import from_natural
 
-RANK = 1e-13  # of the largest eigenvalue of J^T J
 PRIOR_DEVIATION = 0.25  # of pixels in [0, 1]
 
 
@@ -36,11 +36,11 @@ def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: flo
 
     Arguments: `scale`, the width of the input range: one pixel's unit.
     """
-    gram = scale**2 * np.asarray(_gram(gradient)(variables, x, labels))
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > RANK * values[-1]
-    seen = np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
-    return Leakage(gram, np.maximum(values, 0.0), vectors, int(np.sum(kept)), seen)
+    program = _gram_product(gradient)
+    rows = sum(int(a.size) for a in jax.tree.leaves(jax.eval_shape(gradient, variables, x, labels)))
+    found = row_space(lambda v: program(variables, x, labels, v), rows, x.size, x.dtype)
+    values, vectors = scale**2 * found.values, found.vectors
+    return Leakage((vectors * values) @ vectors.T, values, vectors, found.rank, found.share.reshape(x.shape))
 
 
 def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
@@ -74,16 +74,16 @@ def variance_with_prior(prior: WithPrior, sigma: float) -> float:
 
 
 @functools.lru_cache(maxsize=16)
-def _gram(gradient: Any) -> Any:
-    """(variables, x, labels) -> J^T J."""
+def _gram_product(gradient: Any) -> Any:
+    """(variables, x, labels, v (k, n)) -> rows J^T (J v), (k, n)."""
 
-    def build(variables: Any, x: Any, labels: Any) -> Any:
+    def build(variables: Any, x: Any, labels: Any, v: Any) -> Any:
         _, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         adjoint = jax.linear_transpose(tangent, x)
 
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+        return jax.lax.map(column, v.astype(x.dtype), batch_size=16)
 
     return jax.jit(build)

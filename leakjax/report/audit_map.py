@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from leakjax.leakage.percentage import percentage
 from leakjax.leakage.result import Audit
 from leakjax.report.markup import integer, percent, text
 
@@ -42,7 +43,9 @@ def draw_map(path: Path | str, audit: Audit) -> bool:
         scale = ScalarMappable(Normalize(0, 1), _COLORS)
         for k, (axis, panel) in enumerate(zip(axes.flat, panels, strict=False)):
             axis.imshow(panel.mean(axis=-1), norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
-            axis.set_title(f"example {k} · {panel.mean():.1%} leaked\n{_unseen(panel):,} unseen pixels", fontsize=9)
+            axis.set_title(
+                f"example {k} · {percentage(float(panel.mean()))} leaked\n{_unseen(panel):,} unseen pixels", fontsize=9
+            )
         bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.03)
         bar.set_label("share that the gradient determines")
         figure.suptitle(_title(audit), fontsize=11, fontweight="bold")

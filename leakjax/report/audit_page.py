@@ -31,10 +31,15 @@ _VERDICTS = {
         "Whoever sees one such gradient has that part; the rest is left to a guess, and a good prior guesses well.",
         '<path d="M12 3 22 20H2z"/><path d="M12 9.5v5M12 17v.5"/>',
     ),
-    "safe": (
-        "Safe: the gradient does not give the image back",
-        "It says little of one image. That is no proof of privacy: labels, and many updates together, may tell more.",
-        '<circle cx="12" cy="12" r="10"/><path d="m7.5 12.5 3 3 6-6.5"/>',
+    "limited": (
+        "Limited: few numbers of the image come back",
+        "Few numbers can still be a thumbnail that people recognize, and labels, or many updates together, tell more.",
+        '<path d="M12 3 22 20H2z"/><path d="M12 9.5v5M12 17v.5"/>',
+    ),
+    "unknown": (
+        "Unknown: nothing sound can be said of what leaks",
+        "Take it for a leak: that none was counted is no sign that there is none.",
+        '<circle cx="12" cy="12" r="10"/><path d="M9 9.5a3 3 0 1 1 3.6 2.9q-.6.2-.6 1.6M12 16.8v.5"/>',
     ),
 }
 
@@ -49,7 +54,8 @@ def draw_page(audit: Audit) -> str:
     shape = "\u202f×\u202f".join(str(n) for n in audit.input_shape)
     main = (
         _verdict(audit), _key_numbers(audit), layers_section(audit), map_section(audit), spectrum_section(audit),
-        noise_section(audit), changes_section(audit), withheld_section(audit), _remarks(audit), glossary(),
+        noise_section(audit), changes_section(audit), withheld_section(audit), _remarks(audit), _provenance(audit),
+        glossary(),
     )  # fmt: skip
     body = "\n".join(filter(None, main))
     return f"""<!DOCTYPE html>
@@ -134,6 +140,15 @@ def _positions(audit: Audit) -> str:
 
 def _figure(number: str) -> str:
     return f'<span class="figure">{number}</span>'
+
+
+def _provenance(audit: Audit) -> str:
+    """What ties the page to a model, images and a run. Returns HTML, empty where nothing is known of it."""
+    version = None if audit.leakjax is None else f"leakjax {audit.leakjax}"
+    held = (("Made by", version), ("Date", audit.date), ("Device", audit.device), ("Loss", audit.loss),
+            ("Seed", audit.seed), ("Images", audit.data), ("Weights", audit.weights))  # fmt: skip
+    known = [(title, name(value)) for title, value in held if value is not None]
+    return section("provenance", "Where this comes from", definitions(known, "pairs")) if known else ""
 
 
 def _remarks(audit: Audit) -> str:

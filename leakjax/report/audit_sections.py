@@ -7,7 +7,7 @@ import numpy as np
 from leakjax.leakage.result import Audit, LayerAudit, NoisePoint, Withheld
 from leakjax.report.audit_map import map_panels, shown_panels
 from leakjax.report.audit_plots import noise_plot, spectrum_plot
-from leakjax.report.markup import definitions, integer, name, paragraph, percent, real, section, table, text
+from leakjax.report.markup import at_most, definitions, integer, name, paragraph, percent, real, section, table, text
 
 _LAYER_COLUMNS = (
     "Layer", "Unknowns", "Rank", "Deficiency", "Structural rank", "Condition", "Dead pixels", "Weight in c(M)",
@@ -22,13 +22,14 @@ _OPEN = "open"
 
 def shapes_only(audit: Audit) -> bool:
     """Whether nothing numeric was asked for: the audit knows shapes alone."""
-    return audit.leaked_dimensions is None and all(layer.rank is None for layer in audit.layers)
+    unmeasured = audit.leaked_dimensions is None and all(layer.rank is None for layer in audit.layers)
+    return unmeasured and not audit.blind and audit.verdict != "unknown"
 
 
 def layers_section(audit: Audit) -> str:
     """Every layer's numbers, first to last, and its sentence. Returns HTML."""
     rows = [_layer_row(layer) for layer in audit.layers]
-    padded = [(name(layer.name), *map(integer, (*layer.padded, layer.padded.missing))) for layer in audit.layers]
+    padded = [_padded_row(layer) for layer in audit.layers]
     note = "A dash: not computed." if any(layer.rank is None for layer in audit.layers) else ""
     sentences = definitions([(layer.name, text(layer.sentence)) for layer in audit.layers], "pairs")
     return section(
@@ -98,11 +99,16 @@ def changes_section(audit: Audit) -> str:
         return ""
     now = audit.structural_leaked_dimensions
     rows = [
-        (name(c.layer), text(c.change), *_after(c.leaked_dimensions, now, audit), integer(c.parameters, signed=True))
+        (
+            name(c.layer),
+            text(c.change),
+            *_after(c.leaked_dimensions, now, audit, bound=True),
+            integer(c.parameters, signed=True),
+        )
         for c in audit.changes
     ]
     columns = ("Layer", "Change", "Leaked dimensions after it", "Share", "Difference", "Parameters it costs")
-    words = f"Each change alone, judged by shapes, against the {integer(now)} dimensions that the shapes allow now."
+    words = f"Each change alone, judged by shapes, against the at most {integer(now)} dimensions that they allow now."
     return section(
         "changes", "What would help", paragraph(words), table("Changes of one layer", columns, rows, words=(0, 1))
     )
@@ -113,9 +119,16 @@ def withheld_section(audit: Audit) -> str:
     if not audit.withheld:
         return ""
     now = audit.structural_leaked_dimensions if audit.leaked_dimensions is None else audit.leaked_dimensions
-    rows = [(text(", ".join(w.layers)) or "none", *_after(_remaining(w), now, audit)) for w in audit.withheld]
+    rows = [
+        (
+            text(", ".join(w.layers)) or "none",
+            *_after(_remaining(w), now, audit, bound=w.measured_dimensions is None),
+        )
+        for w in audit.withheld
+    ]
     columns = ("Layers not sent", "Leaked dimensions", "Share", "Difference")
-    words = f"What still leaks when the gradients of these layers stay on the client, against {integer(now)} now."
+    most = "at most " if audit.leaked_dimensions is None else ""
+    words = f"What still leaks when the gradients of these layers stay on the client, against {most}{integer(now)} now."
     panels = [map_panels(w.leakage_map, "without them") for w in audit.withheld if w.leakage_map is not None]
     after = paragraph("What the gradient then still determines of each pixel:") if panels else ""
     parts = paragraph(words), table("Gradients withheld", columns, rows), after, *panels
@@ -134,7 +147,7 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
         integer(layer.unknowns),
         integer(layer.rank),
         integer(layer.rank_deficiency),
-        bound if layer.structural_exact else f"≤ {bound} <small>bound</small>",
+        bound if layer.structural_exact and layer.rank == layer.structural_rank else at_most(bound),
         real(layer.condition),
         integer(layer.dead_pixels),
         real(layer.weight),
@@ -142,6 +155,13 @@ def _layer_row(layer: LayerAudit) -> tuple[str, ...]:
         depth,
         integer(layer.parameters),
     )
+
+
+def _padded_row(layer: LayerAudit) -> tuple[str, ...]:
+    rows, columns, rank, missing = map(integer, (*layer.padded, layer.padded.missing))
+    if layer.rank is None:
+        rank, missing = at_most(rank), f"≥ {missing} <small>bound</small>"
+    return name(layer.name), rows, columns, rank, missing
 
 
 def _noise_row(point: NoisePoint, private: list[str], measured: bool) -> tuple[str, ...]:
@@ -157,9 +177,10 @@ def _decibels(value: float | None) -> str:
     return real(value, 4) if value is None or not np.isfinite(value) else f"{value:.1f}".replace("-", "−")
 
 
-def _after(dimensions: int, now: int, audit: Audit) -> tuple[str, str, str]:
+def _after(dimensions: int, now: int, audit: Audit, bound: bool) -> tuple[str, str, str]:
     share = percent(dimensions / audit.unknowns if audit.unknowns else None)
-    return integer(dimensions), share, integer(dimensions - now, signed=True)
+    shown = integer(dimensions)
+    return at_most(shown) if bound else shown, share, integer(dimensions - now, signed=True)
 
 
 def _uncertainty(audit: Audit) -> str:
@@ -174,4 +195,7 @@ def _uncertainty(audit: Audit) -> str:
 
 
 def _not_computed(audit: Audit) -> str:
-    return paragraph("Not computed (shapes only)." if shapes_only(audit) else "Not computed.", "absent")
+    why = "Not computed (shapes only)." if shapes_only(audit) else "Not computed."
+    if audit.blind:
+        why = "Not computed: no derivative sees through what the verdict names."
+    return paragraph(why, "absent")

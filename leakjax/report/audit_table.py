@@ -1,6 +1,7 @@
 """An audit on a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from leakjax.leakage.result import Audit, NoisePoint
@@ -8,7 +9,7 @@ from leakjax.leakage.result import Audit, NoisePoint
 
 def print_audit(console: Console, audit: Audit) -> None:
     """The verdict, a row for every layer, what noise leaves and what would help."""
-    console.print(f"[bold]{audit.verdict}[/bold]: {audit.sentence}", highlight=False)
+    console.print(f"[bold]{audit.verdict}[/bold]: {escape(audit.sentence)}", highlight=False)
     leaked = audit.leaked_dimensions
     shown = f"at most {audit.structural_leaked_dimensions:,}" if leaked is None else f"{leaked:,}"
     console.print(f"leaked dimensions {shown} of {audit.unknowns:,}; c(M) {audit.c_m:.2f}", highlight=False)
@@ -17,10 +18,10 @@ def print_audit(console: Console, audit: Audit) -> None:
         table.add_column(column, justify="right")
     for layer in audit.layers:
         table.add_row(
-            layer.name,
+            escape(layer.name),
             f"{layer.unknowns:,}",
             "-" if layer.rank is None else f"{layer.rank:,}",
-            ("" if layer.structural_exact else "<= ") + f"{layer.structural_rank:,}",
+            ("" if layer.rank == layer.structural_rank else "<= ") + f"{layer.structural_rank:,}",
             "-" if layer.condition is None else f"{layer.condition:.1e}",
             str(layer.dead_pixels),
             f"{layer.weight:.2f}",
@@ -31,14 +32,17 @@ def print_audit(console: Console, audit: Audit) -> None:
         console.print(f"noise {point.sigma:g}: {_bounds(point, leaked)}{_private(point)}", highlight=False)
     for change in audit.changes[:3]:
         console.print(
-            f"{change.layer}: {change.change} leaves {change.leaked_dimensions:,} ({change.parameters:+,} weights)",
+            f"{change.layer}: {change.change} leaves at most {change.leaked_dimensions:,} "
+            f"({change.parameters:+,} weights)",
             highlight=False,
+            markup=False,
         )
     for held in audit.withheld:
-        left = held.leaked_dimensions if held.measured_dimensions is None else held.measured_dimensions
-        console.print(f"without the gradients of {', '.join(held.layers)}: {left:,}", highlight=False)
+        measured = held.measured_dimensions
+        left = f"at most {held.leaked_dimensions:,}" if measured is None else f"{measured:,}"
+        console.print(f"without the gradients of {', '.join(held.layers)}: {left}", highlight=False, markup=False)
     for remark in audit.remarks:
-        console.print(f"note: {remark}", highlight=False)
+        console.print(f"note: {remark}", highlight=False, markup=False)
 
 
 def _bounds(point: NoisePoint, leaked: int | None) -> str:

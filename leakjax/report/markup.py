@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from leakjax.leakage.percentage import percentage
+
 MISSING = '<span aria-hidden="true">–</span><span class="spoken">no value</span>'
 _LONG = 24
 _THIN = "\N{NARROW NO-BREAK SPACE}"
@@ -20,6 +22,11 @@ def name(value: object) -> str:
     """A name as text of a page, which a long one lets break after its separators."""
     shown = text(value)
     return re.sub(r"([._:/]+)", r"\1<wbr>", shown) if len(shown) > _LONG else shown
+
+
+def at_most(number: str) -> str:
+    """A number (HTML) that is a bound from above, and never printed as what it bounds."""
+    return f"≤ {number} <small>bound</small>"
 
 
 def integer(value: int | None, signed: bool = False) -> str:
@@ -60,11 +67,7 @@ def percent(fraction: float | None) -> str:
     """A share as a percentage; what is not quite all, or not quite nothing, never rounds to it."""
     if fraction is None or not math.isfinite(fraction):
         return MISSING
-    if 0 < fraction < 0.001:
-        return f"&lt;{_THIN}0.1{_THIN}%"
-    if 0.999 < fraction < 1:
-        return f"&gt;{_THIN}99.9{_THIN}%"
-    return ("0" if fraction == 0 else "100" if fraction == 1 else f"{100 * fraction:.1f}") + f"{_THIN}%"
+    return text(percentage(fraction)).replace(" ", _THIN)
 
 
 def power_of_ten(exponent: int) -> str:
