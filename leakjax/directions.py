@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Float
 
 from leakjax.errors import InputError
-from leakjax.jacobian import jacobian_gram
+from leakjax.jacobian import jacobian_product, row_space
 from leakjax.memory import fits_in_memory
 from leakjax.network import client_update, read_network
 from leakjax.observation import Observation
@@ -13,7 +13,6 @@ from leakjax.precision import compute_in
 from leakjax.reconstruction import Reconstruction
 
 LARGEST = 6000
-_RANK = 1e-13  # of the largest eigenvalue of J^T J
 
 
 def undetermined_directions(
@@ -22,8 +21,9 @@ def undetermined_directions(
     """Orthonormal directions d with (dg/dx) d = 0 at one gradient's reconstruction, in the model's input range.
 
     Arguments: `index`, which gradient; with B examples each, all B images move together. Along every direction, and
-    their combinations, the image can change without a trace in the gradient (to first order; exactly where the first
-    layer alone leaves them open). Their number is `unknowns - leaked_dimensions` of the certificate.
+    their combinations, the image can change without a trace in the gradient. Their number is `unknowns -
+    leaked_dimensions` of the certificate: all directions where the images that match form a curved set, of which no
+    entry is known far from the answer.
 
     Raises `InputError` for an unknown index, or for more unknowns than a dense Jacobian can hold.
     """
@@ -31,6 +31,10 @@ def undetermined_directions(
         raise InputError(f"index must be in 0..{observation.victims - 1}, got {index}")
     rows = slice(index * observation.examples, (index + 1) * observation.examples)
     x, labels = reconstruction.images[rows], reconstruction.labels[rows]
+    certificate, target = reconstruction.certificates[rows.start], reconstruction.targets[rows.start]
+    if certificate.status == "ambiguous" and certificate.leaked_dimensions == 0:
+        return np.eye(x.size).reshape(-1, *x.shape)
+    labels = labels if target is None else target[None]
     if labels.min() < 0:
         raise InputError(f"gradient {index} has no reconstruction: there is no point at which to ask for directions")
     if x.size > LARGEST or not fits_in_memory(32 * x.size**2):
@@ -40,6 +44,8 @@ def undetermined_directions(
         network = read_network(model, observation.input_shape, observation.examples, jnp.float64)
         steps = observation.local_steps, observation.learning_rate
         gradient = client_update(network.logits, observation.loss, tuple(observation.gradients), *steps)
-        gram = jacobian_gram(gradient)(model.variables, jnp.asarray(x, float), jnp.asarray(labels))
-        values, vectors = np.linalg.eigh(np.asarray(gram))
-    return vectors[:, values <= _RANK * values[-1]].T.reshape(-1, *x.shape)
+        product = jacobian_product(gradient)
+        point = dict(model.variables), jnp.asarray(x, float), jnp.asarray(labels)
+        size = sum(int(np.prod(p.shape)) for p in model.params.values())
+        space = row_space(lambda v: product(*point, jnp.asarray(v)), size, x.size)
+    return space.vectors[:, : x.size - space.rank].T.reshape(-1, *x.shape)

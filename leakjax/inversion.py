@@ -161,7 +161,8 @@ def invert(
         problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
-        outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
+        if chosen.polished:
+            outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)

@@ -31,10 +31,11 @@ def inverse_norms(gradients: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def jacobian_gram(gradient: Any) -> Any:
-    """(variables, x, labels) -> J^T J (n, n), J the Jacobian of the gradient's parameters, each divided by its norm."""
+def jacobian_product(gradient: Any) -> Any:
+    """(variables, x, labels, v (k, n)) -> J^T J v by rows, J the Jacobian of the gradient's parameters, each divided by
+    its norm."""
 
-    def build(variables: Any, x: Any, labels: Any) -> Array:
+    def build(variables: Any, x: Any, labels: Any, v: Any) -> Array:
         at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(at_x)
 
@@ -42,8 +43,7 @@ def jacobian_gram(gradient: Any) -> Any:
             return jax.tree.map(jnp.multiply, over, tangent(d))
 
         adjoint = jax.linear_transpose(weighted, x)
-        columns = jnp.eye(x.size, dtype=x.dtype)
-        return jax.lax.map(lambda e: jnp.ravel(adjoint(weighted(e.reshape(x.shape)))[0]), columns, batch_size=16)
+        return jax.lax.map(lambda d: jnp.ravel(adjoint(weighted(d.reshape(x.shape)))[0]), v, batch_size=16)
 
     return jax.jit(build)
 

@@ -171,6 +171,7 @@ def two_answers(monkeypatch, ranks):
     low, high = 0.0, 1.0
     problem = types.SimpleNamespace(
         matched=1e-6,
+        rounding=1e-16,
         variables={},
         loss="",
         network=types.SimpleNamespace(logits=None),

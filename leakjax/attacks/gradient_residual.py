@@ -31,7 +31,7 @@ class Compare(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) -> Any:
     """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
-    Jacobian at x, ||r|| / size there, and J^T J there.
+    Jacobian at x, ||r|| / size there, and J^T J v there for rows v.
 
     `tolerance`: relative, of the rows; `forcing`: of the steps, relative to the rows that are left.
     """
@@ -66,13 +66,12 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
         function, size = residual(variables, sent, labels)
         return optax.tree.norm(function(x)) / size
 
-    def gram(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
+    def products(variables: Any, sent: Any, labels: Any, x: Any, v: Any) -> Any:
         tangent = jax.linearize(residual(variables, sent, labels)[0], x)[1]
         adjoint = jax.linear_transpose(tangent, x)
-        columns = jnp.eye(x.size, dtype=x.dtype)
-        return jax.lax.map(lambda e: jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0]), columns, batch_size=16)
+        return jax.lax.map(lambda d: jnp.ravel(adjoint(tangent(d.reshape(x.shape)))[0]), v, batch_size=16)
 
-    return tuple(map(jax.jit, (solve, smooth, look, misfit, gram)))
+    return tuple(map(jax.jit, (solve, smooth, look, misfit, products)))
 
 
 def residual_of(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:

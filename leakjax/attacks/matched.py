@@ -11,6 +11,7 @@ from leakjax.attacks.problem import Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
 from leakjax.attacks.symmetries import twins
 from leakjax.attacks.told import Told, predicted
+from leakjax.jacobian import row_space
 from leakjax.memory import fits_in_memory
 from leakjax.reconstruction import LayerInfo
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition
@@ -89,7 +90,7 @@ def is_open(problem: Problem, told: Told, found: Found) -> bool:
 
 def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, _, gram = match_programs(compare(problem, told), float(problem.tolerance))
+    _, _, look, _, products = match_programs(compare(problem, told), float(problem.tolerance))
     point = *given(problem, told, found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = look(*point)
     condition, n = lsmr_condition(probe), found.x.size
@@ -98,8 +99,8 @@ def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None,
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
-    values, vectors = np.linalg.eigh(np.asarray(gram(*point)))
-    large = values > 1e-13 * values[-1]
-    seen = np.clip(np.sum(vectors[:, large] ** 2, axis=1), 0.0, 1.0).reshape(found.x.shape)
-    condition = float(np.sqrt(values[-1] / values[large][0]))
-    return int(np.sum(large)), seen, condition
+    rows = sum(g[0].size for g in problem.gradients.values())
+    space = row_space(lambda v: products(*point, jnp.asarray(v)), rows, n)
+    if space.rank:
+        condition = float(np.sqrt(space.values[-1] / space.values[n - space.rank]))
+    return space.rank, space.share.reshape(found.x.shape), condition

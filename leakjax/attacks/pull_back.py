@@ -1,7 +1,7 @@
 """The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -149,10 +149,13 @@ def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformat
     return jax.jit(solve)
 
 
-def gram(problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray) -> np.ndarray:
-    """J^T J of the pulled-back residual at x, (n, n)."""
+def products(
+    problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
     build = _steps(tuple(segments), float(problem.tolerance))[4]
-    return np.asarray(build(*arrays(problem, segments, known), jnp.asarray(x)))
+    given = arrays(problem, segments, known)
+    return lambda v: np.asarray(build(*given, jnp.asarray(x), jnp.asarray(v)))
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
@@ -212,7 +215,7 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         return probe, pull_gradients(segments, variables, xs, slopes, dz)[1]
 
     def build(*given: Any) -> Array:
-        *known, x = given
+        *known, x, v = given
         _, residual = read(*known)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         adjoint = jax.linear_transpose(tangent, x)
@@ -220,6 +223,6 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        return jax.lax.map(column, jnp.eye(x.size, dtype=x.dtype), batch_size=16)
+        return jax.lax.map(column, v, batch_size=16)
 
     return tuple(jax.jit(f) for f in (plain, full, smooth, look, build))

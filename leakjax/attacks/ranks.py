@@ -9,7 +9,8 @@ import numpy as np
 
 from leakjax.attacks.layer_step import LayerState, dense_system
 from leakjax.attacks.problem import Problem
-from leakjax.attacks.pull_back import Known, gram
+from leakjax.attacks.pull_back import Known, products
+from leakjax.jacobian import rank_tolerance, row_space
 from leakjax.memory import fits_in_memory
 from leakjax.segments import Segment
 from leakjax.solvers.linear import DenseSolution, dense_bytes, solve_dense
@@ -68,9 +69,9 @@ def pulled_rank(
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
         return None, None
-    values, vectors = np.linalg.eigh(gram(problem, segments, given, x))
-    kept = values > 1e-13 * values[-1]
-    return int(np.sum(kept)), np.clip(np.sum(vectors[:, kept] ** 2, axis=1), 0.0, 1.0).reshape(x.shape)
+    rows = sum(matrix_shape(problem, segment)[0] for segment in segments)
+    space = row_space(products(problem, segments, given, x), rows, x.size)
+    return space.rank, space.share.reshape(x.shape)
 
 
 def matrix_shape(problem: Problem, segment: Segment) -> tuple[int, int]:
@@ -80,4 +81,5 @@ def matrix_shape(problem: Problem, segment: Segment) -> tuple[int, int]:
 
 
 def _tolerance(problem: Problem, shape: tuple[int, ...]) -> float:
-    return max(max(shape) * float(np.finfo(problem.dtype).eps), 10 * problem.noise)
+    rows, columns = shape
+    return max(rank_tolerance(rows, columns, problem.dtype), 10 * problem.noise)
