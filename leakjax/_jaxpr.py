@@ -19,6 +19,7 @@ from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
 from leakjax._primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE, RANDOM
+from leakjax.errors import InputError, cannot_run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +85,12 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
     replaced by the jaxpr they carry. Nothing is computed.
     """
-    closed = jax.make_jaxpr(lambda v, x: function(v, x))(list(variables), x)
+    try:
+        closed = jax.make_jaxpr(lambda v, x: function(v, x))(list(variables), x)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # the model's own code
+        raise cannot_run(x.shape, error) from error
     structs: dict[int, jax.ShapeDtypeStruct] = {}
     counter = itertools.count()
     equations: list[Equation] = []
@@ -117,10 +123,13 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     ids = [new_id(v) for v in closed.jaxpr.invars]
     outputs = walk(closed.jaxpr, closed.consts, ids)
     if len(outputs) != 1:
-        raise ValueError(f"model must return one array of logits, got {len(outputs)} outputs; return the logits only")
+        raise InputError(f"model must return one array of logits, got {len(outputs)} outputs; return the logits only")
     if not isinstance(outputs[0], int):
-        raise ValueError("model's output is a constant: it does not depend on its input")
-    return Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
+        raise InputError("model's output is a constant: it does not depend on its input")
+    graph = Graph(tuple(equations), tuple(ids[:-1]), ids[-1], outputs[0], structs)
+    if graph.output not in graph.dependents([graph.input]):
+        raise InputError("model's logits do not depend on its input: no gradient of them says anything of an image")
+    return graph
 
 
 def evaluate(

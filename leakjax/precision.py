@@ -18,7 +18,7 @@ def compute_in(dtype: str) -> Iterator[Any]:
 
     Yields the dtype. Raises `InputError` for any other name. JAX's own settings are restored afterwards.
     """
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         yield jnp.dtype(dtype)

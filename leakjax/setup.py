@@ -134,9 +134,10 @@ class Setup:
         if self.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         if images is not None:
-            data = load_npz(images)
-            if max(index) >= len(data.images) or min(index) < 0:
-                raise InputError(f"--index: {images} holds {len(data.images)} images, got {max(index)}")
+            data = load_npz(images, shape=(None, *self.input_shape))
+            strange = [i for i in index if not 0 <= i < len(data.images)]
+            if strange:
+                raise InputError(f"--index: {images} holds {len(data.images)} images, got {strange[0]}")
             data = type(data)(data.images[list(index)], data.labels[list(index)])
         else:
             data = load_dataset(dataset, index, self.input_shape)
@@ -165,11 +166,8 @@ class Setup:
             raise InputError(f"the capture's input_shape must be [H, W, C], got {list(observation.input_shape)}")
         if truth is None:
             return observation, None
-        data = load_npz(truth, "--truth")
-        expected = (observation.victims, *observation.input_shape)
-        if data.images.shape != expected:
-            raise InputError(f"--truth: images have shape {data.images.shape}, the capture's would be {expected}")
-        return observation, data.images / 255.0
+        expected = (observation.victims * observation.examples, *observation.input_shape)
+        return observation, load_npz(truth, "--truth", expected).images / 255.0
 
 
 def _shape(text: str) -> tuple[int, int, int]:

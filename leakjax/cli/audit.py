@@ -22,7 +22,9 @@ from leakjax.cli.options import (
     numbers,
 )
 from leakjax.cli.session import progress, say, session, writable
+from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
+from leakjax.files import write_npz, write_text
 
 
 def audit(
@@ -61,8 +63,6 @@ def audit(
 ) -> None:
     """Measure how much a model leaks, and why; writes audit.json, audit.html, leakage_map.png, maps.npz."""
     with session() as console:
-        import numpy as np
-
         from leakjax.leakage.audit import SIGMAS
         from leakjax.leakage.audit import audit as run
         from leakjax.leakage.privacy import DPSGD
@@ -107,13 +107,13 @@ def audit(
                 progress=tell,
             )
         summary = result.to_json()
-        (directory / "audit.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        (directory / "audit.html").write_text(result.to_html(), encoding="utf-8")
+        write_text(directory / "audit.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_text(directory / "audit.html", result.to_html())
         mapped = draw_map(directory / "leakage_map.png", result)
         if mapped:
-            np.savez_compressed(directory / "maps.npz", allow_pickle=False, **result.maps())
+            write_npz(directory / "maps.npz", result.maps(), compressed=True)
         if json_output:
-            print(json.dumps(summary, allow_nan=False))
+            answer(json.dumps(summary, allow_nan=False))
         else:
             print_audit(console, result)
             files = "audit.json, audit.html" + (", leakage_map.png, maps.npz" if mapped else "")

@@ -1,7 +1,6 @@
 """From a data set's name, or a file, to images and labels in arrays; and from uint8 to a model's range and back."""
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 
 from leakjax.datasets import digits, folders, foolbox, prepared
 from leakjax.errors import InputError, NoSplitError
+from leakjax.npz import open_npz
 
 
 class Images(NamedTuple):
@@ -81,25 +81,31 @@ def stack(source: Sequence[Any], name: str = "data") -> Images:
     return _check_arrays(name, *images)
 
 
-def load_npz(path: str | os.PathLike, option: str = "--images") -> Images:
+def load_npz(
+    path: str | os.PathLike, option: str = "--images", shape: tuple[int | None, ...] = (None, None, None, None)
+) -> Images:
     """The arrays `images`, uint8 (N, H, W, C), and `labels`, integers (N,), of the npz file that `option` names.
 
+    Arguments: `shape`, of the images, None where any size will do; others are refused before they are read.
     Raises `InputError` for a file that is missing or corrupt, holds pickles, or lacks those arrays in those shapes.
     """
-    where = f"{option} {os.fspath(path)}"
-    if not os.path.isfile(path):
-        raise InputError(f"{where}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{where}: not an npz file; write it with numpy.savez(file, images=images, labels=labels)")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("images", "labels") if name in file}
-    except Exception as error:
-        raise InputError(f"{where}: cannot be read: {prepared.first_line(error)}") from error
-    for name in ("images", "labels"):
-        if not isinstance(arrays.get(name), np.ndarray):
-            raise InputError(f"{where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
-    return _check_arrays(where, arrays["images"], arrays["labels"])
+    if isinstance(path, str | os.PathLike) and not os.path.exists(path):
+        raise InputError(f"{option} {os.fspath(path)}: no such file")
+    with open_npz(path, option) as file:
+        for name in ("images", "labels"):
+            if name not in file.entries:
+                raise InputError(f"{file.where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
+        found = file.entries["images"]
+        _check_entries(file.where, found, file.entries["labels"])
+        wanted = tuple(own if size is None else size for size, own in zip(shape, found.shape, strict=True))
+        if found.shape[1:] != wanted[1:]:
+            raise InputError(
+                f"{file.where}: images have shape {found.shape[1:]}, the model takes {wanted[1:]}; resize them"
+            )
+        if found.shape != wanted:
+            raise InputError(f"{file.where}: holds {found.shape[0]} images, the capture is of {wanted[0]}")
+        arrays = file.read(["images", "labels"])
+    return _check_arrays(file.where, arrays["images"], arrays["labels"])
 
 
 def to_range(images: UInt8[np.ndarray, "..."], input_range: tuple[float, float]) -> Float[np.ndarray, "..."]:
@@ -170,12 +176,19 @@ _SOURCES: Mapping[str, Callable[[tuple[int, ...], str | None], Sequence[Any]]] =
 }
 
 
-def _check_arrays(where: str, images: np.ndarray, labels: np.ndarray) -> Images:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+def _check_entries(where: str, images: Any, labels: Any) -> None:
+    """Refuse dtypes and shapes, of arrays or of entries not read yet."""
+    if images.dtype != np.uint8 or len(images.shape) != 4 or 0 in images.shape:
         raise InputError(f"{where}: 'images' must be uint8 (N, H, W, C), got {images.dtype} of shape {images.shape}")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise InputError(
-            f"{where}: 'labels' must be {len(images)} integers, one for each image, got {labels.dtype} of shape "
+            f"{where}: 'labels' must be {images.shape[0]} integers, one for each image, got {labels.dtype} of shape "
             f"{labels.shape}"
         )
+
+
+def _check_arrays(where: str, images: np.ndarray, labels: np.ndarray) -> Images:
+    _check_entries(where, images, labels)
+    if labels.min() < 0 or labels.max() > 2**31 - 1:
+        raise InputError(f"{where}: 'labels' must be classes from 0, got {labels.min()}..{labels.max()}")
     return Images(images, labels.astype(np.int64))

@@ -2,13 +2,14 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from leakjax.leakage.result import Audit, NoisePoint
 
 
 def print_audit(console: Console, audit: Audit) -> None:
     """The verdict, a row for every layer, what noise leaves and what would help."""
-    console.print(f"[bold]{audit.verdict}[/bold]: {audit.sentence}", highlight=False)
+    console.print(Text.assemble((audit.verdict, "bold"), f": {audit.sentence}"))
     leaked = audit.leaked_dimensions
     shown = f"at most {audit.structural_leaked_dimensions:,}" if leaked is None else f"{leaked:,}"
     console.print(f"leaked dimensions {shown} of {audit.unknowns:,}; c(M) {audit.c_m:.2f}", highlight=False)
