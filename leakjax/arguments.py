@@ -16,6 +16,9 @@ LARGEST = 1e30
 MOST = 10**9
 """No count is larger."""
 
+MOST_STARTS = 10_000
+"""No attack begins from more noises at once."""
+
 
 def choice(kind: str, value: Any, known: Iterable[str]) -> str:
     """`value`, one of the names `known`; anything else, of any type, raises `InputError`."""
@@ -24,7 +27,7 @@ def choice(kind: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def whole(name: str, value: Any, least: int, most: int = MOST) -> int:
+def whole(name: str, value: Any, least: int, most: int = MOST, wanted: str | None = None) -> int:
     """`value` as an int in least..most; numbers with a point, booleans and text raise `InputError`."""
     try:
         if isinstance(value, bool | np.bool_):
@@ -33,7 +36,7 @@ def whole(name: str, value: Any, least: int, most: int = MOST) -> int:
     except Exception:  # an array or an object of the caller's own may raise anything
         number = None
     if number is None or not least <= number <= most:
-        wanted = "a positive integer" if least == 1 else f"an integer from {least}"
+        wanted = wanted or ("a positive integer" if least == 1 else f"an integer from {least}")
         too_large = number is not None and number > most
         raise InputError(f"{name} must be {wanted}{f', at most {most:,}' if too_large else ''}, got {shown(value)}")
     return number
@@ -110,3 +113,30 @@ def shown(value: Any) -> str:
 
 def _article(name: str) -> str:
     return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def check_solving(
+    names: Mapping[str, tuple[Any, Iterable[str]]],
+    counts: Mapping[str, Any],
+    seed: Any,
+    labels: Any,
+    devices: Any,
+    progress: Any,
+) -> None:
+    """Refuse what `invert` cannot go about: names that are not known, counts that are none, labels that are no array.
+
+    Arguments: `names`, by argument the value and the names that it may have (an optimizer may also be no name);
+    `counts`, by argument a positive integer or None.
+    """
+    for name, (value, known) in names.items():
+        if name != "optimizer" or isinstance(value, str):
+            choice(name, value, known)
+    for name, value in counts.items():
+        if value is not None or name == "starts":
+            whole(name, value, 1, MOST_STARTS if name == "starts" else MOST)
+    whole("seed", seed, 0, 2**63 - 1)
+    if labels is not None:
+        array("labels", labels, "iu", "integers, one an example")
+    if devices is not None and (isinstance(devices, str) or not isinstance(devices, Iterable)):
+        raise InputError(f"devices must be some of jax.local_devices(), got {shown(devices)}")
+    listener("progress", progress)

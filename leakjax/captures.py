@@ -14,7 +14,7 @@ from leakjax.files import write_npz
 from leakjax.losses import LOSSES
 from leakjax.model import Model
 from leakjax.npz import Npz, open_npz
-from leakjax.observation import Observation
+from leakjax.observation import Observation, output_count
 
 _PARTS = ("params", "gradients", "buffers")
 
@@ -53,6 +53,7 @@ def read_capture(path: str | Path, model: Model) -> Observation:
     instance("model", model, Model, "from read_model")
     with open_npz(path, "--capture") as file:
         meta = read_meta(file, "--capture")
+        output_count(model, tuple(meta["input_shape"]))  # refuses a model that cannot run at this shape
         victims = meta.get("victims")
         known = _by_part(file.entries)
         match_arrays("parameter", known["params"], model.params)

@@ -57,7 +57,7 @@ class Npz:
             begun = file.tell()
         entry = Entry(tuple(int(n) for n in shape), dtype)
         if dtype.hasobject:
-            raise InputError(f"{self.where}: array {name!r} holds pickled objects, never opened (allow_pickle=False)")
+            raise InputError(f"{self.where}: cannot be read: {name!r} holds pickled objects (allow_pickle=False)")
         if begun + entry.nbytes != info.file_size or min(entry.shape, default=0) < 0:
             raise InputError(f"{self.where}: array {name!r} is damaged: its header says {entry.shape} of {dtype}")
         return entry
@@ -97,12 +97,12 @@ def open_npz(path: str | os.PathLike, argument: str) -> Iterator[Npz]:
         with zipfile.ZipFile(path) as archive:
             held = what_it_is(path, archive.namelist())
             if held is not None:
-                raise InputError(f"{where}: cannot read it: {held}")
+                raise InputError(f"{where}: cannot be read: {held}")
             yield Npz(archive, where)
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged files
-        raise InputError(f"{where}: cannot read it: {what_it_is(path) or _reason(error)}") from None
+        raise InputError(f"{where}: cannot be read: {what_it_is(path) or _reason(error)}") from None
 
 
 def read_npz(path: str | os.PathLike, argument: str) -> dict[str, np.ndarray]:
@@ -123,9 +123,9 @@ def plain_file(path: Any, argument: str) -> Path:
     except (OSError, ValueError) as error:
         raise InputError(f"{argument}: cannot read {path} ({getattr(error, 'strerror', None) or error})") from None
     if stat.S_ISDIR(mode):
-        raise InputError(f"{argument}: {path} is a folder; name a file")
+        raise InputError(f"{argument} {path}: cannot be read: it is a folder; name a file")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{argument}: {path} is a pipe or a device; name a file")
+        raise InputError(f"{argument} {path}: cannot be read: it is a pipe or a device; name a file")
     if not os.access(place, os.R_OK):
         raise InputError(f"{argument}: cannot read {path} (Permission denied)")
     return place

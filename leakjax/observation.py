@@ -156,11 +156,12 @@ def check_observation(observation: Observation) -> None:
         if path not in gradients:
             raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")
     for path, g in gradients.items():
+        if not (hasattr(g, "dtype") and hasattr(g, "shape") and np.ndim(g) > 0):
+            raise InputError(f"gradient of {path!r} must be an array (victims, *parameter shape), got {shown(g)}")
+    for path, g in gradients.items():
         if path not in params:
             raise InputError(f"gradient {path!r} belongs to no parameter of the model")
-        if not (hasattr(g, "dtype") and hasattr(g, "shape") and hasattr(g, "ndim")):
-            raise InputError(f"gradient of {path!r} must be an array, got {shown(g)}; numpy.asarray makes one")
-        if g.ndim == 0 or len(g) != observation.victims or len(g) == 0:
+        if len(g) != observation.victims or len(g) == 0:
             raise InputError(f"gradient of {path!r} has shape {g.shape}; {observation.victims} victims come first")
         if g.shape[1:] != tuple(params[path].shape):
             raise InputError(f"gradient of {path!r} has shape {g.shape[1:]}, its parameter {tuple(params[path].shape)}")

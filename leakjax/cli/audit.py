@@ -90,7 +90,11 @@ def audit(
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
-        batch = (None, None) if drawn else setup.batch(dataset, integers("--index", index or "0"), images)
+        batch = (
+            (None, None)
+            if drawn
+            else setup.batch(dataset, integers("--index", "0" if index is None else index), images)
+        )
         with progress(console) as tell:
             result = run(
                 setup.model,

@@ -56,7 +56,8 @@ def session() -> Iterator[Console]:
     LEAKJAX_TRACEBACK=1 in the environment shows where it happened. Nothing is left of folders that stayed empty.
     """
     console = Console(stderr=True, markup=False, emoji=False)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for category in (UserWarning, RuntimeWarning):
+        warnings.filterwarnings("ignore", category=category)
     for noisy in ("absl", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     _MADE.clear()

@@ -71,7 +71,7 @@ def train(
         if optimizer not in optimizers:
             raise unknown_name("optimizer", optimizer, optimizers)
         for option, value in (("--learning-rate", learning_rate), ("--clip", clip), ("--noise", noise)):
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not 0 < value <= 1e15:
                 raise InputError(f"{option}: expected a positive number, got {value}")
         if defense is not None and not (clip is None and noise is None):
             raise InputError("--defense: leave out --clip and --noise; it names clipping and noise itself")

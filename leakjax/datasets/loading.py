@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64, Shaped, UInt8
 
+from leakjax.arguments import MOST, array, shown, sizes, whole
 from leakjax.datasets import digits, folders, foolbox, prepared
-from leakjax.errors import InputError, NoSplitError
+from leakjax.errors import InputError, NoSplitError, unknown_name
 from leakjax.npz import open_npz
 
 
@@ -31,7 +32,11 @@ def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int,
 
     Raises `InputError` for a set that is unknown or not here, an index out of range, or images of another shape.
     """
-    shape = tuple(int(n) for n in input_shape)
+    shape = _asked(name, input_shape)
+    try:
+        indices = [whole("--index", index, -MOST) for index in indices]
+    except TypeError:
+        raise InputError(f"--index must name images, as [0, 3], got {shown(indices)}") from None
     source = _source(name, shape, None)
     for index in indices:
         if not 0 <= index < len(source):
@@ -46,7 +51,9 @@ def load_split(name: str, split: str | None, input_shape: tuple[int, int, int], 
 
     Raises `InputError` as `load_dataset`, and where the set has no such split.
     """
-    shape = tuple(int(n) for n in input_shape)
+    shape = _asked(name, input_shape)
+    if limit is not None:
+        limit = whole("limit", limit, 1)
     source = _source(name, shape, split)
     count = len(source) if limit is None else min(limit, len(source))
     if count < 1:
@@ -77,7 +84,7 @@ def stack(source: Sequence[Any], name: str = "data") -> Images:
     """
     if not len(source):
         raise InputError(f"{name}: the data source holds no image")
-    images = _stack(name, source, range(len(source)), np.shape(_read(name, source, 0)["image"]))
+    images = _stack(name, source, range(len(source)), _read(name, source, 0)["image"].shape)
     return _check_arrays(name, *images)
 
 
@@ -120,13 +127,30 @@ def from_range(x: Shaped[Any, "..."], input_range: tuple[float, float]) -> Float
     return (np.asarray(x, np.float64) - low) / (high - low)
 
 
+def _asked(name: Any, input_shape: Any) -> tuple[int, ...]:
+    """The shape (H, W, C), once it and the name are known to be of that kind."""
+    if not isinstance(name, str):
+        raise unknown_name("data set", name, _SOURCES)
+    shape = sizes("input_shape", input_shape)
+    if len(shape) != 3:
+        raise InputError(f"input_shape must be (H, W, C), got {shape}")
+    return shape
+
+
 def _read(name: str, source: Sequence[Any], index: int) -> Mapping[str, Any]:
     try:
-        return source[index]
+        record = source[index]
     except InputError:
         raise
     except Exception as error:
         raise prepared.unreadable(name, error) from error
+    if not (isinstance(record, Mapping) and {"image", "label"} <= record.keys()):
+        raise InputError(f"{name}: record {index} is no mapping with image and label, but {shown(record)}")
+    image = array(f"{name}: image {index}", record["image"], "biuf", "an array of numbers")
+    label = array(f"{name}: label {index}", record["label"], "iu", "an integer")
+    if label.ndim:
+        raise InputError(f"{name}: label {index} must be one integer, got shape {label.shape}")
+    return {"image": image, "label": int(label)}
 
 
 def _stack(name: str, source: Sequence[Any], indices: Sequence[int], shape: tuple[int, ...]) -> Images:
