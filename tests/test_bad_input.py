@@ -1,7 +1,13 @@
 """Bad input on the command line: exit status 2, one line that names it, nothing on standard output, nothing left."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from bad_input import WRONG_MODELS, fill, left_in, says
+
+import leakjax
 
 OWN = ("--model", "bad_nets:dense", "--input-shape", "4,4,1")
 DATA = (*OWN, "--images", "small.npz")
@@ -126,6 +132,9 @@ ROWS += [
         (("data", "prepare", "folder:out", "--size", "3,3", "--name", "A/B"), "--name"),
         (("data", "prepare", "folder:out", "--size", "3,3", "--from", "file"), "--from"),
         (("data", "prepare"), "NAME"),
+        (("data", "prepare", "folder:~nobody_at_all/x", "--size", "3,3"), "folder:"),
+        (("data", "prepare", "folder:out", "--size", "3,3", "--data-dir", "file"), "folder:"),
+        (("invert", *OWN, "--dataset", "folder:~nobody_at_all/x"), "folder:"),
         (("data", "nothing"), "nothing"),
         (("list",), "models"),
         (("list", ""), "list"),
@@ -214,3 +223,86 @@ def test_an_option_without_effect_says_so(run, folder, row):
     *words, option = row
     line = run(words[0], "--out", "out", *words[1:]).stderr
     assert f"{option} has no effect" in line
+
+
+BENCHMARKS = [
+    (*words, word)
+    for words, word in (
+        (("smoke", "--coordinator", "junk"), "--coordinator"),
+        (("smoke", "--coordinator", "localhost:x"), "--coordinator"),
+        (("smoke", "--coordinator", "localhost:99999"), "--coordinator"),
+        (("smoke", "--coordinator", ""), "--coordinator"),
+        (("smoke", "--coordinator", "no-such-host.invalid:1234"), "--coordinator"),
+        (("smoke", "--out", "file"), "--out"),
+        (("smoke", "--out", "file/below"), "--out"),
+        (("smoke", "--table", "missing"), "--table missing"),
+        (("smoke", "--table", "file"), "--table file"),
+        (("smoke", "--table", "out"), "--table out"),
+        (("smoke", "--table", "other.jsonl"), "--table other.jsonl"),
+        (("smoke", "--limit", "x"), "--limit"),
+        (("smoke", "--limit", "0"), "--limit"),
+        (("smoke", "--only", "nothing"), "--only"),
+        (("smoke", "--devices", "x"), "--devices"),
+        (("smoke", "--devices", "99"), "--devices"),
+        (("smoke", "--processes", "0"), "--processes"),
+        (("smoke", "--processes", "2"), "--processes"),
+        (("smoke", "--process", "1"), "--process"),
+        (("smoke", "--nothing"), "--nothing"),
+        (("nothing",), "nothing"),
+        ((), "NAME"),
+        (("zoo", "--models", "x"), "model"),
+        (("zoo", "--activations", "x"), "activation"),
+        (("zoo", "--seeds", "x"), "--seeds"),
+        (("zoo", "--index", "-1"), "--index"),
+        (("zoo", "--attack", "x"), "attack"),
+        (("zoo", "--dtype", "x"), "dtype"),
+        (("zoo", "--solver", "x"), "solver"),
+        (("zoo", "--batch", "0"), "--batch"),
+        (("zoo", "--out", "file"), "--out"),
+        (("zoo", "--table", "missing"), "--table"),
+        (("solvers", "--table", "file"), "--table"),
+        (("solvers", "--model", "x"), "model"),
+        (("solvers", "--out", "out"), "--out"),
+        (("accuracy", "--table", "missing"), "--table"),
+        (("accuracy", "--out", "out"), "--out"),
+        (("guard", "--out", "file/below"), "--out"),
+        (("throughput", "--table", "missing"), "--table"),
+        (("throughput", "--only", "x"), "--only"),
+        (("throughput", "--out", "file"), "--out"),
+    )
+]
+
+
+@pytest.mark.parametrize("row", BENCHMARKS, ids=lambda row: " ".join(row[:-1]))
+def test_the_benchmarks_refuse_in_one_line_too(folder, monkeypatch, capsys, row):
+    from benchmarks.__main__ import main
+
+    monkeypatch.chdir(folder)
+    (folder / "other.jsonl").write_text('{"not": "ours"}\n')
+    *words, word = row
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("benchmarks: error: ")
+    assert word in line
+    assert left_in(folder / "out") == []
+
+
+@pytest.mark.parametrize(
+    "words", [("invert", "--index", "9", *DATA), ("audit", "--no-such"), ("list", "[/]"), ("capture", "--out", "file")]
+)
+def test_in_a_process_of_its_own(folder, words):
+    place = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(leakjax.__file__))}
+    line = [sys.executable, "-m", "leakjax.cli", words[0], *words[1:]]
+    result = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=100, env=place)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (said,) = result.stderr.splitlines()
+    assert said.startswith("leakjax: error: ")
+
+
+def test_there_are_more_than_four_hundred():
+    assert len(ROWS) + len(NO_EFFECT) + len(BENCHMARKS) > 400
+    assert len({row[0] for row in ROWS}) >= 6

@@ -13,7 +13,7 @@ from rich.table import Table
 from leakjax.cli.options import Json
 from leakjax.cli.session import session, writable
 from leakjax.cli.stdout import answer
-from leakjax.errors import unknown_name
+from leakjax.errors import InputError, unknown_name
 from leakjax.files import write_text
 
 
@@ -60,7 +60,10 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
         from leakjax.datasets.prepared import prepared_sets
         from leakjax.datasets.preparing import data_home
 
-        return {**DATASETS, **prepared_sets(data_home(None))}
+        try:
+            return {**DATASETS, **prepared_sets(data_home(None))}
+        except InputError:  # no home directory: nothing can be prepared there
+            return dict(DATASETS)
 
     def activations() -> dict[str, str]:
         from leakjax.activations import ACTIVATIONS
