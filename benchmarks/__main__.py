@@ -10,16 +10,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
-from benchmarks import plots, runner
+from benchmarks import asking, plots, runner
 from benchmarks.cases import Case
 from benchmarks.progress import progress
 from benchmarks.records import read_records
 from benchmarks.suites import SUITES
 from benchmarks.summary import rows, table
 from leakjax.errors import InputError
+from leakjax.files import write_text
 
 STUDIES = {
     "throughput": "images a second by batch, memory, compilation; the engine against dense least squares",
@@ -34,7 +34,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The options of a suite."""
     listing = "\n".join(f"  {name:14} {s.summary} ({len(s.cases)} images)" for name, s in SUITES.items())
     listing += "\nstudies:\n" + "\n".join(f"  {name:14} {summary}" for name, summary in STUDIES.items())
-    parser = argparse.ArgumentParser(
+    parser = asking.Parser(
         prog="python -m benchmarks",
         description=__doc__,
         epilog="suites:\n" + listing,
@@ -69,17 +69,18 @@ def run(options: argparse.Namespace) -> None:
     """Run a suite and print its table."""
     cases = chosen(options.suite, options.limit, options.only)
     if options.table is not None:
-        print(table(read_records(options.table), cases), end="")
+        print(asking.printed(options.table, lambda records: table(records, cases)), end="")
         return
+    if options.processes < 1:
+        raise InputError(f"--processes must be a positive number, got {options.processes}")
     if not 0 <= options.process < options.processes:
         raise InputError(f"--process must be in 0..{options.processes - 1}, got {options.process}")
     if options.processes > 1 and options.coordinator is None:
         raise InputError("--processes: name the --coordinator HOST:PORT where they meet, the same for all of them")
-    out = options.out or Path("bench-out") / options.suite
-    out.mkdir(parents=True, exist_ok=True)
     if options.coordinator is not None:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+        asking.meet(options.coordinator, options.processes, options.process)
     devices = runner.choose_devices(options.devices)
+    out = asking.folder(options.out or Path("bench-out") / options.suite)
     share = {"process": options.process, "processes": options.processes}
     with progress(Console(stderr=True)) as tell:
         runner.run(cases, out, devices=devices, retry=options.retry, tell=tell, **share)
@@ -87,23 +88,19 @@ def run(options: argparse.Namespace) -> None:
         runner.gather(out, options.process)
     if options.process == 0:
         records = read_records(out)
-        (out / "table.md").write_text(table(records, cases))
+        write_text(out / "table.md", table(records, cases))
         plots.write_plots(rows(records, cases), out, f"{options.suite}: {SUITES[options.suite].summary}")
         print(table(records, cases), end="")
 
 
 def main(words: Sequence[str]) -> None:
     """Run a study or a suite; bad input is one line and exit status 2."""
-    if words and words[0] in STUDIES:
-        importlib.import_module(f"benchmarks.{words[0]}").main(words[1:])
-        return
-    warnings.filterwarnings("ignore", category=UserWarning)
-    options = parse(words)
-    try:
-        run(options)
-    except InputError as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with asking.one_line():
+        if words and words[0] in STUDIES:
+            importlib.import_module(f"benchmarks.{words[0]}").main(words[1:])
+            return
+        warnings.filterwarnings("ignore", category=UserWarning)
+        run(parse(words))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ of one image. The attacker sees one such message, made with the weights of the b
 A run continues what the file holds already.
 """
 
-import argparse
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import optax
 from flax import nnx
 
 import leakjax
+from benchmarks import asking
 from benchmarks.records import Record, append, environment, read_records
 from leakjax.datasets import to_range, train_and_test
 from leakjax.defenses import Setting, build_defense
@@ -135,14 +135,14 @@ def _mean(values: Sequence[float | None] | None) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Measure every defense that the file lacks, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks accuracy", description=__doc__)
+    parser = asking.Parser(prog="python -m benchmarks accuracy", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/accuracy.jsonl"), metavar="FILE")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of records, run nothing")
     given = parser.parse_args(words)
     if given.table is None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        held = {r["defense"] for r in read_records(given.out)}
+        asking.file_in_folder(given.out)
+        held = {r.get("defense") for r in read_records(given.out)}
         for spec in DEFENSES:
             if spec not in held:
                 append(given.out, [measure(spec)])
-    print(table(read_records(given.table or given.out)), end="")
+    print(asking.printed(given.table or given.out, table), end="")

@@ -4,7 +4,6 @@ One line a model and batch: milliseconds of a step (gradient and SGD, float32, c
 method, their ratios, and what the methods found. With `--out` a record is appended to FILE as a line of JSON.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import optax
 from flax import linen as nn
 
 import leakjax
+from benchmarks import asking
 from benchmarks.records import append, environment
 from leakjax.datasets import load_dataset
 from leakjax.guard import guard, loss_of
@@ -108,9 +108,11 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Measure every case and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks guard", description=__doc__)
+    parser = asking.Parser(prog="python -m benchmarks guard", description=__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
     options = parser.parse_args(words)
+    if options.out is not None:
+        asking.file_in_folder(options.out)
     records = []
     for name, examples in CASES:
         records.append(measure(name, examples))

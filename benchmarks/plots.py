@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.statistics import spread_of
 from benchmarks.summary import Row, exponents
+from leakjax.files import write_figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "os^Dv<>"
@@ -26,7 +27,7 @@ def write_plots(made: Sequence[Row], directory: Path, title: str) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    write_figure(path, figure, dpi=150, bbox_inches="tight")
 
 
 def _strips(made: Sequence[Row], title: str) -> Figure:

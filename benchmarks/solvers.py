@@ -3,8 +3,6 @@
 Each record: seconds of solving (compilation apart), steps, the relative residual of the gradient and the PSNR reached.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +15,10 @@ import numpy as np
 import optax
 
 import leakjax
-from benchmarks.records import environment
+from benchmarks import asking
+from benchmarks.records import append, environment
+from leakjax.activations import parse_activation
+from leakjax.arguments import choice
 from leakjax.datasets import load_dataset, to_range
 from leakjax.metrics import psnr
 from leakjax.models import MODELS, build_model
@@ -149,7 +150,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Run every solver on every problem, or print the table of a file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks solvers", description=__doc__)
+    parser = asking.Parser(prog="python -m benchmarks solvers", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/solvers.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of a file, run nothing")
     parser.add_argument("--model", default="lenet")
@@ -158,14 +159,16 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--pull-back", action="store_true", help="the solvers of `copa` instead of those of `match`")
     options = parser.parse_args(words)
     if options.table is not None:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]), end="")
+        print(asking.printed(options.table, table), end="")
         return
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    choice("model", options.model, MODELS)
+    for text in options.activations.split(","):
+        parse_activation(text)
+    asking.file_in_folder(options.out)
     for activation in options.activations.split(","):
         for name in PULL_BACKS if options.pull_back else SOLVERS:
             record = (measure_pull_back if options.pull_back else measure)(
                 options.model, activation, options.index, name
             )
-            with open(options.out, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(options.out, [record])
             print(f"done: {activation}, {name}", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 Records are appended to `records.jsonl` as soon as they are made; `table.md` is generated from them.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -14,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import append, read_records
+from benchmarks import asking
+from benchmarks.records import append
+from leakjax.errors import InputError
+from leakjax.files import write_text
 
 
 def measure(name: str, argument: str) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _throughput(records: list[dict[str, Any]]) -> list[str]:
 
 def main(words: Sequence[str]) -> None:
     """Run every measurement."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks throughput", description=__doc__)
+    parser = asking.Parser(prog="python -m benchmarks throughput", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/throughput"))
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of a records.jsonl, run nothing")
     parser.add_argument("--quick", action="store_true", help="without the dense baseline and the large batches")
@@ -119,9 +121,12 @@ def main(words: Sequence[str]) -> None:
     )
     options = parser.parse_args(words)
     if options.table is not None:
-        print(table(read_records(options.table)), end="")
+        print(asking.printed(options.table, table), end="")
         return
-    options.out.mkdir(parents=True, exist_ok=True)
+    kinds = {"throughput", "engine", "attack", "lstsq", "command"}
+    if options.only and not set(options.only.split(",")) <= kinds:
+        raise InputError(f"--only: expected some of {', '.join(sorted(kinds))}, got {options.only!r}")
+    asking.folder(options.out)
     sizes = ["1", "8"] if options.quick else ["1", "8", "32", "128", "32:float64:32", "1:float32", "32:float32"]
     batches = ["1", "16"] if options.quick else ["1", "16", "64", "256"]
     plan = [("throughput", size) for size in batches] + [("engine", size) for size in sizes]
@@ -139,5 +144,5 @@ def main(words: Sequence[str]) -> None:
     if not options.only or "command" in options.only.split(","):
         with tempfile.TemporaryDirectory() as cache:
             keep(start_time(cache, str(options.out / "command")))
-    (options.out / "table.md").write_text(table(records))
+    write_text(options.out / "table.md", table(records))
     print(table(records))

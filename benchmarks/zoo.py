@@ -13,11 +13,16 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import runner
+from benchmarks import asking, runner
 from benchmarks.cases import Case, on_images, options
 from benchmarks.progress import progress
-from benchmarks.records import read_records
+from leakjax.activations import parse_activation
+from leakjax.arguments import choice
+from leakjax.attacks import ATTACKS
+from leakjax.errors import InputError
+from leakjax.inversion import SOLVERS
 from leakjax.models import MODELS
+from leakjax.precision import DTYPES
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -62,7 +67,7 @@ def _least_median(records: list[dict[str, Any]], name: str) -> str:
 
 def main(words: Sequence[str]) -> None:
     """Run what the options name, or print the table of a file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks zoo", description=__doc__)
+    parser = asking.Parser(prog="python -m benchmarks zoo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/zoo"), metavar="DIR")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
     parser.add_argument("--models", default=",".join(MODELS))
@@ -76,19 +81,30 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--solver", default="auto")
     given = parser.parse_args(words)
     if given.table is None:
-        given.out.mkdir(parents=True, exist_ok=True)
+        cases = _cases(given)
+        asking.folder(given.out)
         with progress(Console(stderr=True)) as tell:
-            runner.run(_cases(given), given.out, tell=tell)
-    print(table(read_records(given.table or given.out)), end="")
+            runner.run(cases, given.out, tell=tell)
+    print(asking.printed(given.table or given.out, table), end="")
 
 
 def _cases(given: argparse.Namespace) -> list[Case]:
     solver = {} if given.solver == "auto" else {"solver": given.solver}
-    names = [part.split(",") for part in (given.seeds, given.models, given.activations)]
+    seeds, indices = asking.whole_numbers("--seeds", given.seeds), asking.whole_numbers("--index", given.index)
+    for kind, text, known in (("model", given.models, MODELS), ("attack", given.attack, ATTACKS)):
+        for name in text.split(","):
+            choice(kind, name, known)
+    for text in given.activations.split(","):
+        parse_activation(text)
+    for kind, name, known in (("dtype", given.dtype, DTYPES), ("solver", given.solver, SOLVERS)):
+        choice(kind, name, known)
+    if given.batch < 1:
+        raise InputError(f"--batch must be a positive integer, got {given.batch}")
+    names = [seeds, *(part.split(",") for part in (given.models, given.activations))]
     cases = []
     for seed, model, activation in itertools.product(*names):
         data = "foolbox/mnist" if MODELS[model].input_shape[-1] == 1 else given.dataset
         told = {"dtype": given.dtype, "batch": given.batch, "options": options(**solver)}
-        case = Case(model, given.attack, data, activation=activation, seed=int(seed), **told)
-        cases += on_images(case, map(int, given.index.split(",")))
+        case = Case(model, given.attack, data, activation=activation, seed=seed, **told)
+        cases += on_images(case, indices)
     return cases

@@ -19,6 +19,7 @@ from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
 from leakjax._primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE, RANDOM
+from leakjax.errors import InputError, cannot_run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,15 +85,23 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
     replaced by the jaxpr they carry. Nothing is computed.
     """
-    flat = flatten(lambda v, x: function(v, x), (list(variables), x), inlined)
+    try:
+        flat = flatten(lambda v, x: function(v, x), (list(variables), x), inlined)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # the model's own code
+        raise cannot_run(x.shape, error) from error
     if len(flat.outputs) != 1:
-        raise ValueError(
+        raise InputError(
             f"model must return one array of logits, got {len(flat.outputs)} outputs; return the logits only"
         )
     (output,) = flat.outputs
     if not isinstance(output, int):
-        raise ValueError("model's output is a constant: it does not depend on its input")
-    return Graph(flat.equations, flat.inputs[:-1], flat.inputs[-1], output, flat.structs)
+        raise InputError("model's output is a constant: it does not depend on its input")
+    graph = Graph(flat.equations, flat.inputs[:-1], flat.inputs[-1], output, flat.structs)
+    if graph.output not in graph.dependents([graph.input]):
+        raise InputError("model's logits do not depend on its input: no gradient of them says anything of an image")
+    return graph
 
 
 class Flat(NamedTuple):

@@ -223,12 +223,18 @@ def build_activation(
     return Activation("elementwise", function, None, None, _monotone_pieces(apply, dtype), parametric)
 
 
-@functools.lru_cache(maxsize=64)
 def parse_activation(text: str) -> Function:
     """The function named `NAME[:PARAMETER]`, as in `leaky_relu:0.01`; the same object for the same text.
 
     Raises `InputError` for an unknown name or a parameter that the activation does not take.
     """
+    if not isinstance(text, str):
+        raise unknown_name("activation", text, ACTIVATIONS)
+    return _parsed(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Function:
     name, _, parameter = text.partition(":")
     if name not in ACTIVATIONS:
         raise unknown_name("activation", name, ACTIVATIONS)
@@ -241,7 +247,7 @@ def parse_activation(text: str) -> Function:
         value = float(parameter)
     except ValueError:
         raise InputError(f"activation parameter {parameter!r} is not a number; write for example {name}:0.01") from None
-    if not (np.isfinite(value) and value > 0):
+    if not 0 < value <= 1e30:
         raise InputError(f"activation parameter must be positive and finite, got {parameter}")
     return functools.partial(_call, kind, value)
 

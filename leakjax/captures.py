@@ -8,10 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from leakjax.arguments import LARGEST, MOST, instance
 from leakjax.errors import InputError
+from leakjax.files import write_npz
 from leakjax.losses import LOSSES
 from leakjax.model import Model
-from leakjax.observation import Observation
+from leakjax.npz import Npz, open_npz
+from leakjax.observation import Observation, output_count
 
 _PARTS = ("params", "gradients", "buffers")
 
@@ -21,6 +24,7 @@ def write_capture(observation: Observation, path: Path) -> None:
 
     Several victims stand along a leading axis of the gradients, and `meta` counts them.
     """
+    instance("observation", observation, Observation, "from observe")
     single = observation.victims == 1
     meta = {
         "loss": observation.loss,
@@ -38,7 +42,7 @@ def write_capture(observation: Observation, path: Path) -> None:
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
     arrays |= {f"buffers/{p}": np.asarray(a) for p, a in plain_buffers(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
-    np.savez(path, allow_pickle=False, meta=np.asarray(json.dumps(meta)), **arrays)
+    write_npz(path, {"meta": np.asarray(json.dumps(meta)), **arrays})
 
 
 def read_capture(path: str | Path, model: Model) -> Observation:
@@ -46,9 +50,25 @@ def read_capture(path: str | Path, model: Model) -> Observation:
 
     Raises `InputError` naming the tensor for anything missing, extra, misshapen, of another dtype or not finite.
     """
-    arrays = read_arrays(path, "--capture")
-    meta = read_meta(arrays, "--capture")
-    parts: dict[str, dict[str, np.ndarray]] = {part: {} for part in _PARTS}
+    instance("model", model, Model, "from read_model")
+    with open_npz(path, "--capture") as file:
+        meta = read_meta(file, "--capture")
+        output_count(model, tuple(meta["input_shape"]))  # refuses a model that cannot run at this shape
+        victims = meta.get("victims")
+        known = _by_part(file.entries)
+        match_arrays("parameter", known["params"], model.params)
+        match_arrays("buffer", known["buffers"], plain_buffers(model.buffers))
+        _match_gradients(known["gradients"], model, victims)
+        parts = _by_part(file.read([key for key in file.entries if key != "meta"]))
+    check_finite("parameter", parts["params"])
+    check_finite("buffer", parts["buffers"])
+    gradients = parts["gradients"] if victims else {p: g[None] for p, g in parts["gradients"].items()}
+    return observation_from(meta, model.with_arrays(parts["params"], {**model.buffers, **parts["buffers"]}), gradients)
+
+
+def _by_part(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By part, by path: what stands under `params/`, `gradients/` and `buffers/`."""
+    parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
     for key, array in arrays.items():
         part, slash, name = key.partition("/")
         if key == "meta":
@@ -56,16 +76,28 @@ def read_capture(path: str | Path, model: Model) -> Observation:
         if part not in parts or not slash:
             raise InputError(f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/ and meta")
         parts[part][name] = array
-    match_arrays("parameter", parts["params"], model.params)
-    if not parts["gradients"]:
+    return parts
+
+
+def _match_gradients(found: Mapping[str, Any], model: Model, victims: int | None) -> None:
+    """Refuse gradients that are not one a parameter, of its shape behind the victims' axis, and floating."""
+    if not found:
         raise InputError("--capture: no array under gradients/")
-    match_arrays("buffer", parts["buffers"], plain_buffers(model.buffers))
-    victims = meta.get("victims")
-    for path, g in parts["gradients"].items():
+    for path in model.params:
+        if path not in found:
+            raise InputError(
+                f"--capture: gradient of {path!r} is missing; the model has {len(model.params)} parameters"
+            )
+    for path, g in found.items():
+        if path not in model.params:
+            raise InputError(f"--capture: gradient {path!r} belongs to no parameter of the model")
         if victims and g.shape[:1] != (victims,):
             raise InputError(f"--capture: gradient {path!r} has shape {g.shape}; meta says {victims} victims")
-    gradients = parts["gradients"] if victims else {p: g[None] for p, g in parts["gradients"].items()}
-    return observation_from(meta, model.with_arrays(parts["params"], {**model.buffers, **parts["buffers"]}), gradients)
+        shape, own = tuple(model.params[path].shape), g.shape[1:] if victims else g.shape
+        if own != shape:
+            raise InputError(f"--capture: gradient of {path!r} has shape {own}, its parameter {shape}")
+        if g.dtype.kind != "f":
+            raise InputError(f"--capture: gradient of {path!r} has dtype {g.dtype}; floating point expected")
 
 
 def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[str, np.ndarray]) -> Observation:
@@ -85,33 +117,14 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
     )
 
 
-def read_arrays(path: str | Path, argument: str) -> dict[str, np.ndarray]:
-    """All arrays of an npz file; pickles, corrupt and missing files raise `InputError`."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise InputError(f"{argument}: {path} is a single array; an npz file is expected")
-        with file:
-            arrays = {key: file[key] for key in file.files}
-        strange = next((key for key, array in arrays.items() if not isinstance(array, np.ndarray)), None)
-        if strange is not None:
-            raise InputError(f"{argument}: {path}: {strange!r} is not an array")
-        return arrays
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{argument}: no such file: {path}") from None
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on damaged files
-        reason = "it holds pickled objects" if "pickle" in str(error).lower() else "it is corrupt or no npz file"
-        raise InputError(f"{argument}: cannot read {path}: {reason}") from None
-
-
-def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]:
+def read_meta(file: Npz, argument: str) -> dict[str, Any]:
     """The checked `meta` of a capture: loss, input_shape, input_range, examples."""
-    if "meta" not in arrays:
+    if "meta" not in file.entries:
         raise InputError(f"{argument}: array 'meta' (a JSON string) is missing")
     try:
-        meta = json.loads(str(arrays["meta"]))
+        meta = json.loads(str(file.text("meta")))
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{argument}: meta is not JSON ({error})") from None
     if not isinstance(meta, dict):
@@ -122,7 +135,7 @@ def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]
     if not isinstance(meta["loss"], str) or meta["loss"] not in LOSSES:
         raise InputError(f"{argument}: meta's loss {meta['loss']!r} is none of {', '.join(LOSSES)}")
     shape, limits = meta["input_shape"], meta["input_range"]
-    if not (isinstance(shape, list) and shape and all(map(_positive_integer, shape))):
+    if not (isinstance(shape, list) and 0 < len(shape) < 10 and all(map(_positive_integer, shape))):
         raise InputError(f"{argument}: meta's input_shape must be [H, W, C], got {shape!r}")
     if not (isinstance(limits, list) and len(limits) == 2 and all(map(_finite_number, limits))):
         raise InputError(f"{argument}: meta's input_range must be [low, high], got {limits!r}")
@@ -141,17 +154,15 @@ def read_meta(arrays: Mapping[str, np.ndarray], argument: str) -> dict[str, Any]
 
 
 def _positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
 
 
 def _finite_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
-def match_arrays(
-    kind: str, found: Mapping[str, np.ndarray], expected: Mapping[str, Any], argument: str = "--capture"
-) -> None:
-    """Refuse arrays that are not exactly those expected: missing, extra, misshapen, of another kind or not finite."""
+def match_arrays(kind: str, found: Mapping[str, Any], expected: Mapping[str, Any], argument: str = "--capture") -> None:
+    """Refuse arrays, read or not yet, that are not exactly those expected: missing, extra, misshapen, another kind."""
     for path, array in expected.items():
         if path not in found:
             raise InputError(f"{argument}: {kind} {path!r} is missing")
@@ -160,11 +171,16 @@ def match_arrays(
             raise InputError(f"{argument}: {kind} {path!r} has shape {found[path].shape}, the model's has {shape}")
         if _kind(array.dtype) != _kind(found[path].dtype):
             raise InputError(f"{argument}: {kind} {path!r} has dtype {found[path].dtype}, the model's {array.dtype}")
-        if not np.all(np.isfinite(found[path])):
-            raise InputError(f"{argument}: {kind} {path!r} holds NaN or infinite entries")
     extra = sorted(found.keys() - expected.keys())
     if extra:
         raise InputError(f"{argument}: {kind} {extra[0]!r} is not in the model")
+
+
+def check_finite(kind: str, arrays: Mapping[str, np.ndarray], argument: str = "--capture") -> None:
+    """Refuse arrays with entries that are NaN or infinite."""
+    for path, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise InputError(f"{argument}: {kind} {path!r} holds NaN or infinite entries")
 
 
 def _kind(dtype: Any) -> str:

@@ -6,13 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from leakjax.arguments import real, whole
 from leakjax.defenses import CUSTOM, Client, Setting, build_defense
 from leakjax.errors import InputError
 from leakjax.losses import LOSSES
 from leakjax.model import Model
+
+MOST_STEPS = 1_000
+"""No update sums more steps: each is traced."""
 
 
 def mean_loss(model: Model, loss: str) -> Any:
@@ -50,16 +53,15 @@ def client_program(model: Model, loss: str, local_steps: int, rate: float | None
 
 def check_steps(local_steps: Any, learning_rate: Any) -> tuple[int, float | None]:
     """(k, rate) as they are recorded; several steps without a positive rate raise `InputError`."""
-    if isinstance(local_steps, bool) or not isinstance(local_steps, int | np.integer) or local_steps < 1:
-        raise InputError(f"local_steps must be a positive integer, got {local_steps!r}")
+    local_steps = whole("local_steps", local_steps, 1, MOST_STEPS)
     if local_steps > 1 and learning_rate is None:
         raise InputError(f"learning_rate is needed with {local_steps} local_steps: the update depends on it")
     if learning_rate is None:
         return 1, None
-    rate = float(learning_rate)
-    if not 0 < rate < np.inf:
+    rate = real("learning_rate", learning_rate, "positive and finite")
+    if rate <= 0:
         raise InputError(f"learning_rate must be positive and finite, got {learning_rate!r}")
-    return int(local_steps), None if local_steps == 1 else rate
+    return local_steps, None if local_steps == 1 else rate
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from leakjax.arguments import MOST, instance, whole
 from leakjax.errors import InputError
 from leakjax.jacobian import jacobian_product, row_space
 from leakjax.memory import fits_in_memory
@@ -27,8 +28,13 @@ def undetermined_directions(
 
     Raises `InputError` for an unknown index, or for more unknowns than a dense Jacobian can hold.
     """
-    if not 0 <= index < observation.victims:
+    instance("observation", observation, Observation, "from observe or read_capture")
+    instance("reconstruction", reconstruction, Reconstruction, "from invert")
+    if not 0 <= whole("index", index, -MOST) < observation.victims:
         raise InputError(f"index must be in 0..{observation.victims - 1}, got {index}")
+    expected = (observation.victims * observation.examples, *observation.input_shape)
+    if reconstruction.images.shape != expected:
+        raise InputError(f"reconstruction has images {reconstruction.images.shape}, the observation is of {expected}")
     rows = slice(index * observation.examples, (index + 1) * observation.examples)
     x, labels = reconstruction.images[rows], reconstruction.labels[rows]
     certificate, target = reconstruction.certificates[rows.start], reconstruction.targets[rows.start]

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from leakjax._widening import Wide, in_one_precision
+from leakjax.arguments import check_solving, instance
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
 from leakjax.attacks.noisy import with_noise
@@ -92,8 +93,11 @@ def invert(
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
     start = time.perf_counter()
-    if attack not in ATTACKS:
-        raise unknown_name("attack", attack, ATTACKS)
+    names = {"attack": (attack, ATTACKS), "prior": (prior, PRIORS), "pull_back": (pull_back, PULL_BACKS)}
+    names |= {"solver": (solver, SOLVERS), "optimizer": (optimizer, OPTIMIZERS)}
+    counts = {"starts": starts, "steps": steps, "chunk": chunk}
+    instance("observation", observation, Observation, "from observe or read_capture")
+    check_solving(names, counts, seed, labels, devices, progress)
     chosen = ATTACKS[attack]
     if chosen.layerwise and observation.local_steps > 1:
         raise InputError(

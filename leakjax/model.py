@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from leakjax.errors import InputError
+from leakjax.errors import InputError, first_line
 
 Arrays = Mapping[str, Any]
 
@@ -25,6 +25,10 @@ class Model:
     apply: Callable[[Arrays, Any], Any]
     params: Arrays
     buffers: Arrays
+
+    def __post_init__(self) -> None:
+        if not (callable(self.apply) and isinstance(self.params, Mapping) and isinstance(self.buffers, Mapping)):
+            raise InputError("Model takes a function and two mappings of arrays by path; read_model makes one")
 
     @property
     def variables(self) -> Arrays:
@@ -56,7 +60,10 @@ def read_model(model: Any, params: Any = None) -> Model:
     if isinstance(model, nnx.Module):
         if params is not None:
             raise InputError("params is for plain functions and linen modules; an nnx module carries its own")
-        graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+        try:
+            graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+        except Exception as error:  # a module with attributes that Flax cannot take apart
+            raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
         return _from_trees(graphdef, lambda p, b, x: nnx.merge(graphdef, p, b)(x), weights, rest)
     if isinstance(model, linen.Module):
         if not isinstance(params, Mapping) or "params" not in params:
@@ -109,8 +116,15 @@ def _same_architecture(key: Any, apply: Callable[[Arrays, Any], Any]) -> Callabl
 
 
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    return {_path(keys): leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for keys, leaf in leaves}, treedef
+    try:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+        arrays = [(_path(keys), leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for keys, leaf in leaves]
+    except Exception as error:  # keys that cannot be sorted, ragged lists
+        raise InputError(f"a model's params must be arrays in nested dicts or lists: {first_line(error)}") from error
+    flat = dict(arrays)
+    if len(flat) < len(arrays):
+        raise InputError("a model's params: two arrays have the same path; give them different names")
+    return flat, treedef
 
 
 def _path(keys: Any) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jaxtyping import Int, Shaped
 
+from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
 from leakjax.client import Protection, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
-from leakjax.errors import InputError, UnreadableModelError, unknown_name
+from leakjax.errors import InputError, cannot_run
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Model, read_model
 from leakjax.precision import compute_in
@@ -88,10 +89,11 @@ def observe(
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
     defense, or local steps without a rate.
     """
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
+    choice("loss", loss, LOSSES)
+    seed = whole("seed", seed, 0, 2**63 - 1)
+    limits = interval("input_range", input_range)
     read = read_model(model, params)
-    images, labels = _check_batch(batch, input_range, batch_size)
+    images, labels = _check_batch(batch, limits, batch_size)
     steps = check_steps(local_steps, learning_rate)
     protect = Protection.read(defense, seed, local_steps)
     with compute_in(dtype) as floating:
@@ -110,19 +112,19 @@ def observe(
             g = update(read.params, read.buffers, inputs, y)
             sent.append(protect.apply(g, read, inputs, victim))
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
-    shape, limits = tuple(images.shape[1:]), _range(input_range)
-    return Observation(read, stacked, loss, shape, limits, int(batch_size), dtype, protect.name, *steps)
+    return Observation(
+        read, stacked, loss, tuple(images.shape[1:]), limits, int(batch_size), dtype, protect.name, *steps
+    )
 
 
 def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The shape of the model's logits at `x`, without computing; a model that cannot run raises `InputError`."""
     try:
         logits = jax.eval_shape(model.apply, model.variables, x)
-    except UnreadableModelError:
+    except InputError:
         raise
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model cannot run on an input of shape {tuple(x.shape)}: {first}") from error
+    except (Exception, SystemExit) as error:  # the model's own code
+        raise cannot_run(x.shape, error) from error
     if not isinstance(logits, jax.ShapeDtypeStruct):
         raise InputError(f"model must return one array, the logits; got a {type(logits).__name__}")
     return logits
@@ -139,20 +141,27 @@ def output_count(model: Model, input_shape: Sequence[int]) -> int:
 
 def check_observation(observation: Observation) -> None:
     """Refuse gradients that do not fit the model: missing, extra, misshapen, of the wrong dtype, or not finite."""
+    instance("observation.model", observation.model, Model, "from read_model")
+    instance("observation.gradients", observation.gradients, Mapping, "an array for each parameter path")
     params, gradients = observation.model.params, observation.gradients
-    examples = observation.examples
-    if isinstance(examples, bool) or not isinstance(examples, int | np.integer) or examples < 1:
-        raise InputError(f"examples must be a positive integer, got {examples!r}")
+    choice("loss", observation.loss, LOSSES)
+    sizes("input_shape", observation.input_shape)
+    interval("input_range", observation.input_range)
+    whole("examples", observation.examples, 1)
+    _check_precision(observation.precision)
     check_steps(observation.local_steps, observation.learning_rate)
-    if observation.defense not in (None, CUSTOM):
+    if observation.defense is not None and observation.defense != CUSTOM:
         build_defense(observation.defense)
     for path in params:
         if path not in gradients:
             raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")
     for path, g in gradients.items():
+        if not (hasattr(g, "dtype") and hasattr(g, "shape") and np.ndim(g) > 0):
+            raise InputError(f"gradient of {path!r} must be an array (victims, *parameter shape), got {shown(g)}")
+    for path, g in gradients.items():
         if path not in params:
             raise InputError(f"gradient {path!r} belongs to no parameter of the model")
-        if g.ndim == 0 or len(g) != observation.victims or len(g) == 0:
+        if len(g) != observation.victims or len(g) == 0:
             raise InputError(f"gradient of {path!r} has shape {g.shape}; {observation.victims} victims come first")
         if g.shape[1:] != tuple(params[path].shape):
             raise InputError(f"gradient of {path!r} has shape {g.shape[1:]}, its parameter {tuple(params[path].shape)}")
@@ -166,29 +175,30 @@ def check_observation(observation: Observation) -> None:
             f"gradient of victim {int(np.argmin(norms))} is zero everywhere: it carries no information (the loss is at "
             "a minimum, or a saturated softmax underflowed)"
         )
-    if observation.loss not in LOSSES:
-        raise unknown_name("loss", observation.loss, LOSSES)
 
 
-def _range(input_range: Sequence[float]) -> tuple[float, float]:
-    low, high = float(input_range[0]), float(input_range[1])
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise InputError(f"input_range must be (low, high) with low < high, got {tuple(input_range)}")
-    return low, high
-
-
-def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_precision(precision: Any) -> None:
     try:
-        given, labels = (np.asarray(part) for part in batch)
-    except (TypeError, ValueError):
+        known = isinstance(precision, str) and jnp.issubdtype(jnp.dtype(precision), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(f"precision must be a floating dtype's name, such as 'float64', got {shown(precision)}")
+
+
+def _check_batch(batch: Any, limits: tuple[float, float], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        given, labels = batch
+    except Exception:
         raise InputError("batch must be a pair (images, labels) of arrays") from None
-    if given.dtype.kind not in "buif":
-        raise InputError(f"images must be real numbers, got dtype {given.dtype}")
-    images = given.astype(float)
-    low, high = _range(input_range)
+    images = array("images", given, "buif", "real numbers").astype(float)
+    labels = array("labels", labels, "iu", "integers")
+    low, high = limits
     if images.ndim < 2 or len(images) == 0:
         raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+    if images[0].size == 0:
+        raise InputError(f"images must hold pixels, got shape {images.shape}")
+    if labels.shape != (len(images),):
         raise InputError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}")
     if not np.all(np.isfinite(images)):
         raise InputError("images hold NaN or infinite values")
@@ -197,8 +207,7 @@ def _check_batch(batch: Any, input_range: Sequence[float], batch_size: int) -> t
             f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
             "them or pass input_range"
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive integer, got {batch_size!r}")
+    whole("batch_size", batch_size, 1)
     if len(images) % batch_size:
         raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
     return images, labels

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from leakjax.arguments import shown
 from leakjax.errors import InputError
 
 DTYPES = ("float64", "float32")
@@ -18,7 +19,7 @@ def compute_in(dtype: str) -> Iterator[Any]:
 
     Yields the dtype. Raises `InputError` for any other name. JAX's own settings are restored afterwards.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}")
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         yield jnp.dtype(dtype)

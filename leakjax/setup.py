@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from leakjax.arguments import LARGEST
 from leakjax.captures import read_capture
 from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
 from leakjax.errors import InputError, unknown_name
 from leakjax.interop.torch import read_torch_capture
 from leakjax.losses import LOSSES
+from leakjax.memory import fits_in_memory
 from leakjax.model import Model, read_model
 from leakjax.models import MODELS, build_model, load_factory
 from leakjax.observation import Observation, observe, output_count
@@ -79,8 +81,8 @@ class Setup:
         if ":" in name:
             if init is not None:
                 raise InputError("--init goes with the models of the zoo; your factory initializes its own")
-            module = load_factory(name, seed=seed, activation=activation)
-            return cls(read_model(module), activation, shape, limits or (0.0, 1.0), loss or "softmax_cross_entropy")
+            read = read_model(load_factory(name, seed=seed, activation=activation))
+            return cls(read, activation, shape, limits or (0.0, 1.0), loss or "softmax_cross_entropy")
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)
         spec = MODELS[name]
@@ -134,9 +136,10 @@ class Setup:
         if self.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         if images is not None:
-            data = load_npz(images)
-            if max(index) >= len(data.images) or min(index) < 0:
-                raise InputError(f"--index: {images} holds {len(data.images)} images, got {max(index)}")
+            data = load_npz(images, shape=(None, *self.input_shape))
+            strange = [i for i in index if not 0 <= i < len(data.images)]
+            if strange:
+                raise InputError(f"--index: {images} holds {len(data.images)} images, got {strange[0]}")
             data = type(data)(data.images[list(index)], data.labels[list(index)])
         else:
             data = load_dataset(dataset, index, self.input_shape)
@@ -165,11 +168,8 @@ class Setup:
             raise InputError(f"the capture's input_shape must be [H, W, C], got {list(observation.input_shape)}")
         if truth is None:
             return observation, None
-        data = load_npz(truth, "--truth")
-        expected = (observation.victims, *observation.input_shape)
-        if data.images.shape != expected:
-            raise InputError(f"--truth: images have shape {data.images.shape}, the capture's would be {expected}")
-        return observation, data.images / 255.0
+        expected = (observation.victims * observation.examples, *observation.input_shape)
+        return observation, load_npz(truth, "--truth", expected).images / 255.0
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -179,6 +179,8 @@ def _shape(text: str) -> tuple[int, int, int]:
         raise InputError(f"--input-shape: expected H,W,C, got {text!r}") from None
     if min(height, width, channels) < 1:
         raise InputError(f"--input-shape: sizes must be positive, got {text!r}")
+    if not fits_in_memory(64 * height * width * channels):
+        raise InputError(f"--input-shape: an image of {text} does not fit into memory")
     return height, width, channels
 
 
@@ -187,6 +189,6 @@ def _limits(text: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"--input-range: expected LOW,HIGH, got {text!r}") from None
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise InputError(f"--input-range: LOW must be below HIGH, got {text!r}")
+    if not (-LARGEST <= low < high <= LARGEST):
+        raise InputError(f"--input-range: LOW must be below HIGH, both finite, got {text!r}")
     return low, high

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
+from leakjax.arguments import MOST, choice, instance, listener, shown, whole
 from leakjax.defenses import Setting, build_defense
-from leakjax.errors import InputError, unknown_name
+from leakjax.errors import InputError
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Arrays, Model, read_model
 from leakjax.observation import output_count
@@ -85,8 +86,10 @@ def train(
 
     Raises `InputError` for data that do not fit the model, numbers out of range, or a loss that is not finite.
     """
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
+    choice("loss", loss, LOSSES)
+    listener("progress", progress)
+    if optimizer is not None:
+        instance("optimizer", optimizer, optax.GradientTransformation, "of Optax")
     kept_epochs = _check_numbers(epochs, batch_size, clients, seed, keep)
     chosen = build_defense(defense) if isinstance(defense, str) else defense
     if not (chosen is None or isinstance(chosen, Setting | optax.GradientTransformation)):
@@ -133,12 +136,17 @@ def train(
 
 
 def _check_numbers(epochs: Any, batch_size: Any, clients: Any, seed: Any, keep: Any) -> set[int]:
-    for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 1), ("clients", clients, 1)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise InputError(f"{name} must be an integer >= {least}, got {value!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise InputError(f"seed must be an integer >= 0, got {seed!r}")
-    kept = set(range(epochs + 1)) if keep is None else set(keep)
+    for name, value, least, most in (
+        ("epochs", epochs, 0, 10**6),
+        ("batch_size", batch_size, 1, MOST),
+        ("clients", clients, 1, MOST),
+        ("seed", seed, 0, 2**63 - 1),
+    ):
+        whole(name, value, least, most, f"an integer >= {least}")
+    try:
+        kept = set(range(epochs + 1)) if keep is None else set(keep)
+    except TypeError:
+        raise InputError(f"keep must name epochs in 0..{epochs}, as [0, 5], got {shown(keep)}") from None
     for epoch in kept:
         if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or not 0 <= epoch <= epochs:
             raise InputError(f"keep must name epochs in 0..{epochs}, got {epoch!r}")

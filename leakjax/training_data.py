@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer, Shaped
 
+from leakjax.arguments import array, interval
 from leakjax.datasets import stack
 from leakjax.errors import InputError
 
@@ -31,15 +32,13 @@ def examples_of(data: Any, name: str, input_range: tuple[float, float]) -> Examp
 
     Raises `InputError` for anything else, shapes that do not go together, or images outside `input_range`.
     """
+    low, high = interval("input_range", input_range)
     pair = data if isinstance(data, tuple) and len(data) == 2 else _records(data, name)
-    images, labels = (np.asarray(part) for part in pair)
+    images, labels = (array(f"{name}: images and labels", part, "biufc", "arrays of numbers") for part in pair)
     if images.ndim < 2 or not images.size or images.dtype.kind not in "uf":
         raise InputError(f"{name}: images must be uint8 or floating (N, H, W, C), got {images.dtype} {images.shape}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{name}: labels must be {len(images)} integers, got {labels.dtype} {labels.shape}")
-    low, high = float(input_range[0]), float(input_range[1])
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise InputError(f"input_range must be (low, high) with low < high, got {tuple(input_range)}")
     if images.dtype != np.uint8 and not (images.min() >= low - 1e-6 and images.max() <= high + 1e-6):
         raise InputError(
             f"{name}: images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]"

@@ -5,6 +5,7 @@ import typer
 from leakjax.cli.audit import audit
 from leakjax.cli.capture import capture
 from leakjax.cli.data import data
+from leakjax.cli.effects import Checked
 from leakjax.cli.invert import invert
 from leakjax.cli.listing import list_
 from leakjax.cli.session import OneLineErrors
@@ -20,10 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(invert)
-app.command()(capture)
-app.command()(audit)
-app.command()(train)
+for command in (invert, capture, audit, train):
+    app.command(cls=Checked)(command)
 app.command("list")(list_)
 app.add_typer(data)
 

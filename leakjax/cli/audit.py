@@ -25,7 +25,9 @@ from leakjax.cli.options import (
     numbers,
 )
 from leakjax.cli.session import progress, say, session, writable
+from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
+from leakjax.files import write_npz, write_text
 
 if TYPE_CHECKING:
     from leakjax.leakage.result import Audit
@@ -75,8 +77,6 @@ def audit(
 ) -> None:
     """Measure how much a model leaks, and why; writes audit.json, audit.html, leakage_map.png, maps.npz."""
     with session() as console:
-        import numpy as np
-
         from leakjax.leakage.audit import SIGMAS
         from leakjax.leakage.audit import audit as run
         from leakjax.leakage.privacy import DPSGD
@@ -110,7 +110,11 @@ def audit(
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
-        batch = (None, None) if drawn else setup.batch(dataset, integers("--index", index or "0"), images)
+        batch = (
+            (None, None)
+            if drawn
+            else setup.batch(dataset, integers("--index", "0" if index is None else index), images)
+        )
         with progress(console) as tell:
             result = run(
                 setup.model,
@@ -134,13 +138,13 @@ def audit(
         used = initialized if weights is None else file_and_hash(weights)
         result = dataclasses.replace(result, data=looked_at, weights=used)
         summary = result.to_json()
-        (directory / "audit.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        (directory / "audit.html").write_text(result.to_html(), encoding="utf-8")
+        write_text(directory / "audit.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_text(directory / "audit.html", result.to_html())
         mapped = draw_map(directory / "leakage_map.png", result)
         if mapped:
-            np.savez_compressed(directory / "maps.npz", allow_pickle=False, **result.maps())
+            write_npz(directory / "maps.npz", result.maps(), compressed=True)
         if json_output:
-            print(json.dumps(summary, allow_nan=False))
+            answer(json.dumps(summary, allow_nan=False))
         else:
             print_audit(console, result)
             files = "audit.json, audit.html" + (", leakage_map.png, maps.npz" if mapped else "")

@@ -25,6 +25,7 @@ from leakjax.cli.options import (
     integers,
 )
 from leakjax.cli.session import session, writable
+from leakjax.cli.stdout import answer
 
 
 def capture(
@@ -60,6 +61,6 @@ def capture(
         write_capture(observation, path)
         if json_output:
             summary = {"capture": str(path), "model": model, "activation": setup.activation, "dtype": dtype}
-            print(json.dumps({**summary, "victims": observation.victims, "examples": observation.examples}))
+            answer(json.dumps({**summary, "victims": observation.victims, "examples": observation.examples}))
         else:
             console.print(f"wrote {path}: {observation.victims} gradient(s) of {model}", highlight=False)

@@ -6,9 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
+from leakjax.cli.effects import Checked
 from leakjax.cli.options import Json
 from leakjax.cli.session import session, writable
+from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
+from leakjax.files import write_text
 
 data = typer.Typer(
     name="data",
@@ -24,7 +27,7 @@ Report = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Also 
 Unused = Annotated[int, typer.Option("--seed", help="Without effect here.")]
 
 
-@data.command("prepare")
+@data.command("prepare", cls=Checked)
 def prepare(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="cifar10, cifar100, mnist, fashion_mnist, svhn, folder:PATH")
@@ -60,7 +63,7 @@ def prepare(
         summary = result._asdict() | {"folder": str(result.folder)}
         _write(directory, "data.json", summary)
         if json_output:
-            print(json.dumps(summary))
+            answer(json.dumps(summary))
         else:
             verb = "wrote" if result.written else "already there:"
             shown = ", ".join(f"{count:,} {split}" for split, count in result.splits.items())
@@ -84,7 +87,7 @@ def list_(data_dir: DataDir = None, out: Report = None, seed: Unused = 0, json_o
         found = prepared_sets(home)
         _write(None if out is None else writable(out), "data.json", found)
         if json_output:
-            print(json.dumps(found))
+            answer(json.dumps(found))
         else:
             for name, summary in found.items():
                 console.print(f"{name}  {summary}", highlight=False)
@@ -94,4 +97,4 @@ def list_(data_dir: DataDir = None, out: Report = None, seed: Unused = 0, json_o
 
 def _write(directory: Path | None, file: str, summary: Any) -> None:
     if directory is not None:
-        (directory / file).write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(directory / file, json.dumps(summary, indent=2) + "\n")

@@ -28,6 +28,7 @@ from leakjax.cli.options import (
     integers,
 )
 from leakjax.cli.session import progress, session, writable
+from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
 
 
@@ -132,7 +133,7 @@ def invert(
         write_report(directory, report, result)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
         if json_output:
-            print(json.dumps(report, allow_nan=False))
+            answer(json.dumps(report, allow_nan=False))
         else:
             print_report(console, report)
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)

@@ -1,5 +1,6 @@
 """`leakjax list`."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ from rich.table import Table
 
 from leakjax.cli.options import Json
 from leakjax.cli.session import session, writable
-from leakjax.errors import unknown_name
+from leakjax.cli.stdout import answer
+from leakjax.errors import InputError, unknown_name
+from leakjax.files import write_text
 
 
 def list_(
@@ -28,14 +31,17 @@ def list_(
             raise unknown_name("list", what, tables)
         rows = tables[what]()
         if out is not None:
-            (writable(out) / f"{what}.json").write_text(json.dumps(rows, indent=2) + "\n")
+            write_text(writable(out) / f"{what}.json", json.dumps(rows, indent=2) + "\n")
         if json_output:
-            print(json.dumps(rows))
+            answer(json.dumps(rows))
         else:
             table = Table("name", "summary", title=what, title_justify="left")
             for name, summary in rows.items():
                 table.add_row(name, summary)
-            Console(soft_wrap=False).print(table if rows else f"no {what} in this version")
+            held = io.StringIO()
+            console = Console(file=held, markup=False, emoji=False, soft_wrap=False)
+            console.print(table if rows else f"no {what} in this version")
+            answer(held.getvalue().rstrip("\n"))
 
 
 def _tables() -> dict[str, Callable[[], dict[str, str]]]:
@@ -54,7 +60,10 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
         from leakjax.datasets.prepared import prepared_sets
         from leakjax.datasets.preparing import data_home
 
-        return {**DATASETS, **prepared_sets(data_home(None))}
+        try:
+            return {**DATASETS, **prepared_sets(data_home(None))}
+        except InputError:  # no home directory: nothing can be prepared there
+            return dict(DATASETS)
 
     def activations() -> dict[str, str]:
         from leakjax.activations import ACTIVATIONS

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from leakjax.arguments import LARGEST
 from leakjax.errors import InputError
 
 Name = Annotated[str, typer.Option("--model", "-m", metavar="NAME|package.module:factory", help="Model to use.")]
@@ -35,9 +36,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable s
 def numbers(option: str, text: str) -> list[float]:
     """The numbers of an option as typed, "1e-3,0.1"; anything else raises `InputError`."""
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option}: expected numbers separated by commas, got {text!r}") from None
+    strange = next((number for number in found if not abs(number) <= LARGEST), None)
+    if strange is not None:
+        raise InputError(f"{option}: expected finite numbers of a size up to {LARGEST:g}, got {strange}")
+    return found
 
 
 def integers(option: str, text: str) -> list[int]:

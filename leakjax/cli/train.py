@@ -23,7 +23,9 @@ from leakjax.cli.options import (
     integers,
 )
 from leakjax.cli.session import progress, session, writable
+from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
+from leakjax.files import write_text
 
 
 def train(
@@ -69,7 +71,7 @@ def train(
         if optimizer not in optimizers:
             raise unknown_name("optimizer", optimizer, optimizers)
         for option, value in (("--learning-rate", learning_rate), ("--clip", clip), ("--noise", noise)):
-            if value is not None and not 0 < value < float("inf"):
+            if value is not None and not 0 < value <= 1e15:
                 raise InputError(f"{option}: expected a positive number, got {value}")
         if defense is not None and not (clip is None and noise is None):
             raise InputError("--defense: leave out --clip and --noise; it names clipping and noise itself")
@@ -125,9 +127,9 @@ def train(
             "weights": {str(epoch): file for epoch, file in files.items()},
             "seconds": time.perf_counter() - began,
         }
-        (directory / "training.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_text(directory / "training.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
         if json_output:
-            print(json.dumps(summary, allow_nan=False))
+            answer(json.dumps(summary, allow_nan=False))
         else:
             for epoch, accuracy in enumerate(result.accuracy):
                 shown = f", training loss {result.loss[epoch - 1]:.4g}" if epoch else ""

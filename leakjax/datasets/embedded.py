@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from leakjax.errors import InputError
+from leakjax.home import user_cache
 
 FOLDER = Path(__file__).with_name("samples")
 SIZES = (32, 64)
@@ -81,10 +82,13 @@ def source(input_shape: tuple[int, ...]) -> Sequence[Any]:
 
 def prepared(size: int) -> Path:
     """The folder of the prepared set: in the user's cache, or where that cannot be written in a temporary folder."""
+    kept = user_cache("tfds")
     try:
-        return _prepared_below(_user_cache(), size)
+        if kept is not None:
+            return _prepared_below(kept, size)
     except OSError:
-        return _prepared_below(_process_cache(), size)
+        pass
+    return _prepared_below(_process_cache(), size)
 
 
 def _prepared_below(cache: Path, size: int) -> Path:
@@ -111,11 +115,6 @@ def _digest(size: int) -> str:
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sample_files(size))).hexdigest()[
         :16
     ]
-
-
-def _user_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "leakjax" / "tfds"
 
 
 @functools.cache

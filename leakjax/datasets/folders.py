@@ -57,7 +57,7 @@ def find_photos(folder: str) -> tuple[dict[str, list[tuple[Path, int]]], list[st
 
     Raises `InputError` where it is no folder or holds no photos in subfolders.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not folder or not root.is_dir():
         raise InputError(f"folder:{folder}: no such folder; give folder:PATH with a subfolder for each class")
     above = {path: SPLITS[path.name.lower()] for path in _folders(root) if path.name.lower() in SPLITS}

@@ -1,7 +1,6 @@
 """From a data set's name, or a file, to images and labels in arrays; and from uint8 to a model's range and back."""
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int64, Shaped, UInt8
 
+from leakjax.arguments import MOST, array, shown, sizes, whole
 from leakjax.datasets import digits, folders, foolbox, prepared
-from leakjax.errors import InputError, NoSplitError
+from leakjax.errors import InputError, NoSplitError, unknown_name
+from leakjax.npz import open_npz
 
 
 class Images(NamedTuple):
@@ -31,7 +32,11 @@ def load_dataset(name: str, indices: Sequence[int], input_shape: tuple[int, int,
 
     Raises `InputError` for a set that is unknown or not here, an index out of range, or images of another shape.
     """
-    shape = tuple(int(n) for n in input_shape)
+    shape = _asked(name, input_shape)
+    try:
+        indices = [whole("--index", index, -MOST) for index in indices]
+    except TypeError:
+        raise InputError(f"--index must name images, as [0, 3], got {shown(indices)}") from None
     source = _source(name, shape, None)
     for index in indices:
         if not 0 <= index < len(source):
@@ -46,7 +51,9 @@ def load_split(name: str, split: str | None, input_shape: tuple[int, int, int], 
 
     Raises `InputError` as `load_dataset`, and where the set has no such split.
     """
-    shape = tuple(int(n) for n in input_shape)
+    shape = _asked(name, input_shape)
+    if limit is not None:
+        limit = whole("limit", limit, 1)
     source = _source(name, shape, split)
     count = len(source) if limit is None else min(limit, len(source))
     if count < 1:
@@ -77,29 +84,35 @@ def stack(source: Sequence[Any], name: str = "data") -> Images:
     """
     if not len(source):
         raise InputError(f"{name}: the data source holds no image")
-    images = _stack(name, source, range(len(source)), np.shape(_read(name, source, 0)["image"]))
+    images = _stack(name, source, range(len(source)), _read(name, source, 0)["image"].shape)
     return _check_arrays(name, *images)
 
 
-def load_npz(path: str | os.PathLike, option: str = "--images") -> Images:
+def load_npz(
+    path: str | os.PathLike, option: str = "--images", shape: tuple[int | None, ...] = (None, None, None, None)
+) -> Images:
     """The arrays `images`, uint8 (N, H, W, C), and `labels`, integers (N,), of the npz file that `option` names.
 
+    Arguments: `shape`, of the images, None where any size will do; others are refused before they are read.
     Raises `InputError` for a file that is missing or corrupt, holds pickles, or lacks those arrays in those shapes.
     """
-    where = f"{option} {os.fspath(path)}"
-    if not os.path.isfile(path):
-        raise InputError(f"{where}: no such file")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{where}: not an npz file; write it with numpy.savez(file, images=images, labels=labels)")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("images", "labels") if name in file}
-    except Exception as error:
-        raise InputError(f"{where}: cannot be read: {prepared.first_line(error)}") from error
-    for name in ("images", "labels"):
-        if not isinstance(arrays.get(name), np.ndarray):
-            raise InputError(f"{where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
-    return _check_arrays(where, arrays["images"], arrays["labels"])
+    if isinstance(path, str | os.PathLike) and not os.path.exists(path):
+        raise InputError(f"{option} {os.fspath(path)}: no such file")
+    with open_npz(path, option) as file:
+        for name in ("images", "labels"):
+            if name not in file.entries:
+                raise InputError(f"{file.where}: array {name!r} is missing; the file must hold 'images' and 'labels'")
+        found = file.entries["images"]
+        _check_entries(file.where, found, file.entries["labels"])
+        wanted = tuple(own if size is None else size for size, own in zip(shape, found.shape, strict=True))
+        if found.shape[1:] != wanted[1:]:
+            raise InputError(
+                f"{file.where}: images have shape {found.shape[1:]}, the model takes {wanted[1:]}; resize them"
+            )
+        if found.shape != wanted:
+            raise InputError(f"{file.where}: holds {found.shape[0]} images, the capture is of {wanted[0]}")
+        arrays = file.read(["images", "labels"])
+    return _check_arrays(file.where, arrays["images"], arrays["labels"])
 
 
 def to_range(images: UInt8[np.ndarray, "..."], input_range: tuple[float, float]) -> Float[np.ndarray, "..."]:
@@ -114,13 +127,30 @@ def from_range(x: Shaped[Any, "..."], input_range: tuple[float, float]) -> Float
     return (np.asarray(x, np.float64) - low) / (high - low)
 
 
+def _asked(name: Any, input_shape: Any) -> tuple[int, ...]:
+    """The shape (H, W, C), once it and the name are known to be of that kind."""
+    if not isinstance(name, str):
+        raise unknown_name("data set", name, _SOURCES)
+    shape = sizes("input_shape", input_shape)
+    if len(shape) != 3:
+        raise InputError(f"input_shape must be (H, W, C), got {shape}")
+    return shape
+
+
 def _read(name: str, source: Sequence[Any], index: int) -> Mapping[str, Any]:
     try:
-        return source[index]
+        record = source[index]
     except InputError:
         raise
     except Exception as error:
         raise prepared.unreadable(name, error) from error
+    if not (isinstance(record, Mapping) and {"image", "label"} <= record.keys()):
+        raise InputError(f"{name}: record {index} is no mapping with image and label, but {shown(record)}")
+    image = array(f"{name}: image {index}", record["image"], "biuf", "an array of numbers")
+    label = array(f"{name}: label {index}", record["label"], "iu", "an integer")
+    if label.ndim:
+        raise InputError(f"{name}: label {index} must be one integer, got shape {label.shape}")
+    return {"image": image, "label": int(label)}
 
 
 def _stack(name: str, source: Sequence[Any], indices: Sequence[int], shape: tuple[int, ...]) -> Images:
@@ -170,12 +200,19 @@ _SOURCES: Mapping[str, Callable[[tuple[int, ...], str | None], Sequence[Any]]] =
 }
 
 
-def _check_arrays(where: str, images: np.ndarray, labels: np.ndarray) -> Images:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.size == 0:
+def _check_entries(where: str, images: Any, labels: Any) -> None:
+    """Refuse dtypes and shapes, of arrays or of entries not read yet."""
+    if images.dtype != np.uint8 or len(images.shape) != 4 or 0 in images.shape:
         raise InputError(f"{where}: 'images' must be uint8 (N, H, W, C), got {images.dtype} of shape {images.shape}")
     if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise InputError(
-            f"{where}: 'labels' must be {len(images)} integers, one for each image, got {labels.dtype} of shape "
+            f"{where}: 'labels' must be {images.shape[0]} integers, one for each image, got {labels.dtype} of shape "
             f"{labels.shape}"
         )
+
+
+def _check_arrays(where: str, images: np.ndarray, labels: np.ndarray) -> Images:
+    _check_entries(where, images, labels)
+    if labels.min() < 0 or labels.max() > 2**31 - 1:
+        raise InputError(f"{where}: 'labels' must be classes from 0, got {labels.min()}..{labels.max()}")
     return Images(images, labels.astype(np.int64))

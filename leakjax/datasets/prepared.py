@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from leakjax.datasets.originals import ORIGINALS
-from leakjax.errors import InputError, NoSplitError, unknown_name
+from leakjax.errors import InputError, NoSplitError, first_line, unknown_name
 
 _NAME = re.compile(r"[A-Za-z]\w*(/[\w.-]+)?(:[\d.*]+)?")  # set, set/config, set:version
 
@@ -113,8 +113,3 @@ def _build(name: str) -> str:
 def unreadable(name: str, error: Exception) -> InputError:
     """The error for the data set `name` whose files are damaged."""
     return InputError(f"data set {name!r} cannot be read: {first_line(error)}; remove its folder and prepare it again")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of the text of `error`, or where it has none its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

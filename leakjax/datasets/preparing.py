@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import socket
 from collections.abc import Iterator
 from functools import partial
@@ -63,12 +64,15 @@ def prepare(name: str, source: Path | None = None, data_dir: Path | None = None,
 
 
 def data_home(data_dir: Path | None) -> Path:
-    """The folder of TFDS sets: `data_dir`, or TFDS's own."""
+    """The folder of TFDS sets: `data_dir`, or TFDS's own; without a home directory it must be given."""
     if data_dir is not None:
-        return data_dir.expanduser()
+        return Path(os.path.expanduser(data_dir))
     from tensorflow_datasets.core import constants  # 0.2 s and more
 
-    return Path(constants.DATA_DIR).expanduser()
+    home = os.path.expanduser(constants.DATA_DIR)
+    if home.startswith("~"):
+        raise InputError("--data-dir: this user has no home directory; name the folder, or set TFDS_DATA_DIR")
+    return Path(home)
 
 
 def _from_files(name: str, original: Original, source: Path, home: Path) -> Path:

@@ -16,6 +16,9 @@ from leakjax.model import Model
 CUSTOM = "custom"
 """What an observation says of a transformation of the client's own: the server does not know what it is."""
 
+MOST = 1e15
+"""No parameter is larger: float32 can still square it."""
+
 
 class Client(NamedTuple):
     """What a client knows when it builds its defense: the model, and its own images (B, H, W, C)."""
@@ -30,7 +33,7 @@ class Parameter(NamedTuple):
     name: str
     default: float
     low: float = 0.0
-    high: float = np.inf
+    high: float = MOST
     open: bool = True
     whole: bool = False
 
@@ -117,6 +120,8 @@ def build_defense(spec: str) -> Setting:
 
     Raises `InputError` for an unknown name, too many values, or a value that is no number or out of its range.
     """
+    if not isinstance(spec, str):
+        raise unknown_name("defense", spec, DEFENSES)
     name, _, typed = spec.partition(":")
     if name not in DEFENSES:
         raise unknown_name("defense", name, DEFENSES)
@@ -140,7 +145,7 @@ def _value(name: str, parameter: Parameter, text: str) -> float:
     good = low < value < high if parameter.open else low <= value <= high
     if not (np.isfinite(value) and good):
         ends = f"{'above' if parameter.open else 'at least'} {low:g}" + (
-            f" and below {high:g}" if high < np.inf else ""
+            f" and below {high:g}" if high < MOST or value > 1 else ""
         )
         raise InputError(f"defense {name!r}: {parameter.name} must be {ends}, got {text}")
     if parameter.whole and value != int(value):

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.captures import observation_from, read_arrays, read_meta
+from leakjax.arguments import instance
+from leakjax.captures import observation_from, read_meta
 from leakjax.errors import InputError
 from leakjax.interop.layout import Layout
 from leakjax.model import Model
+from leakjax.npz import Entry, Npz, open_npz
 from leakjax.observation import Observation, output_count
 from leakjax.segments import Chain, read_segments
 
@@ -33,14 +35,36 @@ def read_torch_capture(path: str | Path, model: Model) -> Observation:
     order in which the model flattens. A batch norm's running statistics are parameters without `grad/`.
     Raises `InputError` naming the first layer that differs from the model's.
     """
-    arrays = read_arrays(path, _ARGUMENT)
-    meta = read_meta(arrays, _ARGUMENT)
-    names = _names(arrays)
-    shape = tuple(meta["input_shape"])
-    model = model.astype(np.float32)
-    output_count(model, shape)  # refuses a model that cannot run at this shape
-    layout = Layout(model, shape, np.float32, _ARGUMENT)
-    theirs, ours = _torch_layers(names, arrays), _flax_layers(read_segments(model, shape, np.float32), model)
+    instance("model", model, Model, "from read_model")
+    with open_npz(path, _ARGUMENT) as file:
+        meta = read_meta(file, _ARGUMENT)
+        names = _names(file)
+        shape = tuple(meta["input_shape"])
+        model = model.astype(np.float32)
+        output_count(model, shape)  # refuses a model that cannot run at this shape
+        layout = Layout(model, shape, np.float32, _ARGUMENT)
+        layers = _torch_layers(names, file.entries), _flax_layers(read_segments(model, shape, np.float32), model)
+        keys = [key for key in file.entries if key.partition("/")[2] in names]
+        _converted(*layers, {key: _unread(file.entries[key]) for key in keys}, model, layout)
+        arrays = file.read(keys)
+    for key, array in arrays.items():
+        if not np.all(np.isfinite(array)):
+            raise InputError(f"{_ARGUMENT}: array {key!r} holds NaN or infinite entries")
+    weights, gradients = _converted(*layers, arrays, model, layout)
+    params = {path: weights[path] for path in model.params}
+    buffers = {path: weights.get(path, buffer) for path, buffer in model.buffers.items()}
+    return observation_from(meta, model.with_arrays(params, buffers), {path: gradients[path] for path in params})
+
+
+def _unread(entry: Entry) -> np.ndarray:
+    """An array of the entry's shape that takes no memory, to see whether it fits."""
+    return np.broadcast_to(np.zeros((), np.float32), entry.shape)
+
+
+def _converted(
+    theirs: Sequence[_Layer], ours: Sequence[_Layer], arrays: Mapping[str, np.ndarray], model: Model, layout: Layout
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The model's weights and gradients by path, layer by layer; the first layer that differs is refused."""
     weights, gradients = {}, {}
     for a, b in zip(theirs, ours, strict=False):
         if a.tensors.keys() != b.tensors.keys():
@@ -58,17 +82,16 @@ def read_torch_capture(path: str | Path, model: Model) -> Observation:
     missing = sorted(model.params.keys() - weights.keys())
     if missing:
         raise InputError(f"{_ARGUMENT}: parameter {missing[0]!r} of the model has no counterpart")
-    params = {path: weights[path] for path in model.params}
-    buffers = {path: weights.get(path, buffer) for path, buffer in model.buffers.items()}
-    return observation_from(meta, model.with_arrays(params, buffers), {path: gradients[path] for path in params})
+    return weights, gradients
 
 
-def _names(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """The checked names: each has its arrays, of one shape and finite, and no array is left over."""
+def _names(file: Npz) -> list[str]:
+    """The checked names: each has its arrays, floating and of one shape, and no array is left over."""
+    arrays = file.entries
     if "names" not in arrays or arrays["names"].dtype.kind not in "US":
         raise InputError(f"{_ARGUMENT}: array 'names' (the parameters' names in state-dict order) is missing")
     try:
-        given = np.atleast_1d(arrays["names"]).ravel().astype(str)
+        given = np.atleast_1d(file.text("names")).ravel().astype(str)
     except UnicodeDecodeError:
         raise InputError(f"{_ARGUMENT}: array 'names' is not text in ASCII; write it as a unicode array") from None
     names = [str(n) for n in given if not n.endswith(_COUNTER)]
@@ -79,8 +102,6 @@ def _names(arrays: Mapping[str, np.ndarray]) -> list[str]:
                 raise InputError(f"{_ARGUMENT}: array {key!r} is missing")
             if arrays[key].dtype.kind != "f":
                 raise InputError(f"{_ARGUMENT}: array {key!r} has dtype {arrays[key].dtype}; floating point expected")
-            if not np.all(np.isfinite(arrays[key])):
-                raise InputError(f"{_ARGUMENT}: array {key!r} holds NaN or infinite entries")
         if len({arrays[f"{part}/{name}"].shape for part in parts}) > 1:
             wrong, right = arrays[f"grad/{name}"].shape, arrays[f"param/{name}"].shape
             raise InputError(f"{_ARGUMENT}: array 'grad/{name}' has shape {wrong}, its parameter {right}")
@@ -96,13 +117,13 @@ def _list(roles: Mapping[str, str]) -> str:
     return " and ".join(sorted(roles)) or "nothing"
 
 
-def _torch_layers(names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> list[_Layer]:
+def _torch_layers(names: Sequence[str], arrays: Mapping[str, Entry]) -> list[_Layer]:
     layers: dict[str, dict[str, str]] = {}
     for name in names:
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias", *_STATISTICS):
             raise InputError(f"{_ARGUMENT}: tensor {name!r} is neither a weight nor a bias")
-        weight = "scale" if arrays[f"param/{name}"].ndim == 1 else "kernel"
+        weight = "scale" if len(arrays[f"param/{name}"].shape) == 1 else "kernel"
         role = weight if leaf == "weight" else _STATISTICS.get(leaf, leaf)
         tensors = layers.setdefault(module, {})
         if role in tensors:

@@ -12,7 +12,8 @@ from typing import Any
 from flax import nnx
 
 from leakjax.activations import parse_activation
-from leakjax.errors import InputError, unknown_name
+from leakjax.arguments import choice, whole
+from leakjax.errors import InputError, first_line
 from leakjax.models.initialization import INITIALIZATIONS
 from leakjax.models.networks import Conv, ConvNet, DenseNet
 from leakjax.models.residual import ResNet
@@ -173,13 +174,13 @@ def build_model(name: str, *, seed: int = 0, activation: str | None = None, init
 
     Raises `InputError` for unknown names.
     """
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    spec = MODELS[name]
-    if init is not None and init not in INITIALIZATIONS:
-        raise unknown_name("initialization", init, INITIALIZATIONS)
-    parse_activation(activation or spec.activation)
-    return spec.build(nnx.Rngs(seed), activation or spec.activation, init or spec.init)
+    spec = MODELS[choice("model", name, MODELS)]
+    seed = whole("seed", seed, 0, 2**32 - 1)
+    if init is not None:
+        choice("initialization", init, INITIALIZATIONS)
+    activation = spec.activation if activation is None else activation
+    parse_activation(activation)
+    return spec.build(nnx.Rngs(seed), activation, init or spec.init)
 
 
 def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
@@ -193,20 +194,24 @@ def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        factory = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module's own code
+        reason = first_line(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"--model {path}: cannot import {module_name!r} ({reason})") from error
-    factory = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
     if not callable(factory):
         raise InputError(f"--model {path}: {module_name!r} has no function {name!r}")
     offered = {"seed": seed, "activation": None if activation is None else parse_activation(activation)}
     try:
         wanted = inspect.signature(factory).parameters
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"--model {path}: {name!r} has no signature to read ({error})") from error
     if activation is not None and "activation" not in wanted:
         raise InputError(f"--activation: {path} takes no argument named activation")
     try:
         return factory(**{k: v for k, v in offered.items() if k in wanted})
-    except (Exception, SystemExit) as error:
-        raise InputError(f"--model {path}: the factory raised {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the factory's own code
+        raise InputError(f"--model {path}: the factory raised {type(error).__name__}: {first_line(error)}") from error

@@ -13,6 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from leakjax.files import write_figure
 from leakjax.leakage.percentage import percentage
 from leakjax.leakage.result import Audit
 from leakjax.report.markup import integer, percent, text
@@ -49,7 +50,7 @@ def draw_map(path: Path | str, audit: Audit) -> bool:
         bar = figure.colorbar(scale, ax=axes, fraction=0.05, pad=0.03)
         bar.set_label("share that the gradient determines")
         figure.suptitle(_title(audit), fontsize=11, fontweight="bold")
-        figure.savefig(path, metadata={"Software": None})
+        write_figure(path, figure, metadata={"Software": None})
     return True
 
 

@@ -1,15 +1,15 @@
 """An audit on a terminal."""
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from leakjax.leakage.result import Audit, NoisePoint
 
 
 def print_audit(console: Console, audit: Audit) -> None:
     """The verdict, a row for every layer, what noise leaves and what would help."""
-    console.print(f"[bold]{audit.verdict}[/bold]: {escape(audit.sentence)}", highlight=False)
+    console.print(Text.assemble((audit.verdict, "bold"), f": {audit.sentence}"))
     leaked = audit.leaked_dimensions
     shown = f"at most {audit.structural_leaked_dimensions:,}" if leaked is None else f"{leaked:,}"
     console.print(f"leaked dimensions {shown} of {audit.unknowns:,}; c(M) {audit.c_m:.2f}", highlight=False)
@@ -18,7 +18,7 @@ def print_audit(console: Console, audit: Audit) -> None:
         table.add_column(column, justify="right")
     for layer in audit.layers:
         table.add_row(
-            escape(layer.name),
+            layer.name,
             f"{layer.unknowns:,}",
             "-" if layer.rank is None else f"{layer.rank:,}",
             ("" if layer.rank == layer.structural_rank else "<= ") + f"{layer.structural_rank:,}",

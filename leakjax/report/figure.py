@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from leakjax.files import write_figure
+
 _COLORS = {"exact": "#cf222e", "approximate": "#bc4c00", "ambiguous": "#9a6700", "failed": "#57606a"}
 _SHOWN = 8
 
@@ -24,7 +26,7 @@ def draw_figure(
     """
     rows = min(len(images), _SHOWN)
     columns = 3 if truth is not None else 2
-    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
+    with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(2.6 * columns + 0.9, 2.95 * rows + 0.75), layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -51,7 +53,7 @@ def draw_figure(
         if len(images) > rows:
             title += f" · first {rows} of {len(images)}"
         figure.suptitle(title, fontsize=11, fontweight="bold")
-        figure.savefig(path)
+        write_figure(path, figure)
 
 
 def _show(axis: Any, image: np.ndarray, title: str, below: str = "") -> None:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import leakjax
+from leakjax.files import write_npz, write_text
 from leakjax.metrics import METRICS, psnr
 from leakjax.observation import Observation
 from leakjax.reconstruction import Candidate, Certificate, Reconstruction
@@ -58,8 +59,9 @@ def unit_scale(images: np.ndarray, input_range: tuple[float, float]) -> np.ndarr
 
 def write_report(directory: Path, report: Mapping[str, Any], result: Reconstruction) -> None:
     """Write `report.json` and `reconstruction.npz` into a directory."""
-    (directory / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    np.savez(directory / "reconstruction.npz", images=result.images, labels=result.labels, determined=result.determined)
+    write_text(directory / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    arrays = {"images": result.images, "labels": result.labels, "determined": result.determined}
+    write_npz(directory / "reconstruction.npz", arrays)
 
 
 def _example(observation: Observation, result: Reconstruction, truth: np.ndarray | None, k: int) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         )
     console.print(layers)
     seconds = "  ".join(f"{name} {value:.2f} s" for name, value in report["seconds"].items())
-    console.print(f"[dim]{seconds}[/dim]", highlight=False)
+    console.print(seconds, style="dim", highlight=False)
 
 
 def _reasons(console: Console, examples: Sequence[Mapping[str, Any]]) -> None:
