@@ -21,6 +21,7 @@ import numpy as np
 from leakjax.attacks.problem import Problem
 from leakjax.memory import fits_in_memory
 from leakjax.segments import Segment
+from leakjax.side_by_side import ALONE
 from leakjax.solvers.active_set import is_pinned, solve_pattern
 from leakjax.solvers.linear import materialize
 from leakjax.solvers.null_space import null_space
@@ -111,7 +112,8 @@ def _preimage(before: Segment) -> Any:
 @functools.lru_cache(maxsize=2)
 def _left_null_space(problem: Problem, segment: Segment) -> tuple[np.ndarray | None, np.ndarray]:
     """(Q, f(0)): orthonormal Q with Q^T (f(u) - f(0)) = 0 for every u; the same for all victims."""
-    bias, matrix = map(np.asarray, _affine_matrix(segment)(dict(problem.variables)))
+    with ALONE:
+        bias, matrix = map(np.asarray, _affine_matrix(segment)(dict(problem.variables)))
     return null_space(matrix.T, max(matrix.shape[0] - matrix.shape[1], 0)), np.ravel(bias)
 
 
