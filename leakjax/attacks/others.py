@@ -28,6 +28,7 @@ ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
 ALIKE = 1e-6  # of the input range: two images that differ by less are one
 STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
 _DIRECTIONS = 2
+_OPEN = 1e-8  # relative change of the gradient, to first order, of a difference that lies in open directions
 _INNER = 6000
 
 
@@ -132,19 +133,24 @@ def _orbit(
                     found.append(other)
                     grown.append(other)
         frontier = grown
-    return _with_same_gradient(problem, measure, given, found, b), names
+    kept = _with_same_gradient(problem, measure, given, found, b)
+    return kept, names if kept else []
 
 
 def _with_same_gradient(
     problem: Problem, measure: Any, given: Any, moved: list[np.ndarray], b: int
 ) -> list[np.ndarray]:
-    """Those whose own gradient is the answer's: a move may leave one image's gradient as it is and not another's."""
+    """Those whose own gradient is the answer's, and that differ from it in more than directions that are open anyway.
+
+    A move may leave one image's gradient as it is and not another's; one that moves dead pixels alone is no symmetry.
+    """
     if not moved:
         return []
     stack = np.repeat(np.asarray(given[1])[None], len(moved), axis=0)
     stack[:, b] = np.stack(moved)
     same = np.asarray(measure(*given, jnp.asarray(stack))) <= _same(problem)
-    return [image for image, kept in zip(moved, same, strict=True) if kept]
+    seen = np.asarray(_slopes(predicted(problem))(*given, jnp.asarray(stack))) > _OPEN
+    return [x for x, kept in zip(moved, same & seen, strict=True) if kept]
 
 
 @functools.lru_cache(maxsize=16)
@@ -167,6 +173,23 @@ def _differences(gradient: Gradient) -> Any:
         return jax.lax.map(one, others)
 
     return jax.jit(differences)
+
+
+@functools.lru_cache(maxsize=16)
+def _slopes(gradient: Gradient) -> Any:
+    """(variables, x, labels, others (K, B, ...)) -> ||W J (other - x)|| / sqrt(parameters), W = 1 / ||g_p||: 0 where the
+    difference leaves no trace to first order."""
+
+    def slopes(variables: Any, x: Array, labels: Array, others: Array) -> Float[Array, " K"]:
+        here, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        over = inverse_norms(here)
+
+        def one(other: Array) -> Array:
+            return optax.tree.norm(jax.tree.map(jnp.multiply, over, tangent(other - x))) / jnp.sqrt(float(len(here)))
+
+        return jax.lax.map(one, others)
+
+    return jax.jit(slopes)
 
 
 def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:

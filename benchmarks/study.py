@@ -1,0 +1,163 @@
+"""A study of certificates: random architectures, clients and attacks, each answer judged against the truth.
+
+`python -m benchmarks study --out DIR [--first A] [--count N] [--seconds S]` appends a line a case to DIR/study.jsonl
+and goes on where it was. Counted are wrong `exact`, wrong `ambiguous`, estimates of `approximate` that are off, wrong
+labels that are called recovered, and the share of solvable cases that end `failed`.
+"""
+
+import collections
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from benchmarks.study_judge import judge, solvable
+from benchmarks.study_nets import Net, architecture
+from leakjax import InputError, Observation, invert, observe
+
+ARCHITECTURES = 90
+
+
+class Client(NamedTuple):
+    """What a client does: `examples` behind a gradient, how its weights in it are, precision, a factor, noise."""
+
+    name: str
+    examples: int = 1
+    weights: tuple[float, ...] = ()
+    dtype: str = "float64"
+    stored: Any = None
+    factor: float = 1.0
+    noise: float = 0.0
+    told: bool = False
+
+
+CLIENTS = (
+    Client("plain"),
+    Client("float32", dtype="float32"),
+    Client("bfloat16", stored=ml_dtypes.bfloat16),
+    Client("scaled", factor=-0.1),
+    Client("noisy", noise=1e-4),
+    Client("noisy_told", noise=1e-3, told=True),
+    Client("batch", examples=2),
+    Client("summed", examples=2, weights=(2.0, 2.0)),
+    Client("weighted", examples=2, weights=(1.6, 0.4)),
+)
+ATTACKS = {"plain": ("copa", "match", "rgap"), "scaled": ("copa", "match")}
+BATCHES_OF = 7  # every seventh architecture has clients with batches: each size compiles its own programs
+
+
+def cases(net: Net) -> Iterator[tuple[Client, str]]:
+    """The clients and attacks of one architecture."""
+    for client in CLIENTS:
+        if client.examples > 1 and net.number % BATCHES_OF:
+            continue
+        for attack in ATTACKS.get(client.name, ("copa",)):
+            yield client, attack
+
+
+def run_architecture(number: int, done: set[tuple[int, str, str]], victims: int = 2) -> Iterator[dict[str, Any]]:
+    """A record an example of every case of an architecture that is not `done`."""
+    net = architecture(number)
+    for client, attack in cases(net):
+        if (number, client.name, attack) in done:
+            continue
+        seed = CLIENTS.index(client)
+        params, count = net.params(seed % 2), victims * client.examples if client.examples == 1 else client.examples
+        images, labels = net.images(seed, count), net.label_draws(seed, count)
+        base = {"net": number, "activation": net.activation, "form": net.form, "client": client.name, "attack": attack}
+        begun = time.process_time()
+        try:
+            observation = send(net, params, client, images, labels, seed)
+            noise = {"gradient_noise": client.noise} if client.told else {}
+            answer = invert(observation, attack=attack, **noise)
+        except InputError as error:
+            yield base | {"status": "refused", "reason": str(error), "cpu_s": time.process_time() - begun}
+            continue
+        spent = time.process_time() - begun
+        verdicts = judge(observation, answer, images, labels)
+        for k, verdict in enumerate(verdicts):
+            c = answer.certificates[k]
+            yield base | {
+                "status": c.status,
+                "proof": c.proof,
+                "symmetry": c.symmetry,
+                "psnr": round(verdict.psnr, 1),
+                "estimate": None if c.psnr_estimate is None else round(c.psnr_estimate, 1),
+                "label": answer.label_sources[k],
+                "wrong": verdict.wrong,
+                "solvable": solvable(net.apply, params, net.loss, images[k], int(labels[k])),
+                "layer": c.layer,
+                "cpu_s": round(spent / len(verdicts), 2),
+            }
+
+
+def send(
+    net: Net, params: Mapping[str, Any], client: Client, images: np.ndarray, labels: np.ndarray, seed: int
+) -> Observation:
+    """What the client sends: its gradients with everything that was done to them."""
+    plain = observe(
+        (net.apply, params), (images, labels), loss=net.loss, input_range=net.input_range, dtype=client.dtype
+    )
+    weights = np.asarray(client.weights or (1.0,) * client.examples) / client.examples
+    rng = np.random.default_rng((net.number, seed, 3))
+
+    def sent(g: np.ndarray) -> np.ndarray:
+        grouped = g.reshape(-1, client.examples, *g.shape[1:])
+        out = client.factor * np.tensordot(weights.astype(g.dtype), grouped, axes=([0], [1]))
+        out = out + client.noise * rng.normal(size=out.shape)
+        return out.astype(client.stored).astype(float) if client.stored else out.astype(g.dtype)
+
+    gradients = {p: sent(np.asarray(g)) for p, g in plain.gradients.items()}
+    return dataclasses.replace(plain, gradients=gradients, examples=client.examples)
+
+
+def run(out: Path, first: int, count: int, seconds: float) -> Path:
+    """Architectures `first` .. `first + count - 1` until `seconds` are over; the file of records."""
+    out.mkdir(parents=True, exist_ok=True)
+    path, end = out / "study.jsonl", time.monotonic() + seconds
+    done = {(r["net"], r["client"], r["attack"]) for r in read(path)}
+    for number in range(first, first + count):
+        if time.monotonic() > end:
+            break
+        with path.open("a") as lines:
+            for record in run_architecture(number, done):
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+        jax.clear_caches()
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def summary(records: list[dict[str, Any]]) -> str:
+    """A Markdown table: by client and by form, cases, statuses, what is wrong, and solvable cases that `failed`."""
+    rows = ["| kind | cases | exact | ambiguous | approximate | failed | refused | wrong | solvable, `failed` |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    kinds: list[tuple[str, list[dict[str, Any]]]] = [("all", records)]
+    for key in ("client", "attack", "form", "activation"):
+        grouped: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+        for record in records:
+            grouped[record[key]].append(record)
+        kinds += [(f"{key}: {name}", mine) for name, mine in grouped.items()]
+    for name, mine in kinds:
+        statuses = collections.Counter(r["status"] for r in mine)
+        wrong = collections.Counter(r["wrong"] for r in mine if r.get("wrong"))
+        able = [r for r in mine if r.get("solvable") and r["status"] != "refused"]
+        failed = sum(r["status"] == "failed" for r in able)
+        cells = [str(statuses[s]) for s in ("exact", "ambiguous", "approximate", "failed", "refused")]
+        words = ", ".join(f"{count} {kind}" for kind, count in sorted(wrong.items())) or "0"
+        share = f"{failed} of {len(able)} ({100 * failed / len(able):.0f} %)" if able else "-"
+        rows.append(f"| {name} | {len(mine)} | {' | '.join(cells)} | {words} | {share} |")
+    return "\n".join(rows)
