@@ -62,11 +62,12 @@ def solvable(apply: Any, params: Any, loss: str, image: np.ndarray, label: int) 
 
         def gradient(x: Any) -> Any:
             g = jax.grad(lambda p: LOSSES[loss](apply(p, x[None])[0], jnp.asarray(label)))(arrays)
-            return jnp.concatenate([jnp.ravel(a) / (jnp.linalg.norm(a) + 1e-30) for a in g.values()])
+            sizes = {p: jnp.maximum(jax.lax.stop_gradient(jnp.linalg.norm(a)), 1e-30) for p, a in g.items()}
+            return jnp.concatenate([jnp.ravel(a) / sizes[p] for p, a in g.items()])
 
         x = jnp.asarray(image)
         matrix = np.asarray(jax.jit(jax.jacfwd(gradient))(x)).reshape(-1, x.size)
-    if len(matrix) < x.size:
+    if len(matrix) < x.size or not np.all(np.isfinite(matrix)):
         return False
     s = np.linalg.svd(matrix, compute_uv=False)
     return bool(s[-1] > 1e-8 * s[0])

@@ -177,8 +177,8 @@ def _differences(gradient: Gradient) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _slopes(gradient: Gradient) -> Any:
-    """(variables, x, labels, others (K, B, ...)) -> ||W J (other - x)|| / sqrt(parameters), W = 1 / ||g_p||: 0 where the
-    difference leaves no trace to first order."""
+    """(variables, x, labels, others (K, B, ...)) -> ||W J (other - x)|| / sqrt(parameters), W = 1 / ||g_p||: 0 where
+    the difference leaves no trace to first order."""
 
     def slopes(variables: Any, x: Array, labels: Array, others: Array) -> Float[Array, " K"]:
         here, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
