@@ -33,8 +33,11 @@ from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.solvers.linear import lsmr_condition
 from leakjax.solvers.lsmr import lsmr
 
-NEAR, NEAR_TOLD = 0.05, 0.6
-"""||g(x) - s|| / ||s|| up to which what is left may be noise that nobody told of, and noise that was told."""
+NEAR, NEAR_SMALL, NEAR_TOLD = 0.05, 0.5, 0.6
+"""||g(x) - s|| / ||s|| up to which what is left may be noise that nobody told of (for no more than `SMALL` unknowns the
+polish costs little, and may begin farther away), and noise that was told."""
+
+SMALL = 1000
 
 LEAST_DECIBEL = 15.0
 """Below it the first-order error means little: the noise hides the image."""
@@ -78,7 +81,8 @@ def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> b
     layers = group[0].layers
     clean = residual <= problem.matched and all(info.status != "failed" for info in layers)
     sure = clean and all(_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
-    return not sure and residual <= NEAR and problem.local_steps == 1 and problem.defense is None
+    near = NEAR_SMALL if layers[0].unknowns <= SMALL else NEAR
+    return not sure and residual <= near and problem.local_steps == 1 and problem.defense is None
 
 
 def _error(info: LayerInfo) -> float:

@@ -26,6 +26,7 @@ from leakjax.solvers.lsmr import lsmr
 
 ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
 ALIKE = 1e-6  # of the input range: two images that differ by less are one
+SYMMETRIC = 1e-9  # relative difference of two gradients that a symmetry of the network leaves, in float64
 STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
 _DIRECTIONS = 2
 _OPEN = 1e-8  # relative change of the gradient, to first order, of a difference that lies in open directions
@@ -74,7 +75,7 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
     result = list(group)
     for b, outcome in enumerate(group):
-        images, names = _orbit(problem, answer, labels, b, gap)
+        images, names = _orbit(problem, answer, labels, b, gap, _same(problem))
         if not names:
             continue
         others = [x for x in images if problem.in_range(x)]
@@ -94,14 +95,14 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
 
 
 def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
-    """Images in range of some example, other than x, that a symmetry of the network gives without a change of the
-    gradient."""
+    """Images in range of some example, other than x, that a symmetry of the network gives: the gradient stays as it is
+    to the last digits, however noisy x is."""
     gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
-    return [o for b in range(len(x)) for o in _orbit(problem, x, labels, b, gap)[0] if problem.in_range(o)]
+    return [o for b in range(len(x)) for o in _orbit(problem, x, labels, b, gap, SYMMETRIC)[0] if problem.in_range(o)]
 
 
 def _orbit(
-    problem: Problem, answer: np.ndarray, labels: Array, b: int, gap: float
+    problem: Problem, answer: np.ndarray, labels: Array, b: int, gap: float, same: float
 ) -> tuple[list[np.ndarray], list[str]]:
     """Images of example b, other than the answer, that moves give without a change of the gradient, and their names.
 
@@ -120,8 +121,8 @@ def _orbit(
         return [], []
     stack = np.repeat(answer[None], len(first), axis=0)
     stack[:, b] = np.stack([image for _, image in first])
-    same = np.asarray(measure(*given, jnp.asarray(stack))) <= _same(problem)
-    holding = [move for (move, _), kept in zip(first, same, strict=True) if kept]
+    holds = np.asarray(measure(*given, jnp.asarray(stack))) <= same
+    holding = [move for (move, _), kept in zip(first, holds, strict=True) if kept]
     names = list(dict.fromkeys(move.name for move in holding))
     found, frontier = [], [answer[b]]
     while frontier and len(found) < ORBIT:
@@ -133,12 +134,12 @@ def _orbit(
                     found.append(other)
                     grown.append(other)
         frontier = grown
-    kept = _with_same_gradient(problem, measure, given, found, b)
+    kept = _with_same_gradient(problem, measure, given, found, b, same)
     return kept, names if kept else []
 
 
 def _with_same_gradient(
-    problem: Problem, measure: Any, given: Any, moved: list[np.ndarray], b: int
+    problem: Problem, measure: Any, given: Any, moved: list[np.ndarray], b: int, same: float
 ) -> list[np.ndarray]:
     """Those whose own gradient is the answer's, and that differ from it in more than directions that are open anyway.
 
@@ -148,9 +149,9 @@ def _with_same_gradient(
         return []
     stack = np.repeat(np.asarray(given[1])[None], len(moved), axis=0)
     stack[:, b] = np.stack(moved)
-    same = np.asarray(measure(*given, jnp.asarray(stack))) <= _same(problem)
+    holds = np.asarray(measure(*given, jnp.asarray(stack))) <= same
     seen = np.asarray(_slopes(predicted(problem))(*given, jnp.asarray(stack))) > _OPEN
-    return [x for x, kept in zip(moved, same & seen, strict=True) if kept]
+    return [x for x, kept in zip(moved, holds & seen, strict=True) if kept]
 
 
 @functools.lru_cache(maxsize=16)
