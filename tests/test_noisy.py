@@ -1,0 +1,98 @@
+"""Noisy and rounded gradients: `approximate`, with an estimate that is within 3 dB, and `failed` with a reason."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import pytest
+from small_nets import one_layer
+from test_property import psnr
+
+from leakjax import InputError, invert, observe
+from leakjax.attacks.residual_noise import read_noise, read_rounding
+from leakjax.attacks.stored import stored_rounding
+
+LABELS = np.array([1, 3])
+
+
+@pytest.fixture(scope="module")
+def clean():
+    rng = np.random.default_rng(3)
+    images = rng.uniform(size=(2, 6, 6, 1))
+    return observe(one_layer(rng, 5), (images, LABELS)), images
+
+
+def changed(observation, change):
+    return dataclasses.replace(observation, gradients={p: change(g) for p, g in observation.gradients.items()})
+
+
+def within_three_decibel(answer, images):
+    for certificate, found, truth in zip(answer.certificates, answer.images, images, strict=True):
+        assert (certificate.status, certificate.proof) == ("approximate", None)
+        assert abs(certificate.psnr_estimate - psnr(found, truth)) <= 3
+        assert certificate.reason
+    np.testing.assert_array_equal(answer.labels, LABELS)
+    assert answer.determined.min() == 1
+
+
+@pytest.mark.parametrize("attack", ["copa", "match"])
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_gradients_stored_in_half_precision(clean, attack, stored):
+    observation, images = clean
+    within_three_decibel(invert(changed(observation, lambda g: g.astype(stored).astype(float)), attack=attack), images)
+
+
+@pytest.mark.parametrize("sigma", [1e-6, 1e-4, 1e-2])
+def test_noise_that_nobody_told_of(clean, sigma):
+    observation, images = clean
+    rng = np.random.default_rng(0)
+    noisy = changed(observation, lambda g: g + sigma * rng.normal(size=g.shape))
+    within_three_decibel(invert(noisy), images)
+    within_three_decibel(invert(noisy, gradient_noise=sigma), images)
+
+
+def test_noise_of_a_defense_that_the_attack_was_told_of(clean):
+    observation, images = clean
+    params = observation.model.params
+    model = (one_layer(np.random.default_rng(3), 5)[0], params)
+    for attack in ("copa", "match"):
+        sent = observe(model, (images, LABELS), defense="gaussian:1e-3")
+        within_three_decibel(invert(sent, attack=attack), images)
+
+
+def test_a_float32_gradient_in_a_float64_file_is_known_by_its_digits(clean):
+    observation, _ = clean
+    stored = changed(observation, lambda g: g.astype(np.float32).astype(float))
+    assert stored_rounding(stored.gradients) == np.finfo(np.float32).eps
+    assert stored_rounding(observation.gradients) == 0
+    assert [c.status for c in invert(stored).certificates] == ["exact", "exact"]
+
+
+def test_other_weights_are_not_called_noise(clean):
+    observation, _ = clean
+    rng = np.random.default_rng(0)
+    other = {p: a + 0.3 * rng.normal(size=a.shape) for p, a in observation.model.params.items()}
+    wrong = dataclasses.replace(observation, model=observation.model.with_arrays(other, {}))
+    for certificate in invert(wrong).certificates:
+        assert certificate.status == "failed"
+        assert "weights" in certificate.reason
+
+
+def test_what_is_noise_is_read_from_a_residual(rng):
+    gradient = {"a": rng.normal(size=(40, 30)), "b": 100 * rng.normal(size=(50, 8))}
+    white = {p: 1e-3 * rng.normal(size=g.shape) for p, g in gradient.items()}
+    found = read_noise(white, gradient, 36)
+    assert (found.spread, found.level) == ("white", pytest.approx(1e-3, rel=0.1))
+    rounded = {p: g - g.astype(ml_dtypes.bfloat16).astype(float) for p, g in gradient.items()}
+    assert read_rounding(rounded, gradient, 36, 2.0**-7).level == pytest.approx(1.0, rel=0.3)
+    smooth = {p: 1e-3 * np.outer(rng.normal(size=len(g)), rng.normal(size=g.shape[1])) for p, g in gradient.items()}
+    assert read_noise(smooth, gradient, 36) is None
+    uneven = {"a": white["a"], "b": 300 * white["b"] * np.linspace(0, 1, 50)[:, None]}
+    assert read_noise(uneven, gradient, 36) is None
+    assert read_noise({"a": white["a"][:1]}, {"a": gradient["a"][:1]}, 36) is None
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("nan"), float("inf"), "loud", True])
+def test_a_noise_that_is_no_deviation_is_refused(clean, wrong):
+    with pytest.raises(InputError, match="gradient_noise"):
+        invert(clean[0], gradient_noise=wrong)
