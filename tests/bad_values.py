@@ -37,7 +37,19 @@ GRADIENTS = {path: DRAW.normal(size=(2, *a.shape)) for path, a in PARAMS.items()
 OBSERVATION = Observation(MODEL, GRADIENTS, "softmax_cross_entropy", (4, 4, 1), (0.0, 1.0))
 NOTHING = Certificate("failed", None, 16, None)
 RECONSTRUCTION = Reconstruction(
-    "rgap", "float64", IMAGES, LABELS, "given", IMAGES, np.zeros(2), (NOTHING,) * 2, ((), ()), ((), ()), {}
+    "rgap",
+    "float64",
+    IMAGES,
+    LABELS,
+    "given",
+    IMAGES,
+    np.zeros(2),
+    (NOTHING,) * 2,
+    ((), ()),
+    ((), ()),
+    {},
+    np.ones(2),
+    (None, None),
 )
 
 JUNK = (object(), Hostile(), lambda: 0, {"a": 1}, b"bytes", 1j)

@@ -169,9 +169,9 @@ def test_an_audit_can_be_traced(run, folder):
     [
         (("--fail-above-psnr", "20"), "--noise"),
         (("--fail-above-psnr", "nan", "--noise", "1"), "--fail-above-psnr"),
-        (("--noise", "1e200"), "absurd"),
+        (("--noise", "1e200"), "--noise"),
         (("--noise", "1e-200"), "absurd"),
-        (("--clip", "1e300", "--noise-multiplier", "1e300"), "absurd"),
+        (("--clip", "1e300", "--noise-multiplier", "1e300"), "--noise-multiplier"),
         (("--clip", "1", "--noise-multiplier", "1e-200"), "epsilon"),
         (("--clip", "1", "--noise-multiplier", "1e-5", "--sampling-rate", "0.1"), "epsilon"),
         (("--clip", "1", "--noise-multiplier", "1", "--steps", "1" + "0" * 400), "epsilon"),

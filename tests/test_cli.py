@@ -30,16 +30,18 @@ REPORT = [
 EXAMPLE = [
     "label",
     "label_source",
+    "target",
     "psnr",
     "psnr_determined",
     "ssim",
     "mse",
     "unseen_pixels",
     "gradient_residual",
+    "gradient_scale",
     "certificate",
     "layers",
 ]
-CERTIFICATE = ["status", "leaked_dimensions", "unknowns", "condition"]
+CERTIFICATE = ["status", "leaked_dimensions", "unknowns", "condition", "layer", "proof", "symmetry", "psnr_estimate"]
 LAYER = ["name", "unknowns", "rank", "rank_deficiency", "condition", "residual", "pull_back_depth", "steps", "status"]
 SECONDS = ["trace", "compile", "solve", "total"]
 
@@ -226,7 +228,7 @@ def test_report_has_exactly_the_contracts_keys(zoo_run):
     assert len(report["examples"]) == 2
     for example in report["examples"]:
         assert list(example) == EXAMPLE
-        assert list(example["certificate"])[:4] == CERTIFICATE
+        assert list(example["certificate"])[:8] == CERTIFICATE
         assert [layer["name"] for layer in example["layers"]] == ["conv1", "head"]
         assert all(list(layer) == LAYER for layer in example["layers"])
 

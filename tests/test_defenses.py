@@ -207,8 +207,11 @@ def test_told_of_what_is_missing_the_attack_is_exact(spec):
     assert knowing > 150
     assert status == "exact" or spec.startswith("dp_sgd")
     blind, status = scored(spec, adaptive=False)
-    assert blind < 40
-    assert status == "failed"
+    if spec.startswith(("clip", "dp_sgd")):  # a factor, that the last layer shows
+        assert blind > 150
+    else:
+        assert blind < 40
+    assert status == ("exact" if spec.startswith("clip") else "failed")
 
 
 def test_what_pruning_leaves_open_is_counted():
@@ -232,19 +235,22 @@ def test_the_noise_s_bound_is_reached():
         sent = observe(MODEL, (IMAGES[:1], LABELS[:1]), defense=f"gaussian:{sigma}", seed=seed)
         answer = invert(sent, attack="match", prior="none")
         errors.append(np.mean((answer.images - IMAGES[:1]) ** 2))
-        assert answer.certificates[0].status == "failed"
+        assert answer.certificates[0].status == "approximate"
     assert 0.5 < np.mean(errors) / bound < 2
 
 
 @pytest.mark.parametrize("spec", [name for name in LOSSY if name != "dp_sgd"])
-def test_nothing_is_certified_under_noise_or_rounding(spec):
-    knowing, status = scored(spec)
-    assert status == "failed"
+def test_under_noise_or_rounding_an_answer_is_approximate_at_best(spec):
+    answer = invert(observe(MODEL, (IMAGES[:1], LABELS[:1]), defense=spec), attack="match")
+    knowing, certificate = psnr(answer.images, IMAGES[:1]), answer.certificates[0]
+    assert certificate.status == ("failed" if spec in ("sign", "qsgd") else "approximate")  # too large an error
+    assert certificate.psnr_estimate is None or abs(certificate.psnr_estimate - knowing) <= 3
+    assert certificate.reason
     assert knowing > 10
 
 
 def test_layer_wise_attacks_certify_no_defended_gradient_and_refuse_updates():
-    found = observe(MODEL, (IMAGES[:1], LABELS[:1]), defense="clip:0.1")
+    found = observe(MODEL, (IMAGES[:1], LABELS[:1]), defense="top_k:0.5")
     certificate = invert(found, attack="rgap").certificates[0]
     assert (certificate.status, certificate.layer) == ("failed", "defense")
     found = observe(MODEL, (IMAGES[:1], LABELS[:1]), local_steps=2, learning_rate=0.1)

@@ -163,6 +163,7 @@ def two_answers(monkeypatch, ranks):
     answers = iter([(rank, np.full((2, 1, 1, 2), rank / 4), 1.0) for rank in ranks])
     monkeypatch.setattr(module, "_local_rank", lambda *_: next(answers))
     monkeypatch.setattr(module, "twins", lambda *_: [])
+    monkeypatch.setattr(module, "same_open_set", lambda *_: False)
     monkeypatch.setattr(module, "predicted", lambda _: None)
     inside, outside = np.full((1, 1, 2), 0.5), np.full((1, 1, 2), 3.0)
     trials = [

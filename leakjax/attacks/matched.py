@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.gradient_residual import Compare, match_programs
+from leakjax.attacks.others import same_open_set
 from leakjax.attacks.outcomes import kept, split
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.attacks.ranks import DENSE_SIDE, NULL_SPACE
@@ -55,12 +56,14 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     """
     n = trials[0].x.size
     matching = [trial for trial in trials if trial.residual <= told.matched]
-    ranks: list[tuple[int | None, np.ndarray | None, float | None]] = []
-    for trial in matching:
-        ranks.append(_local_rank(problem, told, trial))
-        if ranks[0][0] != n:  # where directions are open, other answers are other points of one set
-            break
-    matching, ranks = matching[: len(ranks)], ranks or [(None, None, None)]
+    ranks: list[tuple[int | None, np.ndarray | None, float | None]]
+    ranks = [_local_rank(problem, told, trial) for trial in matching]
+    if matching and ranks[0][0] != n:  # where directions are open, other answers may be other points of one set
+        first = matching[0]
+        apart = [k == 0 or not same_open_set(problem, first.x, first.labels, t.x) for k, t in enumerate(matching)]
+        matching = [trial for trial, kept in zip(matching, apart, strict=True) if kept]
+        ranks = [rank for rank, kept in zip(ranks, apart, strict=True) if kept]
+    ranks = ranks or [(None, None, None)]
     whole = bool(matching) and all(rank == n for rank, _, _ in ranks)
     answers = []
     for k, trial in enumerate(matching or trials[:1]):

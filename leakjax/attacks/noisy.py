@@ -39,8 +39,14 @@ polish costs little, and may begin farther away), and noise that was told."""
 
 SMALL = 1000
 
-LEAST_DECIBEL = 15.0
-"""Below it the first-order error means little: the noise hides the image."""
+LEAST_DECIBEL = 25.0
+"""Below it an error is some 5 % of the range, and what it does to the gradient is no longer of first order: estimates of
+20 dB were off by 6 dB."""
+
+_HIDDEN = (
+    "the noise is too large for a first-order estimate of the error, which would be {decibel:.0f} dB: what is seen may be "
+    "the prior's, or a local minimum's"
+)
 
 DRAWS = 6
 _INNER = 3000
@@ -114,6 +120,8 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
             return group
     elif problem.rounding > HALF:
         noise = read_rounding(fit.left, _sent(problem, victim), fit.x.size, problem.rounding)
+    elif fit.residual <= 1e3 * problem.rounding and fit.condition * fit.residual <= 1e-3:
+        return _matched(problem, labels, group, fit)
     else:
         noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
         if noise is not None and noise.spread == "white":
@@ -127,7 +135,8 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
     low, high = problem.input_range
     decibel = -10 * np.log10(np.maximum(errors, 1e-35) / (high - low) ** 2)
     if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
-        return group
+        words = _HIDDEN.format(decibel=float(np.nan_to_num(decibel.min(), nan=0.0)))
+        return [dataclasses.replace(o, reason=words) for o in group]
     return [
         dataclasses.replace(
             o,
@@ -137,6 +146,26 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
             symmetry=None,
             moved=None,
             psnr_estimate=float(decibel[b]),
+        )
+        for b, o in enumerate(group)
+    ]
+
+
+def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Polished) -> list[Outcome]:
+    """The group where the polish matched the gradient to rounding: there was no noise, the layers lost digits."""
+    if not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
+        return group
+    info = LayerInfo("network", fit.x.size, fit.x.size, 0, fit.condition, fit.residual, 0, 0, "determined")
+    return [
+        dataclasses.replace(
+            o,
+            candidates=(dataclasses.replace(o.candidates[0], image=fit.x[b], gradient_residual=fit.residual),),
+            layers=(info,),
+            seen=np.ones(fit.x.shape[1:]),
+            proof=None,
+            curved=False,
+            symmetry=None,
+            moved=None,
         )
         for b, o in enumerate(group)
     ]

@@ -30,6 +30,7 @@ SYMMETRIC = 1e-9  # relative difference of two gradients that a symmetry of the 
 STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
 _DIRECTIONS = 2
 _OPEN = 1e-8  # relative change of the gradient, to first order, of a difference that lies in open directions
+_ALONG = 1e-6  # the same of two answers that were each solved to rounding
 _INNER = 6000
 
 
@@ -92,6 +93,14 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
             outcome, candidates=candidates, symmetry=", ".join(names), count=1 + len(others), moved=moved
         )
     return result
+
+
+def same_open_set(
+    problem: Problem, x: Float[np.ndarray, "B ..."], labels: np.ndarray, other: Float[np.ndarray, "B ..."]
+) -> bool:
+    """Whether `other` differs from x, to first order, in nothing but directions that the gradient leaves open."""
+    given = dict(problem.variables), jnp.asarray(x), jnp.asarray(labels)
+    return float(_slopes(predicted(problem))(*given, jnp.asarray(other)[None])[0]) <= _ALONG
 
 
 def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
