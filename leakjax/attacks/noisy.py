@@ -40,12 +40,12 @@ polish costs little, and may begin farther away), and noise that was told."""
 SMALL = 1000
 
 LEAST_DECIBEL = 25.0
-"""Below it an error is some 5 % of the range, and what it does to the gradient is no longer of first order: estimates of
-20 dB were off by 6 dB."""
+"""Below it an error is some 5 % of the range, and what it does to the gradient is no longer of first order: estimates
+of 20 dB were off by 6 dB."""
 
 _HIDDEN = (
-    "the noise is too large for a first-order estimate of the error, which would be {decibel:.0f} dB: what is seen may be "
-    "the prior's, or a local minimum's"
+    "the noise is too large for a first-order estimate of the error, which would be {decibel:.0f} dB: what is seen may "
+    "be the prior's, or a local minimum's"
 )
 
 DRAWS = 6
