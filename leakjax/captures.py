@@ -37,6 +37,8 @@ def write_capture(observation: Observation, path: Path) -> None:
         meta["defense"] = observation.defense
     if observation.local_steps > 1:
         meta |= {"local_steps": observation.local_steps, "learning_rate": observation.learning_rate}
+    if observation.weight_decay:
+        meta["weight_decay"] = observation.weight_decay
     if not single:
         meta["victims"] = observation.victims
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
@@ -114,6 +116,7 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
         meta.get("defense"),
         int(meta.get("local_steps", 1)),
         meta.get("learning_rate"),
+        float(meta.get("weight_decay", 0.0)),
     )
 
 
@@ -147,6 +150,8 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
         raise InputError(f"{argument}: meta's defense must be a specification, got {meta['defense']!r}")
     if not (meta.get("learning_rate") is None or _finite_number(meta["learning_rate"])):
         raise InputError(f"{argument}: meta's learning_rate must be a number, got {meta['learning_rate']!r}")
+    if not _finite_number(meta.get("weight_decay", 0.0)):
+        raise InputError(f"{argument}: meta's weight_decay must be a number, got {meta['weight_decay']!r}")
     for key in ("examples", "victims", "local_steps"):
         if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from leakjax._widening import Wide, in_one_precision
-from leakjax.arguments import check_solving, instance
+from leakjax.arguments import check_solving, instance, real
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
 from leakjax.attacks.noisy import with_noise
@@ -133,8 +133,9 @@ def invert(
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
         stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
-        precision = max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
-        gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
+        sent, amplified = _without_decay(observation)
+        precision = amplified * max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
+        gradients = {p: np.asarray(g, floating) for p, g in sent.items()}
         problem = Problem(
             chain,
             network,
@@ -205,12 +206,32 @@ def _sigma_told(observation: Observation, gradient_noise: float | None) -> float
     return gradient_noise
 
 
+def _without_decay(observation: Observation) -> tuple[Mapping[str, Any], float]:
+    """Each victim's g = s - lambda theta of what was sent, s, and by how much more its rounding weighs there."""
+    decay = observation.weight_decay
+    if decay == 0:
+        return observation.gradients, 1.0
+    params = {p: np.asarray(theta, float) for p, theta in observation.model.params.items()}
+    left = {p: np.asarray(g, float) - decay * params[p] for p, g in observation.gradients.items()}
+    before, after = (_sizes(arrays, observation.victims) for arrays in (observation.gradients, left))
+    if np.any(after <= 1e-14 * before):
+        raise InputError(
+            f"weight_decay {decay:g} times the weights is all there is in gradient {int(np.argmin(after / before))}"
+        )
+    return left, float(np.max(np.maximum(before / after, 1.0)))
+
+
+def _sizes(arrays: Mapping[str, Any], victims: int) -> np.ndarray:
+    """||g|| of every victim."""
+    return np.sqrt(sum(np.sum(np.asarray(g, float).reshape(victims, -1) ** 2, axis=1) for g in arrays.values()))
+
+
 def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
     if gradient_noise is None:
         return
-    number = isinstance(gradient_noise, int | float) and not isinstance(gradient_noise, bool)
-    if not (number and 0 < gradient_noise < np.inf):
-        raise InputError(f"gradient_noise must be a standard deviation above 0, or None, got {gradient_noise!r}")
+    wanted = "a standard deviation above 0, or None"
+    if not real("gradient_noise", gradient_noise, wanted) > 0:
+        raise InputError(f"gradient_noise must be {wanted}, got {gradient_noise!r}")
     if observation.defense is not None:
         raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
 

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Int, Shaped
 
 from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
-from leakjax.client import Protection, check_steps, client_program
+from leakjax.client import Protection, check_decay, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
 from leakjax.errors import InputError, cannot_run
 from leakjax.losses import LOSSES, labels_of
@@ -31,7 +31,8 @@ class Observation:
     - `precision`: the floating dtype in which the client computed;
     - `defense`: what a client did to its gradient, a specification of `defenses.DEFENSES` ("gaussian:0.001"),
       "custom" for a transformation that the server does not know, or None;
-    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step).
+    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step);
+    - `weight_decay`: lambda, where what was sent is g + lambda theta.
     """
 
     model: Model
@@ -44,6 +45,7 @@ class Observation:
     defense: str | None = None
     local_steps: int = 1
     learning_rate: float | None = None
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -67,12 +69,13 @@ def observe(
     seed: int = 0,
     local_steps: int = 1,
     learning_rate: float | None = None,
+    weight_decay: float = 0.0,
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
 
     With k `local_steps` it is the update of FedAvg instead: from theta_0 the client takes k plain gradient steps, each
     on all of its B examples, and sends (theta_0 - theta_k) / learning_rate = sum_{j < k} g(theta_j), which for k = 1 is
-    the gradient. A `defense` acts last, on each victim's own gradient or update.
+    the gradient. A `defense` acts on each victim's own gradient or update; `weight_decay` adds lambda theta to that.
 
     Arguments:
     - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
@@ -83,11 +86,12 @@ def observe(
     - `defense`: a specification `name[:value[,value..]]` of `defenses.DEFENSES`, as "gaussian:1e-3", or any
       `optax.GradientTransformation`, from its initial state for every victim; `optax.chain` composes several;
     - `seed`: of a defense's random numbers; every victim draws its own (a given transformation has its own key);
-    - `local_steps`, `learning_rate`: k and the rate, which several steps need.
+    - `local_steps`, `learning_rate`: k and the rate, which several steps need;
+    - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only.
 
     Returns the `Observation`; the images are not in it.
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
-    defense, or local steps without a rate.
+    defense, local steps without a rate, or weight decay with several.
     """
     choice("loss", loss, LOSSES)
     seed = whole("seed", seed, 0, 2**63 - 1)
@@ -95,6 +99,7 @@ def observe(
     read = read_model(model, params)
     images, labels = _check_batch(batch, limits, batch_size)
     steps = check_steps(local_steps, learning_rate)
+    decay = check_decay(weight_decay, steps[0])
     protect = Protection.read(defense, seed, local_steps)
     with compute_in(dtype) as floating:
         read = read.astype(floating)
@@ -110,10 +115,11 @@ def observe(
         for victim, (x, y) in enumerate(zip(*groups, strict=True)):
             inputs = jnp.asarray(x, floating)
             g = update(read.params, read.buffers, inputs, y)
-            sent.append(protect.apply(g, read, inputs, victim))
+            g = protect.apply(g, read, inputs, victim)
+            sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
     return Observation(
-        read, stacked, loss, tuple(images.shape[1:]), limits, int(batch_size), dtype, protect.name, *steps
+        read, stacked, loss, tuple(images.shape[1:]), limits, int(batch_size), dtype, protect.name, *steps, decay
     )
 
 
@@ -150,6 +156,7 @@ def check_observation(observation: Observation) -> None:
     whole("examples", observation.examples, 1)
     _check_precision(observation.precision)
     check_steps(observation.local_steps, observation.learning_rate)
+    check_decay(observation.weight_decay, observation.local_steps)
     if observation.defense is not None and observation.defense != CUSTOM:
         build_defense(observation.defense)
     for path in params:

@@ -27,6 +27,7 @@ class Sending(NamedTuple):
     seed: int = 0
     local_steps: int = 1
     learning_rate: float | None = None
+    weight_decay: float = 0.0
 
 
 _PLAINLY = Sending()

@@ -37,12 +37,25 @@ GRADIENTS = {path: DRAW.normal(size=(2, *a.shape)) for path, a in PARAMS.items()
 OBSERVATION = Observation(MODEL, GRADIENTS, "softmax_cross_entropy", (4, 4, 1), (0.0, 1.0))
 NOTHING = Certificate("failed", None, 16, None)
 RECONSTRUCTION = Reconstruction(
-    "rgap", "float64", IMAGES, LABELS, "given", IMAGES, np.zeros(2), (NOTHING,) * 2, ((), ()), ((), ()), {}
+    "rgap",
+    "float64",
+    IMAGES,
+    LABELS,
+    "given",
+    IMAGES,
+    np.zeros(2),
+    (NOTHING,) * 2,
+    ((), ()),
+    ((), ()),
+    {},
+    np.ones(2),
+    (None,) * 2,
 )
 
 JUNK = (object(), Hostile(), lambda: 0, {"a": 1}, b"bytes", 1j)
 NOT_NAMES = (None, 3, True, [], ("a",), np.array(["a"]), "", "no such name", "[/]", *JUNK)
 NOT_COUNTS = ("2", "", 0, -1, 1.0, 1.5, True, np.nan, np.inf, 10**30, [], [1], np.array([1, 2]), *JUNK)
+NOT_SIZES = ("1", 0, -1, True, np.nan, np.inf, 10**400, 1e300, [], [1.0], np.ones(2), *JUNK)
 NOT_SEEDS = ("2", -1, 1.5, True, np.nan, [], 10**30, *JUNK)
 NOT_RANGES = (
     None,

@@ -54,6 +54,8 @@ VALUES = {
     ),
     "--dtype": ("", "float16", "double", "64", "[red]"),
     "--attack": NAMES,
+    "--weight-decay": NUMBER,
+    "--gradient-noise": (*NUMBER, "0"),
     "--prior": NAMES,
     "--solver": NAMES,
     "--pull-back": NAMES,
@@ -74,9 +76,9 @@ VALUES = {
 }
 TAKEN = {
     "invert": "--model --input-shape --input-range --loss --seed --index --images --weights --batch-size --local-steps "
-    "--defense --dtype --attack --labels --out --no-such-option",
+    "--defense --dtype --attack --gradient-noise --weight-decay --labels --out --no-such-option",
     "capture": "--model --input-shape --input-range --loss --seed --index --images --weights --local-steps --defense "
-    "--dtype --out",
+    "--weight-decay --dtype --out",
     "audit": "--model --input-shape --input-range --loss --seed --index --images --weights --noise --noise-multiplier "
     "--clip --fail-above --out",
     "train": "--input-shape --seed --weights --batch-size --defense --dtype --optimizer --epochs --clients "
@@ -152,21 +154,26 @@ NO_EFFECT = [
         ("invert", *DATA, "--attack", attack, option, value, option)
         for attack, options in {
             "copa": "--starts --steps",
-            "rgap": "--starts --steps --prior --pull-back --optimizer",
-            "rconv": "--starts --steps --prior --pull-back --optimizer",
-            "hybrid": "--starts --pull-back",
+            "rgap": "--starts --steps --prior --pull-back --optimizer --gradient-noise",
+            "rconv": "--starts --steps --prior --pull-back --optimizer --gradient-noise",
+            "hybrid": "--starts --pull-back --gradient-noise",
             "match": "--steps",
-            "dlg": "--solver --prior --pull-back --optimizer",
-            "idlg": "--solver --prior --pull-back --optimizer",
-            "inverting_gradients": "--solver --prior --pull-back --optimizer",
+            "dlg": "--solver --prior --pull-back --optimizer --gradient-noise",
+            "idlg": "--solver --prior --pull-back --optimizer --gradient-noise",
+            "inverting_gradients": "--solver --prior --pull-back --optimizer --gradient-noise",
         }.items()
         for option in options.split()
-        for value in [{"--starts": "2", "--steps": "9", "--prior": "tv", "--optimizer": "adam"}.get(option, "auto")]
+        for value in [
+            {"--starts": "2", "--steps": "9", "--prior": "tv", "--optimizer": "adam", "--gradient-noise": "1"}.get(
+                option, "auto"
+            )
+        ]
     ),
     *(
         ("invert", *OWN, "--capture", "small.npz", option, value, option)
         for option, value in (("--dataset", "digits"), ("--index", "1"), ("--batch-size", "2"), ("--init", "torch"))
     ),
+    ("invert", *DATA, "--defense", "sign", "--gradient-noise", "1", "--gradient-noise"),
     ("invert", *DATA, "--prior", "none", "--optimizer", "adam", "--optimizer"),
     ("invert", *DATA, "--learning-rate", "0.1", "--learning-rate"),
     ("capture", *DATA, "--learning-rate", "0.1", "--learning-rate"),

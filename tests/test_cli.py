@@ -23,6 +23,8 @@ REPORT = [
     "seed",
     "input_range",
     "defense",
+    "gradient_noise",
+    "weight_decay",
     "local_steps",
     "examples",
     "seconds",
@@ -30,12 +32,14 @@ REPORT = [
 EXAMPLE = [
     "label",
     "label_source",
+    "target",
     "psnr",
     "psnr_determined",
     "ssim",
     "mse",
     "unseen_pixels",
     "gradient_residual",
+    "gradient_scale",
     "certificate",
     "layers",
 ]

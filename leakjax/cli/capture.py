@@ -21,6 +21,7 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    WeightDecay,
     Weights,
     integers,
 )
@@ -38,6 +39,7 @@ def capture(
     defense: DefenseSpec = None,
     local_steps: LocalSteps = 1,
     learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
@@ -55,7 +57,7 @@ def capture(
 
         directory = writable(out)
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
-        sending = Sending(defense, seed, local_steps, learning_rate)
+        sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
         observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         path = directory / "capture.npz"
         write_capture(observation, path)

@@ -1,8 +1,9 @@
 """`leakjax invert`."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,12 +25,16 @@ from leakjax.cli.options import (
     Range,
     Seed,
     Shape,
+    WeightDecay,
     Weights,
     integers,
 )
 from leakjax.cli.session import progress, session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from leakjax.observation import Observation
 
 
 def invert(
@@ -49,8 +54,13 @@ def invert(
     labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
     batch_size: BatchSize = 1,
     defense: DefenseSpec = None,
+    gradient_noise: Annotated[
+        float | None,
+        typer.Option("--gradient-noise", metavar="SIGMA", help="Standard deviation of noise known in every entry."),
+    ] = None,
     local_steps: LocalSteps = 1,
     learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
@@ -105,11 +115,12 @@ def invert(
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
         if captured:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
+            observation = _with_decay(observation, weight_decay)
             _agree("--loss", loss, setup.loss, observation.loss)
             _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
             _agree("--input-range", input_range, setup.input_range, observation.input_range)
         else:
-            sending = Sending(defense, seed, local_steps, learning_rate)
+            sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
             observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         given = None if labels is None else integers("--labels", labels)
         with progress(console) as tell:
@@ -124,12 +135,13 @@ def invert(
                 starts=starts,
                 steps=steps,
                 prior=prior,
+                gradient_noise=gradient_noise,
                 progress=tell,
             )
         pictures = unit_scale(result.images, observation.input_range)
         if shown is not None:
             shown = pair_with_truth(shown, pictures, observation.examples)
-        report = build_report(RunInfo(model, setup.activation, seed), observation, result, shown)
+        report = build_report(RunInfo(model, setup.activation, seed, gradient_noise), observation, result, shown)
         write_report(directory, report, result)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
         if json_output:
@@ -137,6 +149,16 @@ def invert(
         else:
             print_report(console, report)
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+def _with_decay(observation: "Observation", typed: float | None) -> "Observation":
+    """A capture whose meta has no weight decay takes the option's."""
+    own = observation.weight_decay
+    if typed is None or typed == own:
+        return observation
+    if own:
+        raise InputError(f"--weight-decay: {typed:g} contradicts the capture's own {own:g}; leave the option out")
+    return dataclasses.replace(observation, weight_decay=typed)
 
 
 def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:

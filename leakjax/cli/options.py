@@ -28,6 +28,10 @@ LocalSteps = Annotated[int, typer.Option("--local-steps", metavar="K", help="Gra
 LearningRate = Annotated[
     float | None, typer.Option("--learning-rate", metavar="R", help="Rate of the local steps.", show_default=False)
 ]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option("--weight-decay", metavar="LAMBDA", help="Sent beside the gradient: LAMBDA times the weights."),
+]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="float64|float32")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable summary, and nothing else, on stdout.")]

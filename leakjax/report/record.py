@@ -26,6 +26,7 @@ class RunInfo:
     model: str
     activation: str | None
     seed: int
+    gradient_noise: float | None = None
 
 
 def build_report(
@@ -44,6 +45,8 @@ def build_report(
             "seed": run.seed,
             "input_range": list(observation.input_range),
             "defense": observation.defense,
+            "gradient_noise": run.gradient_noise,
+            "weight_decay": observation.weight_decay,
             "local_steps": observation.local_steps,
             "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
             "seconds": result.seconds,
