@@ -160,6 +160,7 @@ def invert(
             defense=_told(observation, adaptive and not chosen.layerwise, gradient_noise),
             local_steps=observation.local_steps,
             learning_rate=observation.learning_rate,
+            channel_limits=None if observation.input_mean is None else observation.limits,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         scalings = read_scales(problem)
@@ -302,13 +303,14 @@ def _assemble(
     unknowns = int(np.prod(shape))
     low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
+    middle = 0.5 * (problem.limits[0] + problem.limits[1])
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
     certificates = certify_together(certificates, outcomes, problem.examples)
     if observation.defense is not None and not _reckoned_with(problem, observation.defense):
         certificates = [c if c.status == "approximate" else _defended(c) for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
-        images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)
+        images.append(np.full(shape, middle) if best is None else best.image)
         labels.append(-1 if best is None else best.label)
         residuals.append(np.inf if best is None else best.gradient_residual)
         shares = None if certificate.status == "failed" else agreed(outcome, high - low)

@@ -55,6 +55,8 @@ VALUES = {
     "--dtype": ("", "float16", "double", "64", "[red]"),
     "--attack": NAMES,
     "--weight-decay": NUMBER,
+    "--input-mean": ("", "x", "0.5", "nan", "0.5,"),
+    "--input-std": ("", "x", "1", "0"),
     "--gradient-noise": (*NUMBER, "0"),
     "--prior": NAMES,
     "--solver": NAMES,
@@ -75,9 +77,10 @@ VALUES = {
     "--dataset": (*NAMES, "mnist", "folder:", "folder:missing", "foolbox/nothing", "samples:9.9.9"),
 }
 TAKEN = {
-    "invert": "--model --input-shape --input-range --loss --seed --index --images --weights --batch-size --local-steps "
-    "--defense --dtype --attack --gradient-noise --weight-decay --labels --out --no-such-option",
-    "capture": "--model --input-shape --input-range --loss --seed --index --images --weights --local-steps --defense "
+    "invert": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
+    "--batch-size --local-steps --defense --dtype --attack --gradient-noise --weight-decay --labels --out --no-such-option",
+    "capture": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
+    "--local-steps --defense "
     "--weight-decay --dtype --out",
     "audit": "--model --input-shape --input-range --loss --seed --index --images --weights --noise --noise-multiplier "
     "--clip --fail-above --out",
@@ -104,6 +107,23 @@ ROWS += [
     for option in ("--steps", "--starts")
     for value in (*WHOLE, "0", "9" * 20)
 ]
+ROWS += [
+    (command, *DATA, *(word for pair in zip(("--input-mean", "--input-std"), pair, strict=True) for word in pair), word)
+    for command in ("invert", "capture")
+    for pair, word in (
+        (("x", "1"), "--input-mean"),
+        (("nan", "1"), "--input-mean"),
+        (("0", "0"), "--input-std"),
+        (("0", "-1"), "--input-std"),
+        (("0,0", "1"), "--input-mean"),
+        (("0", "1,1"), "--input-mean"),
+        (("0", "1e-200"), "--input-std"),
+        (("1e200", "1"), "--input-mean"),
+        (("0,0,x", "1"), "--input-mean"),
+    )
+]
+ROWS += [("invert", *DATA, "--input-mean", "0", "--input-std", "1", "--input-range", "0,1", "--input-range")]
+ROWS += [("invert", *OWN, "--capture", "small.npz", "--input-mean", "0", "--input-std", "1", "--capture")]
 ROWS += [("invert", *DATA, "--local-steps", "2", "--learning-rate", value, "--learning-rate") for value in NUMBER]
 ROWS += [
     ("audit", *OWN, "--clip", "1", "--noise-multiplier", "0.1", option, value, option)

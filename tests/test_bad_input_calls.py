@@ -18,6 +18,7 @@ from bad_values import (
     NOT_LABELS,
     NOT_MODELS,
     NOT_NAMES,
+    NOT_NUMBERS,
     NOT_PATHS,
     NOT_RANGES,
     NOT_SEEDS,
@@ -95,9 +96,15 @@ ROWS = [
                 "learning_rate": ("0.1", 0, -1, np.nan, np.inf, 10**400, 1e300, True, [], 1j, Hostile()),
             },
         ),
+        (functools.partial(observe, input_std=(0.5,)), {"input_mean": (*NOT_NUMBERS, (0.9,), (1e30,))}),
+        (functools.partial(observe, input_mean=(0.0,)), {"input_std": (*NOT_NUMBERS, (0,), (-1,), (2.0,), (1e-300,))}),
+        (observe, {"input_mean": ((0.0,),), "input_std": ((1.0,),)}),
+        (functools.partial(observe, input_mean=(0.0,), input_std=(1.0,)), {"input_range": ((0, 2),)}),
         (
             observation,
             {
+                "input_mean": ((0.0,), 3),
+                "input_std": ((1.0,), "x"),
                 "model": (None, 3, apply, (apply, PARAMS), Hostile()),
                 "gradients": NOT_GRADIENTS,
                 "loss": NOT_NAMES,

@@ -22,6 +22,8 @@ REPORT = [
     "device",
     "seed",
     "input_range",
+    "input_mean",
+    "input_std",
     "defense",
     "gradient_noise",
     "weight_decay",

@@ -9,6 +9,7 @@ import pytest
 import leakjax
 from leakjax.captures import read_capture, write_capture
 from leakjax.errors import InputError
+from leakjax.report.record import unit_scale
 
 DRAW = np.random.default_rng(3)
 SHAPE = (4, 4, 3)
@@ -109,3 +110,70 @@ def test_weight_decay_and_nothing_else_is_refused():
     observation = dataclasses.replace(leakjax.observe(MODEL, (IMAGES, LABELS)), gradients=gradients, weight_decay=0.5)
     with pytest.raises(InputError, match=r"weight_decay 0\.5"):
         leakjax.invert(observation)
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.6, 0.224, 0.05)
+NORMALIZED = (IMAGES - np.array(MEAN)) / np.array(STD)
+TYPED = ("--input-mean", ",".join(map(str, MEAN)), "--input-std", ",".join(map(str, STD)))
+
+
+def normalized(**options):
+    return leakjax.observe(MODEL, (NORMALIZED, LABELS), input_mean=MEAN, input_std=STD, **options)
+
+
+def test_pixels_are_normalized_channel_by_channel():
+    observation = normalized()
+    low, high = observation.limits
+    np.testing.assert_allclose(low * STD + MEAN, 0, atol=1e-12)
+    np.testing.assert_allclose(high * STD + MEAN, 1)
+    assert observation.input_range == (low.min(), high.max())
+    found = leakjax.invert(observation)
+    assert [c.status for c in found.certificates] == ["exact"] * 2
+    assert decibel(unit_scale(found.images, observation.limits), IMAGES) > 200
+    with pytest.raises(InputError, match=r"those of channel 2 would be in"):
+        leakjax.observe(MODEL, (NORMALIZED, LABELS), input_mean=MEAN, input_std=STD[::-1])
+
+
+def test_an_answer_outside_one_channels_range_is_none():
+    observation = normalized()
+    hull = dataclasses.replace(observation, input_mean=None, input_std=None)
+    outside = NORMALIZED.copy()
+    outside[..., 0] = outside[..., 1]  # in the hull of all channels, not in the first one's
+    gradients = leakjax.observe(MODEL, (outside, LABELS), input_range=hull.input_range).gradients
+    assert leakjax.invert(dataclasses.replace(hull, gradients=gradients)).certificates[0].status == "exact"
+    told = leakjax.invert(dataclasses.replace(observation, gradients=gradients))
+    assert [c.status for c in told.certificates] == ["failed"] * 2
+
+
+def test_the_estimate_is_of_pixels_between_0_and_1():
+    observation = normalized(defense="gaussian:1e-4")
+    found = leakjax.invert(observation)
+    pictures = unit_scale(found.images, observation.limits)
+    for k, certificate in enumerate(found.certificates):
+        assert certificate.status == "approximate"
+        assert abs(certificate.psnr_estimate - decibel(pictures[k], IMAGES[k])) < 3
+
+
+def test_the_normalization_goes_with_the_capture(run, folder, words):
+    assert run("capture", *words, *TYPED, "--out", "out").exit_code == 0
+    with np.load(folder / "out/capture.npz") as file:
+        meta = json.loads(str(file["meta"]))
+    assert (tuple(meta["input_mean"]), tuple(meta["input_std"])) == (MEAN, STD)
+    np.savez(folder / "first.npz", images=(255 * IMAGES[:1]).round().astype(np.uint8), labels=LABELS[:1])
+    for given in ((*WORDS, "--capture", "out/capture.npz", "--truth", "first.npz"), (*words, *TYPED)):
+        report = answer(run, *given)
+        assert (tuple(report["input_mean"]), tuple(report["input_std"])) == (MEAN, STD)
+        assert report["input_range"] == meta["input_range"]
+        assert report["examples"][0]["psnr"] > 200
+    answer(run, *WORDS, "--capture", "out/capture.npz", *TYPED)
+    for typed in ((*TYPED[:3], "1"), ("--input-mean", "0", *TYPED[2:])):
+        refused = run("invert", *WORDS, "--capture", "out/capture.npz", *typed)
+        assert refused.exit_code == 2
+        assert "contradicts the capture's own" in refused.stderr
+
+
+def test_one_number_goes_for_all_channels(run, words):
+    report = answer(run, *words, "--input-mean", "0.5", "--input-std", "0.25")
+    assert report["input_range"] == [-2, 2]
+    assert report["input_mean"] == [0.5] * 3
+    assert report["examples"][0]["psnr"] > 200

@@ -16,11 +16,13 @@ from leakjax.cli.options import (
     LearningRate,
     LocalSteps,
     LossName,
+    Mean,
     Name,
     Out,
     Range,
     Seed,
     Shape,
+    Std,
     WeightDecay,
     Weights,
     integers,
@@ -43,6 +45,8 @@ def capture(
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
+    input_mean: Mean = None,
+    input_std: Std = None,
     init: Init = None,
     weights: Weights = None,
     seed: Seed = 0,
@@ -56,7 +60,8 @@ def capture(
         from leakjax.setup import Sending, Setup
 
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
+        told = (loss, input_shape, input_range, weights, input_mean, input_std)
+        setup = Setup.load(model, activation, init, seed, *told)
         sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
         observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         path = directory / "capture.npz"

@@ -20,11 +20,13 @@ from leakjax.cli.options import (
     LearningRate,
     LocalSteps,
     LossName,
+    Mean,
     Name,
     Out,
     Range,
     Seed,
     Shape,
+    Std,
     WeightDecay,
     Weights,
     integers,
@@ -64,6 +66,8 @@ def invert(
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
+    input_mean: Mean = None,
+    input_std: Std = None,
     init: Init = None,
     weights: Weights = None,
     solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
@@ -112,13 +116,16 @@ def invert(
         if weights is not None and (capture is not None or torch_capture is not None):
             raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
+        told = (loss, input_shape, input_range, weights, input_mean, input_std)
+        setup = Setup.load(model, activation, init, seed, *told)
         if captured:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
             observation = _with_decay(observation, weight_decay)
             _agree("--loss", loss, setup.loss, observation.loss)
             _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
             _agree("--input-range", input_range, setup.input_range, observation.input_range)
+            _agree_by_channel("--input-mean", setup.input_mean, observation.input_mean, observation.input_shape[-1])
+            _agree_by_channel("--input-std", setup.input_std, observation.input_std, observation.input_shape[-1])
         else:
             sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
             observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
@@ -138,7 +145,7 @@ def invert(
                 gradient_noise=gradient_noise,
                 progress=tell,
             )
-        pictures = unit_scale(result.images, observation.input_range)
+        pictures = unit_scale(result.images, observation.limits)
         if shown is not None:
             shown = pair_with_truth(shown, pictures, observation.examples)
         report = build_report(RunInfo(model, setup.activation, seed, gradient_noise), observation, result, shown)
@@ -165,3 +172,10 @@ def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
     """A capture says for itself what it holds; an option that says otherwise is a mistake."""
     if typed is not None and asked != captured:
         raise InputError(f"{option}: {typed} contradicts the capture's own {captured}; leave the option out")
+
+
+def _agree_by_channel(option: str, typed: Any, captured: Any, channels: int) -> None:
+    if typed is None or (captured is not None and typed in (captured, captured[:1] if len(set(captured)) == 1 else ())):
+        return
+    own = "which has none: write input_mean and input_std into its meta" if captured is None else f"{list(captured)}"
+    raise InputError(f"{option}: contradicts the capture's own, {own}; leave the option out")

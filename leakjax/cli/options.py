@@ -18,6 +18,13 @@ LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Lo
 Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE.npz", help="Weights of `leakjax train`.")]
 Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
 Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
+Mean = Annotated[
+    str | None, typer.Option("--input-mean", metavar="M[,M..]", help="Mean of a channel: (pixel - M) / S is seen.")
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--input-std", metavar="S[,S..]", help="Standard deviation of a channel."),
+]
 Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization, and of a defense's noise.")]
 DefenseSpec = Annotated[
