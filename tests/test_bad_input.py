@@ -78,7 +78,8 @@ VALUES = {
 }
 TAKEN = {
     "invert": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
-    "--batch-size --local-steps --defense --dtype --attack --gradient-noise --weight-decay --labels --out --no-such-option",
+    "--batch-size --local-steps --defense --dtype --attack --gradient-noise --weight-decay --labels "
+    "--out --no-such-option",
     "capture": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
     "--local-steps --defense "
     "--weight-decay --dtype --out",

@@ -9,6 +9,7 @@ import pytest
 from bad_values import (
     GRADIENTS,
     IMAGES,
+    JUNK,
     LABELS,
     MODEL,
     NOT_COUNTS,
@@ -55,6 +56,11 @@ def observation(**changed):
 
 def inverted(observation=OBSERVATION, **changed):
     return leakjax.invert(observation, **changed)
+
+
+def audited(**changed):
+    given = {"model": MODEL, "input_shape": (4, 4, 1), **changed}
+    return leakjax.audit(given.pop("model"), given.pop("input_shape"), **given)
 
 
 def trained(**changed):
@@ -137,6 +143,24 @@ ROWS = [
                 "progress": (3, "print", [], True),
             },
         ),
+        (
+            audited,
+            {
+                "model": NOT_MODELS,
+                "input_shape": NOT_SHAPES,
+                "images": NOT_IMAGES[1:],
+                "loss": NOT_NAMES,
+                "input_range": NOT_RANGES,
+                "noise": (
+                    *(None, 3, "0.1", "abc", [0], [-1], [np.nan], [np.inf], [1e200], [1e-200], [10**400], ["0.1"]),
+                    *([None], [1j], [True], {0.1: 1}, [[0.1]], np.ones((2, 2)), *JUNK),
+                ),
+                "dp_sgd": (3, "1", {}, (1.0, (1.0,))),
+                "seed": NOT_SEEDS,
+                "progress": (3, "print"),
+            },
+        ),
+        (functools.partial(audited, images=IMAGES), {"labels": NOT_LABELS[1:]}),
         (
             trained,
             {

@@ -175,7 +175,7 @@ def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
 
 
 def _agree_by_channel(option: str, typed: Any, captured: Any, channels: int) -> None:
-    if typed is None or (captured is not None and typed in (captured, captured[:1] if len(set(captured)) == 1 else ())):
+    if typed is None or captured == (typed if len(typed) == channels else typed * channels):
         return
     own = "which has none: write input_mean and input_std into its meta" if captured is None else f"{list(captured)}"
     raise InputError(f"{option}: contradicts the capture's own, {own}; leave the option out")
