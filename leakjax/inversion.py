@@ -21,6 +21,7 @@ from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.attacks.scales import read_scales, rescaled, unscaled
 from leakjax.attacks.stored import stored_rounding
 from leakjax.attacks.told import certifiable
+from leakjax.batch_statistics import batch_remarks
 from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
@@ -28,6 +29,7 @@ from leakjax.model import Model
 from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
+from leakjax.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
 from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, Reconstruction
@@ -92,6 +94,7 @@ def invert(
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
+    given = {name: value for name, value in locals().items() if name != "observation"}
     start = time.perf_counter()
     names = {"attack": (attack, ATTACKS), "prior": (prior, PRIORS), "pull_back": (pull_back, PULL_BACKS)}
     names |= {"solver": (solver, SOLVERS), "optimizer": (optimizer, OPTIMIZERS)}
@@ -129,6 +132,9 @@ def invert(
         wide = _cast(observation.model, tuple(observation.input_shape), dtype)
         model = wide.model
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+        remarks = batch_remarks(model, observation.input_shape, floating)
+        for remark in remarks:
+            monitor.tell(remark)
         chain = _chain(model, observation, dtype, chosen.layerwise)
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
@@ -171,7 +177,36 @@ def invert(
             outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
-    return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+    found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+    found = dataclasses.replace(found, remarks=remarks)
+    failed = all(c.status == "failed" for c in found.certificates)
+    return _in_another_order(observation, found, given) if failed and observation.interchangeable else found
+
+
+def _in_another_order(observation: Observation, found: Reconstruction, given: Mapping[str, Any]) -> Reconstruction:
+    """What the capture gives with its interchangeable layers in the order that its gradient is consistent with.
+
+    Where no other order is, `found`, whose certificates name the layers.
+    """
+    quick = {"attack": "rgap", "dtype": given["dtype"]}
+    best, chosen = 0, None
+    try:
+        best = consistent_layers(invert(first_victim(observation), **quick))
+        for moved, other in reorderings(observation):
+            depth = consistent_layers(invert(first_victim(other), **quick))
+            best, chosen = (depth, (moved, other)) if depth > best else (best, chosen)
+    except InputError:  # not a chain of affine layers
+        chosen = None
+    if chosen is not None:
+        moved, other = chosen
+        again = invert(other, **given)
+        if any(c.status != "failed" for c in again.certificates):
+            return dataclasses.replace(again, remarks=(*again.remarks, remark_of(moved)))
+    words = doubt(observation.interchangeable)
+    certificates = tuple(
+        dataclasses.replace(c, reason=words if c.reason is None else f"{c.reason}; {words}") for c in found.certificates
+    )
+    return dataclasses.replace(found, certificates=certificates)
 
 
 def _reckoned_with(problem: Problem, defense: str) -> bool:

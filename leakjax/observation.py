@@ -35,7 +35,9 @@ class Observation:
     - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step);
     - `weight_decay`: lambda, where what was sent is g + lambda theta;
     - `input_mean`, `input_std`: by channel, where the model sees (pixel - mean) / std of pixels in [0, 1];
-      `input_range` is then the least and greatest value over all channels.
+      `input_range` is then the least and greatest value over all channels;
+    - `interchangeable`: groups of layers of one kind and shape, which a capture from PyTorch may hold in another order
+      than the model uses them; () elsewhere.
     """
 
     model: Model
@@ -51,6 +53,7 @@ class Observation:
     weight_decay: float = 0.0
     input_mean: tuple[float, ...] | None = None
     input_std: tuple[float, ...] | None = None
+    interchangeable: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -104,6 +107,8 @@ def observe(
     - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only;
     - `input_mean`, `input_std`: in place of `input_range`, C numbers each (or one for all channels): `images` are
       (pixel - mean) / std of pixels in [0, 1].
+
+    A model in training mode (batch norm by the batch's own statistics) is taken as it is; `invert` remarks on it.
 
     Returns the `Observation`; the images are not in it.
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown

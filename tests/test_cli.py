@@ -29,6 +29,7 @@ REPORT = [
     "weight_decay",
     "local_steps",
     "examples",
+    "remarks",
     "seconds",
 ]
 EXAMPLE = [

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from leakjax.arguments import instance, listener
+from leakjax.batch_statistics import batch_remarks
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
@@ -83,6 +84,7 @@ def audit(
         read, remarks = in_precision(read, shape, dtype)
         segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
         remarks += unreadable
+        remarks += () if shapes_only else batch_remarks(read, shape, dtype)
         geometries = [s.geometry for s in segments] or [_whole(read, shape)]
         names = [s.name for s in segments] or ["network"]
         chosen = smallest_withheld(geometries)

@@ -52,6 +52,7 @@ def build_report(
             "weight_decay": observation.weight_decay,
             "local_steps": observation.local_steps,
             "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
+            "remarks": list(result.remarks),
             "seconds": result.seconds,
         }
     )
