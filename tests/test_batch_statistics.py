@@ -1,5 +1,6 @@
 """Models in training mode do not pass in silence."""
 
+import io
 import time
 
 import jax
@@ -7,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from rich.console import Console
 
 import leakjax
 from leakjax.batch_statistics import batch_remarks
 from leakjax.model import read_model
 from leakjax.models import build_model
+from leakjax.report.record import RunInfo, build_report
+from leakjax.report.table import print_report
 
 DRAW = np.random.default_rng(0)
 SHAPE = (6, 6, 2)
@@ -106,9 +110,14 @@ def test_inversions_and_audits_carry_the_remark():
     heard = []
     model = Normed("batch")
     observation = leakjax.observe(model, (IMAGES, LABELS))
-    found = leakjax.invert(observation, progress=heard.append)
+    found = leakjax.invert(observation, attack="dlg", steps=2, progress=heard.append)
     (remark,) = found.remarks
     assert remark in heard
     assert remark in leakjax.audit(model, SHAPE).remarks
+    report = build_report(RunInfo("net", None, 0), observation, found)
+    assert report["remarks"] == [remark]
+    printed = io.StringIO()
+    print_report(Console(file=printed, width=999), report)
+    assert printed.getvalue().count(remark) == 1
     model.eval()
-    assert leakjax.invert(leakjax.observe(model, (IMAGES, LABELS))).remarks == ()
+    assert leakjax.invert(leakjax.observe(model, (IMAGES, LABELS)), attack="dlg", steps=2).remarks == ()
