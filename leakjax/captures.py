@@ -13,6 +13,7 @@ from leakjax.errors import InputError
 from leakjax.files import write_npz
 from leakjax.losses import LOSSES
 from leakjax.model import Model
+from leakjax.normalization import check_normalization, hull, spread
 from leakjax.npz import Npz, open_npz
 from leakjax.observation import Observation, output_count
 
@@ -37,6 +38,10 @@ def write_capture(observation: Observation, path: Path) -> None:
         meta["defense"] = observation.defense
     if observation.local_steps > 1:
         meta |= {"local_steps": observation.local_steps, "learning_rate": observation.learning_rate}
+    if observation.weight_decay:
+        meta["weight_decay"] = observation.weight_decay
+    if observation.input_mean is not None and observation.input_std is not None:
+        meta |= {"input_mean": list(observation.input_mean), "input_std": list(observation.input_std)}
     if not single:
         meta["victims"] = observation.victims
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
@@ -102,19 +107,34 @@ def _match_gradients(found: Mapping[str, Any], model: Model, victims: int | None
 
 def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[str, np.ndarray]) -> Observation:
     """The observation that a capture's `meta` and arrays describe; the client's precision is the arrays' own."""
+    mean, std = _normalization(meta)
+    between = meta["input_range"] if mean is None or "input_range" in meta else hull(mean, std)
     precision = max((g.dtype for g in gradients.values()), key=lambda d: np.finfo(d).eps if d.kind == "f" else 0)
     return Observation(
         model,
         gradients,
         meta["loss"],
         tuple(int(s) for s in meta["input_shape"]),
-        (float(meta["input_range"][0]), float(meta["input_range"][1])),
+        (float(between[0]), float(between[1])),
         int(meta.get("examples", 1)),
         str(precision),
         meta.get("defense"),
         int(meta.get("local_steps", 1)),
         meta.get("learning_rate"),
+        float(meta.get("weight_decay", 0.0)),
+        mean,
+        std,
     )
+
+
+def _normalization(meta: Mapping[str, Any], prefix: str = "") -> tuple[Any, Any]:
+    """(mean, std) by channel, or (None, None)."""
+    names = f"{prefix}input_mean", f"{prefix}input_std"
+    mean, std = check_normalization(meta.get("input_mean"), meta.get("input_std"), names)
+    if mean is None:
+        return None, None
+    channels = int(meta["input_shape"][-1])
+    return spread(mean, channels, names), spread(std, channels, names)
 
 
 def read_meta(file: Npz, argument: str) -> dict[str, Any]:
@@ -129,24 +149,28 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
         raise InputError(f"{argument}: meta is not JSON ({error})") from None
     if not isinstance(meta, dict):
         raise InputError(f"{argument}: meta must be a JSON object")
+    told = "input_mean" in meta or "input_std" in meta
     for key in ("loss", "input_shape", "input_range"):
-        if key not in meta:
+        if key not in meta and not (key == "input_range" and told):
             raise InputError(f"{argument}: meta lacks {key!r}")
     if not isinstance(meta["loss"], str) or meta["loss"] not in LOSSES:
         raise InputError(f"{argument}: meta's loss {meta['loss']!r} is none of {', '.join(LOSSES)}")
-    shape, limits = meta["input_shape"], meta["input_range"]
+    shape, limits = meta["input_shape"], meta.get("input_range", [0, 1])
     if not (isinstance(shape, list) and 0 < len(shape) < 10 and all(map(_positive_integer, shape))):
         raise InputError(f"{argument}: meta's input_shape must be [H, W, C], got {shape!r}")
     if not (isinstance(limits, list) and len(limits) == 2 and all(map(_finite_number, limits))):
         raise InputError(f"{argument}: meta's input_range must be [low, high], got {limits!r}")
     if not limits[0] < limits[1]:
         raise InputError(f"{argument}: meta's input_range must have low < high, got {limits!r}")
+    _normalization(meta, f"{argument}: meta's ")
     if meta.get("reduction", "mean") != "mean":
         raise InputError(f"{argument}: meta's reduction must be 'mean', got {meta['reduction']!r}")
     if not isinstance(meta.get("defense"), str | None):
         raise InputError(f"{argument}: meta's defense must be a specification, got {meta['defense']!r}")
     if not (meta.get("learning_rate") is None or _finite_number(meta["learning_rate"])):
         raise InputError(f"{argument}: meta's learning_rate must be a number, got {meta['learning_rate']!r}")
+    if not _finite_number(meta.get("weight_decay", 0.0)):
+        raise InputError(f"{argument}: meta's weight_decay must be a number, got {meta['weight_decay']!r}")
     for key in ("examples", "victims", "local_steps"):
         if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")

@@ -64,6 +64,18 @@ def check_steps(local_steps: Any, learning_rate: Any) -> tuple[int, float | None
     return local_steps, None if local_steps == 1 else rate
 
 
+def check_decay(weight_decay: Any, local_steps: int) -> float:
+    """lambda as it is recorded, 0 for none; one that cannot be subtracted from what was sent raises `InputError`."""
+    decay = real("weight_decay", weight_decay, "a number from 0")
+    if decay < 0:
+        raise InputError(f"weight_decay must be a number from 0, got {weight_decay!r}")
+    if decay and local_steps > 1:
+        raise InputError(
+            f"weight_decay goes with one local step, got {local_steps}: it decays the weights of every step between"
+        )
+    return decay
+
+
 @dataclasses.dataclass(frozen=True)
 class Protection:
     """A defense as `observe` applies it: one of the table by its `setting`, or a transformation given as such."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from leakjax._widening import Wide, in_one_precision
-from leakjax.arguments import check_solving, instance
+from leakjax.arguments import check_solving, instance, real
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
 from leakjax.attacks.noisy import with_noise
@@ -21,6 +21,7 @@ from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.attacks.scales import read_scales, rescaled, unscaled
 from leakjax.attacks.stored import stored_rounding
 from leakjax.attacks.told import certifiable
+from leakjax.batch_statistics import batch_remarks
 from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
 from leakjax.losses import labels_of
@@ -28,6 +29,7 @@ from leakjax.model import Model
 from leakjax.network import read_network
 from leakjax.observation import Observation, run_model
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
+from leakjax.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
 from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, Reconstruction
@@ -92,6 +94,7 @@ def invert(
 
     Reference: Zhu & Blaschko (arXiv 2010.07733); Chen & Campbell (arXiv 2111.10178).
     """
+    given = {name: value for name, value in locals().items() if name != "observation"}
     start = time.perf_counter()
     names = {"attack": (attack, ATTACKS), "prior": (prior, PRIORS), "pull_back": (pull_back, PULL_BACKS)}
     names |= {"solver": (solver, SOLVERS), "optimizer": (optimizer, OPTIMIZERS)}
@@ -129,12 +132,16 @@ def invert(
         wide = _cast(observation.model, tuple(observation.input_shape), dtype)
         model = wide.model
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+        remarks = batch_remarks(model, observation.input_shape, floating)
+        for remark in remarks:
+            monitor.tell(remark)
         chain = _chain(model, observation, dtype, chosen.layerwise)
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
         stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
-        precision = max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
-        gradients = {p: np.asarray(g, floating) for p, g in observation.gradients.items()}
+        sent, amplified = _without_decay(observation)
+        precision = amplified * max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
+        gradients = {p: np.asarray(g, floating) for p, g in sent.items()}
         problem = Problem(
             chain,
             network,
@@ -159,6 +166,7 @@ def invert(
             defense=_told(observation, adaptive and not chosen.layerwise, gradient_noise),
             local_steps=observation.local_steps,
             learning_rate=observation.learning_rate,
+            channel_limits=None if observation.input_mean is None else observation.limits,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         scalings = read_scales(problem)
@@ -169,7 +177,36 @@ def invert(
             outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
-    return _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+    found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+    found = dataclasses.replace(found, remarks=remarks)
+    failed = all(c.status == "failed" for c in found.certificates)
+    return _in_another_order(observation, found, given) if failed and observation.interchangeable else found
+
+
+def _in_another_order(observation: Observation, found: Reconstruction, given: Mapping[str, Any]) -> Reconstruction:
+    """What the capture gives with its interchangeable layers in the order that its gradient is consistent with.
+
+    Where no other order is, `found`, whose certificates name the layers.
+    """
+    quick = {"attack": "rgap", "dtype": given["dtype"]}
+    best, chosen = 0, None
+    try:
+        best = consistent_layers(invert(first_victim(observation), **quick))
+        for moved, other in reorderings(observation):
+            depth = consistent_layers(invert(first_victim(other), **quick))
+            best, chosen = (depth, (moved, other)) if depth > best else (best, chosen)
+    except InputError:  # not a chain of affine layers
+        chosen = None
+    if chosen is not None:
+        moved, other = chosen
+        again = invert(other, **given)
+        if any(c.status != "failed" for c in again.certificates):
+            return dataclasses.replace(again, remarks=(*again.remarks, remark_of(moved)))
+    words = doubt(observation.interchangeable)
+    certificates = tuple(
+        dataclasses.replace(c, reason=words if c.reason is None else f"{c.reason}; {words}") for c in found.certificates
+    )
+    return dataclasses.replace(found, certificates=certificates)
 
 
 def _reckoned_with(problem: Problem, defense: str) -> bool:
@@ -205,12 +242,32 @@ def _sigma_told(observation: Observation, gradient_noise: float | None) -> float
     return gradient_noise
 
 
+def _without_decay(observation: Observation) -> tuple[Mapping[str, Any], float]:
+    """Each victim's g = s - lambda theta of what was sent, s, and by how much more its rounding weighs there."""
+    decay = observation.weight_decay
+    if decay == 0:
+        return observation.gradients, 1.0
+    params = {p: np.asarray(theta, float) for p, theta in observation.model.params.items()}
+    left = {p: np.asarray(g, float) - decay * params[p] for p, g in observation.gradients.items()}
+    before, after = (_sizes(arrays, observation.victims) for arrays in (observation.gradients, left))
+    if np.any(after <= 1e-14 * before):
+        raise InputError(
+            f"weight_decay {decay:g} times the weights is all there is in gradient {int(np.argmin(after / before))}"
+        )
+    return left, float(np.max(np.maximum(before / after, 1.0)))
+
+
+def _sizes(arrays: Mapping[str, Any], victims: int) -> np.ndarray:
+    """||g|| of every victim."""
+    return np.sqrt(sum(np.sum(np.asarray(g, float).reshape(victims, -1) ** 2, axis=1) for g in arrays.values()))
+
+
 def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
     if gradient_noise is None:
         return
-    number = isinstance(gradient_noise, int | float) and not isinstance(gradient_noise, bool)
-    if not (number and 0 < gradient_noise < np.inf):
-        raise InputError(f"gradient_noise must be a standard deviation above 0, or None, got {gradient_noise!r}")
+    wanted = "a standard deviation above 0, or None"
+    if not real("gradient_noise", gradient_noise, wanted) > 0:
+        raise InputError(f"gradient_noise must be {wanted}, got {gradient_noise!r}")
     if observation.defense is not None:
         raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
 
@@ -281,13 +338,14 @@ def _assemble(
     unknowns = int(np.prod(shape))
     low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
+    middle = 0.5 * (problem.limits[0] + problem.limits[1])
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
     certificates = certify_together(certificates, outcomes, problem.examples)
     if observation.defense is not None and not _reckoned_with(problem, observation.defense):
         certificates = [c if c.status == "approximate" else _defended(c) for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
-        images.append(np.full(shape, 0.5 * (low + high)) if best is None else best.image)
+        images.append(np.full(shape, middle) if best is None else best.image)
         labels.append(-1 if best is None else best.label)
         residuals.append(np.inf if best is None else best.gradient_residual)
         shares = None if certificate.status == "failed" else agreed(outcome, high - low)

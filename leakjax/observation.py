@@ -11,11 +11,12 @@ import optax
 from jaxtyping import Int, Shaped
 
 from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
-from leakjax.client import Protection, check_steps, client_program
+from leakjax.client import Protection, check_decay, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
 from leakjax.errors import InputError, cannot_run
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Model, read_model
+from leakjax.normalization import Limits, channel_limits, check_normalization, hull, spread
 from leakjax.precision import compute_in
 
 
@@ -31,7 +32,12 @@ class Observation:
     - `precision`: the floating dtype in which the client computed;
     - `defense`: what a client did to its gradient, a specification of `defenses.DEFENSES` ("gaussian:0.001"),
       "custom" for a transformation that the server does not know, or None;
-    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step).
+    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step);
+    - `weight_decay`: lambda, where what was sent is g + lambda theta;
+    - `input_mean`, `input_std`: by channel, where the model sees (pixel - mean) / std of pixels in [0, 1];
+      `input_range` is then the least and greatest value over all channels;
+    - `interchangeable`: groups of layers of one kind and shape, which a capture from PyTorch may hold in another order
+      than the model uses them; () elsewhere.
     """
 
     model: Model
@@ -44,6 +50,10 @@ class Observation:
     defense: str | None = None
     local_steps: int = 1
     learning_rate: float | None = None
+    weight_decay: float = 0.0
+    input_mean: tuple[float, ...] | None = None
+    input_std: tuple[float, ...] | None = None
+    interchangeable: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -52,6 +62,13 @@ class Observation:
     def victims(self) -> int:
         """How many gradients there are."""
         return len(next(iter(self.gradients.values())))
+
+    @property
+    def limits(self) -> Limits:
+        """(lowest, highest) value of a pixel: two numbers, or (C,) each where channels differ."""
+        if self.input_mean is None or self.input_std is None:
+            return self.input_range
+        return channel_limits(self.input_mean, self.input_std)
 
 
 def observe(
@@ -67,12 +84,15 @@ def observe(
     seed: int = 0,
     local_steps: int = 1,
     learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    input_mean: Sequence[float] | None = None,
+    input_std: Sequence[float] | None = None,
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
 
     With k `local_steps` it is the update of FedAvg instead: from theta_0 the client takes k plain gradient steps, each
     on all of its B examples, and sends (theta_0 - theta_k) / learning_rate = sum_{j < k} g(theta_j), which for k = 1 is
-    the gradient. A `defense` acts last, on each victim's own gradient or update.
+    the gradient. A `defense` acts on each victim's own gradient or update; `weight_decay` adds lambda theta to that.
 
     Arguments:
     - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
@@ -83,18 +103,28 @@ def observe(
     - `defense`: a specification `name[:value[,value..]]` of `defenses.DEFENSES`, as "gaussian:1e-3", or any
       `optax.GradientTransformation`, from its initial state for every victim; `optax.chain` composes several;
     - `seed`: of a defense's random numbers; every victim draws its own (a given transformation has its own key);
-    - `local_steps`, `learning_rate`: k and the rate, which several steps need.
+    - `local_steps`, `learning_rate`: k and the rate, which several steps need;
+    - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only;
+    - `input_mean`, `input_std`: in place of `input_range`, C numbers each (or one for all channels): `images` are
+      (pixel - mean) / std of pixels in [0, 1].
+
+    A model in training mode (batch norm by the batch's own statistics) is taken as it is; `invert` remarks on it.
 
     Returns the `Observation`; the images are not in it.
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
-    defense, or local steps without a rate.
+    defense, local steps without a rate, or weight decay with several.
     """
     choice("loss", loss, LOSSES)
     seed = whole("seed", seed, 0, 2**63 - 1)
-    limits = interval("input_range", input_range)
+    between = interval("input_range", input_range)
+    mean, std = check_normalization(input_mean, input_std)
+    if mean is not None and between != (0.0, 1.0):
+        raise InputError("input_mean and input_std say what a pixel can be; leave out input_range")
     read = read_model(model, params)
-    images, labels = _check_batch(batch, limits, batch_size)
+    images, labels, mean, std = _check_batch(batch, between, mean, std, batch_size)
+    between = between if mean is None else hull(mean, std)
     steps = check_steps(local_steps, learning_rate)
+    decay = check_decay(weight_decay, steps[0])
     protect = Protection.read(defense, seed, local_steps)
     with compute_in(dtype) as floating:
         read = read.astype(floating)
@@ -110,11 +140,11 @@ def observe(
         for victim, (x, y) in enumerate(zip(*groups, strict=True)):
             inputs = jnp.asarray(x, floating)
             g = update(read.params, read.buffers, inputs, y)
-            sent.append(protect.apply(g, read, inputs, victim))
+            g = protect.apply(g, read, inputs, victim)
+            sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
-    return Observation(
-        read, stacked, loss, tuple(images.shape[1:]), limits, int(batch_size), dtype, protect.name, *steps
-    )
+    told = (int(batch_size), dtype, protect.name, *steps, decay, mean, std)
+    return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told)
 
 
 def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -146,10 +176,12 @@ def check_observation(observation: Observation) -> None:
     params, gradients = observation.model.params, observation.gradients
     choice("loss", observation.loss, LOSSES)
     sizes("input_shape", observation.input_shape)
-    interval("input_range", observation.input_range)
+    between = interval("input_range", observation.input_range)
+    _check_normalized(observation, between)
     whole("examples", observation.examples, 1)
     _check_precision(observation.precision)
     check_steps(observation.local_steps, observation.learning_rate)
+    check_decay(observation.weight_decay, observation.local_steps)
     if observation.defense is not None and observation.defense != CUSTOM:
         build_defense(observation.defense)
     for path in params:
@@ -177,6 +209,21 @@ def check_observation(observation: Observation) -> None:
         )
 
 
+def _check_normalized(observation: Observation, between: tuple[float, float]) -> None:
+    mean, std = check_normalization(observation.input_mean, observation.input_std)
+    if mean is None:
+        return
+    channels, given = observation.input_shape[-1], (observation.input_mean or (), observation.input_std or ())
+    if {len(numbers) for numbers in given} != {channels}:
+        raise InputError(f"input_mean and input_std must hold {channels} numbers each, one a channel")
+    low, high = hull(mean, std)
+    if not np.allclose(between, (low, high), rtol=0, atol=1e-3 * (high - low)):
+        raise InputError(
+            f"input_range [{between[0]:g}, {between[1]:g}] contradicts input_mean and input_std, with which pixels lie "
+            f"in [{low:g}, {high:g}]; leave it out"
+        )
+
+
 def _check_precision(precision: Any) -> None:
     try:
         known = isinstance(precision, str) and jnp.issubdtype(jnp.dtype(precision), jnp.floating)
@@ -186,14 +233,15 @@ def _check_precision(precision: Any) -> None:
         raise InputError(f"precision must be a floating dtype's name, such as 'float64', got {shown(precision)}")
 
 
-def _check_batch(batch: Any, limits: tuple[float, float], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_batch(
+    batch: Any, between: tuple[float, float], mean: Any, std: Any, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, Any, Any]:
     try:
         given, labels = batch
     except Exception:
         raise InputError("batch must be a pair (images, labels) of arrays") from None
     images = array("images", given, "buif", "real numbers").astype(float)
     labels = array("labels", labels, "iu", "integers")
-    low, high = limits
     if images.ndim < 2 or len(images) == 0:
         raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
     if images[0].size == 0:
@@ -202,6 +250,11 @@ def _check_batch(batch: Any, limits: tuple[float, float], batch_size: int) -> tu
         raise InputError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}")
     if not np.all(np.isfinite(images)):
         raise InputError("images hold NaN or infinite values")
+    if mean is not None:
+        channels = images.shape[-1]
+        mean, std = spread(mean, channels), spread(std, channels)
+        _check_channels(images, mean, std)
+    low, high = between if mean is None else hull(mean, std)
     if images.min() < low - 1e-9 or images.max() > high + 1e-9:
         raise InputError(
             f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
@@ -210,4 +263,15 @@ def _check_batch(batch: Any, limits: tuple[float, float], batch_size: int) -> tu
     whole("batch_size", batch_size, 1)
     if len(images) % batch_size:
         raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
-    return images, labels
+    return images, labels, mean, std
+
+
+def _check_channels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    pixels = images * np.asarray(std) + np.asarray(mean)
+    for channel in range(len(mean)):
+        least, most = pixels[..., channel].min(), pixels[..., channel].max()
+        if least < -1e-6 or most > 1 + 1e-6:
+            raise InputError(
+                f"images must be normalized, (pixel - input_mean) / input_std of pixels in [0, 1]; those of channel "
+                f"{channel} would be in [{least:.4g}, {most:.4g}]"
+            )

@@ -80,7 +80,8 @@ class Reconstruction:
     - `gradient_scale` (N,): the factor c of each example's gradient in what was sent, c dL/dtheta: 1 unless it was read
       otherwise from the last layer;
     - `targets`: by example, what its loss compares the logits with, where that is no integer label (then `labels` has
-      -1); None elsewhere.
+      -1); None elsewhere;
+    - `remarks`: what else the server should know, in words: of the model, or of how a capture was read.
     """
 
     attack: str
@@ -96,6 +97,7 @@ class Reconstruction:
     seconds: dict[str, float]
     gradient_scale: Float[np.ndarray, " N"]
     targets: tuple[Float[np.ndarray, " K"] | None, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def label_sources(self) -> tuple[str, ...]:

@@ -127,6 +127,7 @@ def _segment(
         return smooth({**{v: variables[path] for v, path in names.items() if path in used}, start: x}, smoothing)
 
     def activation(entry: int, exit: int) -> Activation:
+        _refuse_integers(graph, entry)
         function, parametric = _reader(graph, names, [entry], exit)
         scalar = _on_any_shape(lambda variables, z: function(variables, [z]), graph.structs[entry].shape)
         return build_activation(scalar, model.variables, dtype, parametric=bool(parametric))
@@ -154,6 +155,18 @@ def _segment(
         if flaw is not None:
             raise not_invertible(str(segment.nonlinearity), flaw)
     return segment
+
+
+def _refuse_integers(graph: _jaxpr.Graph, value: int) -> None:
+    """A value between layers that holds no floating numbers has no derivative, and no activation acts on it."""
+    dtype = graph.structs[value].dtype
+    if jnp.issubdtype(dtype, jnp.floating):
+        return
+    made = next((f"by `{e.name}` at {e.location}" for e in graph.equations if value in e.outputs), "by the model")
+    raise UnreadableModelError(
+        f"cannot read the model layer by layer: {dtype} values stand between its layers, made {made}; no derivative "
+        "passes through them"
+    )
 
 
 def _reader(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from leakjax.losses import LOSSES
 from leakjax.memory import fits_in_memory
 from leakjax.model import Model, read_model
 from leakjax.models import MODELS, build_model, load_factory
+from leakjax.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
 from leakjax.observation import Observation, observe, output_count
 from leakjax.weights import read_weights
 
@@ -27,9 +28,11 @@ class Sending(NamedTuple):
     seed: int = 0
     local_steps: int = 1
     learning_rate: float | None = None
+    weight_decay: float = 0.0
 
 
 _PLAINLY = Sending()
+_OPTIONS = ("--input-mean", "--input-std")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +44,8 @@ class Setup:
     input_shape: tuple[int, int, int] | None
     input_range: tuple[float, float]
     loss: str
+    input_mean: Numbers | None = None
+    input_std: Numbers | None = None
 
     @classmethod
     def load(
@@ -53,12 +58,22 @@ class Setup:
         input_shape: str | None,
         input_range: str | None,
         weights: Path | None = None,
+        input_mean: str | None = None,
+        input_std: str | None = None,
     ) -> "Setup":
         """Build the model of the zoo or the user's `package.module:factory`; options as typed.
 
         `weights`: an npz file of `weights.write_weights`, whose arrays replace those of the initialization.
         """
+        mean, std = _normalization(input_mean, input_std)
+        if mean is not None and input_range is not None:
+            raise InputError("--input-mean and --input-std say what a pixel can be; leave out --input-range")
         setup = cls._initialized(name, activation, init, seed, loss, input_shape, input_range)
+        if mean is not None:
+            if setup.input_shape is not None:
+                channels = setup.input_shape[-1]
+                mean, std = spread(mean, channels, _OPTIONS), spread(std, channels, _OPTIONS)
+            setup = dataclasses.replace(setup, input_range=hull(mean, std), input_mean=mean, input_std=std)
         return setup if weights is None else dataclasses.replace(setup, model=read_weights(weights, setup.model))
 
     @classmethod
@@ -97,6 +112,13 @@ class Setup:
             loss or spec.loss,
         )
 
+    @property
+    def limits(self) -> Limits:
+        """(low, high) of a pixel: two numbers, or (C,) each where channels differ."""
+        if self.input_mean is None or self.input_std is None:
+            return self.input_range
+        return channel_limits(self.input_mean, self.input_std)
+
     def observe(
         self,
         dataset: str,
@@ -110,9 +132,11 @@ class Setup:
         data = self._pictures(dataset, index, images)
         observation = observe(
             self.model,
-            (to_range(data.images, self.input_range), data.labels),
+            (to_range(data.images, self.limits), data.labels),
             loss=self.loss,
-            input_range=self.input_range,
+            input_range=self.input_range if self.input_mean is None else (0.0, 1.0),
+            input_mean=self.input_mean,
+            input_std=self.input_std,
             batch_size=batch_size,
             dtype=dtype,
             **sending._asdict(),
@@ -122,7 +146,7 @@ class Setup:
     def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""
         data = self._pictures(dataset or "samples", index, images)
-        return to_range(data.images, self.input_range), data.labels
+        return to_range(data.images, self.limits), data.labels
 
     def train_and_test(self, dataset: str, limit: int | None) -> tuple[Images, Images]:
         """Pictures to train on and to test by, at most `limit` of each."""
@@ -182,6 +206,19 @@ def _shape(text: str) -> tuple[int, int, int]:
     if not fits_in_memory(64 * height * width * channels):
         raise InputError(f"--input-shape: an image of {text} does not fit into memory")
     return height, width, channels
+
+
+def _normalization(mean: str | None, std: str | None) -> tuple[Any, Any]:
+    """(mean, std) as typed, "0.485,0.456,0.406", checked."""
+    parts = [None if text is None else _numbers(name, text) for name, text in zip(_OPTIONS, (mean, std), strict=True)]
+    return check_normalization(parts[0], parts[1], _OPTIONS)
+
+
+def _numbers(option: str, text: str) -> Numbers:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option}: expected numbers separated by commas, got {text!r}") from None
 
 
 def _limits(text: str) -> tuple[float, float]:

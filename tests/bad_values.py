@@ -55,6 +55,11 @@ RECONSTRUCTION = Reconstruction(
 JUNK = (object(), Hostile(), lambda: 0, {"a": 1}, b"bytes", 1j)
 NOT_NAMES = (None, 3, True, [], ("a",), np.array(["a"]), "", "no such name", "[/]", *JUNK)
 NOT_COUNTS = ("2", "", 0, -1, 1.0, 1.5, True, np.nan, np.inf, 10**30, [], [1], np.array([1, 2]), *JUNK)
+NOT_SIZES = ("1", 0, -1, True, np.nan, np.inf, 10**400, 1e300, [], [1.0], np.ones(2), *JUNK)
+NOT_NUMBERS = (
+    *(3, "0.5", "abc", [], (), (None,), ("0.5",) * 3, (np.nan,), (np.inf,), (0.5, 0.5), (0.5,) * 4, (1j,), [[0.5]]),
+    *(True, {0: 0.5}, (10**400,), *JUNK),
+)
 NOT_SEEDS = ("2", -1, 1.5, True, np.nan, [], 10**30, *JUNK)
 NOT_RANGES = (
     None,

@@ -54,6 +54,10 @@ VALUES = {
     ),
     "--dtype": ("", "float16", "double", "64", "[red]"),
     "--attack": NAMES,
+    "--weight-decay": NUMBER,
+    "--input-mean": ("", "x", "0.5", "nan", "0.5,"),
+    "--input-std": ("", "x", "1", "0"),
+    "--gradient-noise": (*NUMBER, "0"),
     "--prior": NAMES,
     "--solver": NAMES,
     "--pull-back": NAMES,
@@ -73,10 +77,12 @@ VALUES = {
     "--dataset": (*NAMES, "mnist", "folder:", "folder:missing", "foolbox/nothing", "samples:9.9.9"),
 }
 TAKEN = {
-    "invert": "--model --input-shape --input-range --loss --seed --index --images --weights --batch-size --local-steps "
-    "--defense --dtype --attack --labels --out --no-such-option",
-    "capture": "--model --input-shape --input-range --loss --seed --index --images --weights --local-steps --defense "
-    "--dtype --out",
+    "invert": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
+    "--batch-size --local-steps --defense --dtype --attack --gradient-noise --weight-decay --labels "
+    "--out --no-such-option",
+    "capture": "--model --input-shape --input-range --input-mean --input-std --loss --seed --index --images --weights "
+    "--local-steps --defense "
+    "--weight-decay --dtype --out",
     "audit": "--model --input-shape --input-range --loss --seed --index --images --weights --noise --noise-multiplier "
     "--clip --fail-above --out",
     "train": "--input-shape --seed --weights --batch-size --defense --dtype --optimizer --epochs --clients "
@@ -102,6 +108,23 @@ ROWS += [
     for option in ("--steps", "--starts")
     for value in (*WHOLE, "0", "9" * 20)
 ]
+ROWS += [
+    (command, *DATA, *(word for pair in zip(("--input-mean", "--input-std"), pair, strict=True) for word in pair), word)
+    for command in ("invert", "capture")
+    for pair, word in (
+        (("x", "1"), "--input-mean"),
+        (("nan", "1"), "--input-mean"),
+        (("0", "0"), "--input-std"),
+        (("0", "-1"), "--input-std"),
+        (("0,0", "1"), "--input-mean"),
+        (("0", "1,1"), "--input-mean"),
+        (("0", "1e-200"), "--input-std"),
+        (("1e200", "1"), "--input-mean"),
+        (("0,0,x", "1"), "--input-mean"),
+    )
+]
+ROWS += [("invert", *DATA, "--input-mean", "0", "--input-std", "1", "--input-range", "0,1", "--input-range")]
+ROWS += [("invert", *OWN, "--capture", "small.npz", "--input-mean", "0", "--input-std", "1", "--capture")]
 ROWS += [("invert", *DATA, "--local-steps", "2", "--learning-rate", value, "--learning-rate") for value in NUMBER]
 ROWS += [
     ("audit", *OWN, "--clip", "1", "--noise-multiplier", "0.1", option, value, option)
@@ -152,21 +175,26 @@ NO_EFFECT = [
         ("invert", *DATA, "--attack", attack, option, value, option)
         for attack, options in {
             "copa": "--starts --steps",
-            "rgap": "--starts --steps --prior --pull-back --optimizer",
-            "rconv": "--starts --steps --prior --pull-back --optimizer",
-            "hybrid": "--starts --pull-back",
+            "rgap": "--starts --steps --prior --pull-back --optimizer --gradient-noise",
+            "rconv": "--starts --steps --prior --pull-back --optimizer --gradient-noise",
+            "hybrid": "--starts --pull-back --gradient-noise",
             "match": "--steps",
-            "dlg": "--solver --prior --pull-back --optimizer",
-            "idlg": "--solver --prior --pull-back --optimizer",
-            "inverting_gradients": "--solver --prior --pull-back --optimizer",
+            "dlg": "--solver --prior --pull-back --optimizer --gradient-noise",
+            "idlg": "--solver --prior --pull-back --optimizer --gradient-noise",
+            "inverting_gradients": "--solver --prior --pull-back --optimizer --gradient-noise",
         }.items()
         for option in options.split()
-        for value in [{"--starts": "2", "--steps": "9", "--prior": "tv", "--optimizer": "adam"}.get(option, "auto")]
+        for value in [
+            {"--starts": "2", "--steps": "9", "--prior": "tv", "--optimizer": "adam", "--gradient-noise": "1"}.get(
+                option, "auto"
+            )
+        ]
     ),
     *(
         ("invert", *OWN, "--capture", "small.npz", option, value, option)
         for option, value in (("--dataset", "digits"), ("--index", "1"), ("--batch-size", "2"), ("--init", "torch"))
     ),
+    ("invert", *DATA, "--defense", "sign", "--gradient-noise", "1", "--gradient-noise"),
     ("invert", *DATA, "--prior", "none", "--optimizer", "adam", "--optimizer"),
     ("invert", *DATA, "--learning-rate", "0.1", "--learning-rate"),
     ("capture", *DATA, "--learning-rate", "0.1", "--learning-rate"),

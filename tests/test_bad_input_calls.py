@@ -9,6 +9,7 @@ import pytest
 from bad_values import (
     GRADIENTS,
     IMAGES,
+    JUNK,
     LABELS,
     MODEL,
     NOT_COUNTS,
@@ -18,10 +19,12 @@ from bad_values import (
     NOT_LABELS,
     NOT_MODELS,
     NOT_NAMES,
+    NOT_NUMBERS,
     NOT_PATHS,
     NOT_RANGES,
     NOT_SEEDS,
     NOT_SHAPES,
+    NOT_SIZES,
     OBSERVATION,
     PARAMS,
     RECONSTRUCTION,
@@ -53,6 +56,11 @@ def observation(**changed):
 
 def inverted(observation=OBSERVATION, **changed):
     return leakjax.invert(observation, **changed)
+
+
+def audited(**changed):
+    given = {"model": MODEL, "input_shape": (4, 4, 1), **changed}
+    return leakjax.audit(given.pop("model"), given.pop("input_shape"), **given)
 
 
 def trained(**changed):
@@ -90,12 +98,19 @@ ROWS = [
                 "defense": NOT_DEFENSES,
                 "seed": NOT_SEEDS,
                 "local_steps": (*NOT_COUNTS, 10**6),
+                "weight_decay": (*NOT_SIZES[:1], *NOT_SIZES[2:]),
                 "learning_rate": ("0.1", 0, -1, np.nan, np.inf, 10**400, 1e300, True, [], 1j, Hostile()),
             },
         ),
+        (functools.partial(observe, input_std=(0.5,)), {"input_mean": (*NOT_NUMBERS, (0.9,), (1e30,))}),
+        (functools.partial(observe, input_mean=(0.0,)), {"input_std": (*NOT_NUMBERS, (0,), (-1,), (2.0,), (1e-300,))}),
+        (observe, {"input_mean": ((0.0,),), "input_std": ((1.0,),)}),
+        (functools.partial(observe, input_mean=(0.0,), input_std=(1.0,)), {"input_range": ((0, 2),)}),
         (
             observation,
             {
+                "input_mean": ((0.0,), 3),
+                "input_std": ((1.0,), "x"),
                 "model": (None, 3, apply, (apply, PARAMS), Hostile()),
                 "gradients": NOT_GRADIENTS,
                 "loss": NOT_NAMES,
@@ -105,6 +120,7 @@ ROWS = [
                 "precision": (None, 3, "x", "int32", "", [], "complex64"),
                 "defense": NOT_DEFENSES,
                 "local_steps": NOT_COUNTS,
+                "weight_decay": (*NOT_SIZES[:1], *NOT_SIZES[2:]),
             },
         ),
         (
@@ -118,6 +134,7 @@ ROWS = [
                 "optimizer": NOT_NAMES,
                 "dtype": (*NOT_NAMES, "float16"),
                 "labels": NOT_LABELS[1:],
+                "gradient_noise": NOT_SIZES,
                 "starts": (*NOT_COUNTS, 10**8),
                 "steps": NOT_COUNTS,
                 "chunk": NOT_COUNTS,
@@ -126,6 +143,24 @@ ROWS = [
                 "progress": (3, "print", [], True),
             },
         ),
+        (
+            audited,
+            {
+                "model": NOT_MODELS,
+                "input_shape": NOT_SHAPES,
+                "images": NOT_IMAGES[1:],
+                "loss": NOT_NAMES,
+                "input_range": NOT_RANGES,
+                "noise": (
+                    *(None, 3, "0.1", "abc", [0], [-1], [np.nan], [np.inf], [1e200], [1e-200], [10**400], ["0.1"]),
+                    *([None], [1j], [True], {0.1: 1}, [[0.1]], np.ones((2, 2)), *JUNK),
+                ),
+                "dp_sgd": (3, "1", {}, (1.0, (1.0,))),
+                "seed": NOT_SEEDS,
+                "progress": (3, "print"),
+            },
+        ),
+        (functools.partial(audited, images=IMAGES), {"labels": NOT_LABELS[1:]}),
         (
             trained,
             {

@@ -168,6 +168,11 @@ METAS = [
     *({"local_steps": value} for value in (0, -1, 2, "2", 1.5, 10**9)),
     *({"learning_rate": value, "local_steps": 2} for value in (0, -1, "x", float("nan"), [0.1], 10**400)),
     *({"defense": value} for value in (3, "x", "gaussian:x", [], "gaussian:-1")),
+    *({"weight_decay": value} for value in (-1, "x", None, [0.1], True, float("nan"), 10**400)),
+    *({"input_mean": value, "input_std": [1]} for value in (None, 3, "0.5", [], ["x"], [0, 0], [float("nan")], [True])),
+    *({"input_mean": [0], "input_std": value} for value in (None, 3, "0.5", [], [0], [-1], [1, 1], [10**400])),
+    {"input_mean": [0.5], "input_std": [0.5]},
+    {"weight_decay": 0.1, "local_steps": 2, "learning_rate": 0.1},
     *({"reduction": value} for value in ("sum", 3, [])),
 ]
 TEXTS = (b"{", b"", b"[]", b"null", b"3", b'"x"', b"[" * 5000, b"NaN", b"\xff\xfe")

@@ -22,9 +22,14 @@ REPORT = [
     "device",
     "seed",
     "input_range",
+    "input_mean",
+    "input_std",
     "defense",
+    "gradient_noise",
+    "weight_decay",
     "local_steps",
     "examples",
+    "remarks",
     "seconds",
 ]
 EXAMPLE = [

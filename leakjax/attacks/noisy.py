@@ -132,8 +132,7 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
     if noise is None or not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
         return group
     errors = _errors(aware, told, labels, fit.x, noise)
-    low, high = problem.input_range
-    decibel = -10 * np.log10(np.maximum(errors, 1e-35) / (high - low) ** 2)
+    decibel = -10 * np.log10(np.maximum(errors, 1e-35))
     if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
         words = _HIDDEN.format(decibel=float(np.nan_to_num(decibel.min(), nan=0.0)))
         return [dataclasses.replace(o, reason=words) for o in group]
@@ -211,17 +210,18 @@ def _prediction(gradient: Any) -> Any:
 
 
 def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> Float[np.ndarray, " B"]:
-    """Mean square of x - x* over draws of the noise, example by example."""
+    """Mean square of x - x*, as a share of a pixel's range, over draws of the noise, example by example."""
     solve = _propagation(compare(problem, told), float(problem.tolerance))
     held = told.sent.prior is not None
     known = given(problem, told, labels, prior=held)
     rng = np.random.default_rng(0)
+    low, high = problem.limits
     squares = []
     for _ in range(DRAWS):
         n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
         unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
         d = np.asarray(solve(*known, jnp.asarray(x), n, unit))
-        squares.append(np.mean(d.reshape(len(x), -1) ** 2, axis=1))
+        squares.append(np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1))
     return np.mean(squares, axis=0)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from leakjax.defenses import Setting
 from leakjax.model import Arrays
 from leakjax.network import Gradient, Network, client_update
+from leakjax.normalization import Limits
 from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
 from leakjax.reconstruction import Candidate, LayerInfo, Proof
 from leakjax.segments import Chain, Segment
@@ -37,6 +38,7 @@ class Problem:
 
     What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
     `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
+    `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`.
     """
 
     chain: Chain | None
@@ -64,6 +66,7 @@ class Problem:
     local_steps: int = 1
     learning_rate: float | None = None
     targets: tuple[Float[np.ndarray, " K"] | None, ...] = ()
+    channel_limits: Limits | None = None
 
     def target(self, victim: int) -> Float[np.ndarray, " K"] | None:
         """What the loss of a gradient of one example compares the logits with, where that is no integer label."""
@@ -99,9 +102,14 @@ class Problem:
 
     def in_range(self, x: np.ndarray) -> bool:
         """Whether every entry of `x` could be in the input range, a two-hundredth of it beyond for rounding."""
-        low, high = self.input_range
+        low, high = self.limits
         slack = 5e-3 * (high - low)
-        return bool(x.min() >= low - slack and x.max() <= high + slack)
+        return bool(np.all(x >= low - slack) and np.all(x <= high + slack))
+
+    @property
+    def limits(self) -> tuple[Any, Any]:
+        """(low, high) of a pixel: two numbers, or (C,) each where channels differ."""
+        return self.input_range if self.channel_limits is None else self.channel_limits
 
     @property
     def victims(self) -> int:

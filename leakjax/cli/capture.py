@@ -16,11 +16,14 @@ from leakjax.cli.options import (
     LearningRate,
     LocalSteps,
     LossName,
+    Mean,
     Name,
     Out,
     Range,
     Seed,
     Shape,
+    Std,
+    WeightDecay,
     Weights,
     integers,
 )
@@ -38,9 +41,12 @@ def capture(
     defense: DefenseSpec = None,
     local_steps: LocalSteps = 1,
     learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
+    input_mean: Mean = None,
+    input_std: Std = None,
     init: Init = None,
     weights: Weights = None,
     seed: Seed = 0,
@@ -54,8 +60,9 @@ def capture(
         from leakjax.setup import Sending, Setup
 
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
-        sending = Sending(defense, seed, local_steps, learning_rate)
+        told = (loss, input_shape, input_range, weights, input_mean, input_std)
+        setup = Setup.load(model, activation, init, seed, *told)
+        sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
         observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         path = directory / "capture.npz"
         write_capture(observation, path)

@@ -20,12 +20,12 @@ class Idle(NamedTuple):
 
 
 TAKES: Mapping[str, tuple[str, ...]] = {
-    "copa": ("solver", "prior", "pull_back", "optimizer"),
+    "copa": ("solver", "prior", "pull_back", "optimizer", "gradient_noise"),
     "dlg": ("steps", "starts"),
     "hybrid": ("solver", "prior", "optimizer", "steps"),
     "idlg": ("steps", "starts"),
     "inverting_gradients": ("steps", "starts"),
-    "match": ("solver", "prior", "pull_back", "optimizer", "starts"),
+    "match": ("solver", "prior", "pull_back", "optimizer", "starts", "gradient_noise"),
     "rconv": ("solver",),
     "rgap": ("solver",),
 }
@@ -57,8 +57,9 @@ IDLE: Mapping[str, tuple[Idle, ...]] = {
         Idle(("init",), _captured, "beside a capture, which brings the weights"),
         *(
             Idle((option,), _without(TAKES, option), "with this attack")
-            for option in ("solver", "prior", "pull_back", "optimizer", "starts", "steps")
+            for option in ("solver", "prior", "pull_back", "optimizer", "starts", "steps", "gradient_noise")
         ),
+        Idle(("gradient_noise",), lambda v: v["defense"] is not None, "beside --defense, which says its own noise"),
         Idle(("optimizer",), _undriven, "with --prior none, unless --pull-back optax descends by it"),
         _IMAGES,
         _WEIGHTS,

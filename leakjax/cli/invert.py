@@ -1,8 +1,9 @@
 """`leakjax invert`."""
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,17 +20,23 @@ from leakjax.cli.options import (
     LearningRate,
     LocalSteps,
     LossName,
+    Mean,
     Name,
     Out,
     Range,
     Seed,
     Shape,
+    Std,
+    WeightDecay,
     Weights,
     integers,
 )
 from leakjax.cli.session import progress, session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from leakjax.observation import Observation
 
 
 def invert(
@@ -49,11 +56,18 @@ def invert(
     labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
     batch_size: BatchSize = 1,
     defense: DefenseSpec = None,
+    gradient_noise: Annotated[
+        float | None,
+        typer.Option("--gradient-noise", metavar="SIGMA", help="Standard deviation of noise known in every entry."),
+    ] = None,
     local_steps: LocalSteps = 1,
     learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
     loss: LossName = None,
     input_shape: Shape = None,
     input_range: Range = None,
+    input_mean: Mean = None,
+    input_std: Std = None,
     init: Init = None,
     weights: Weights = None,
     solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
@@ -102,14 +116,18 @@ def invert(
         if weights is not None and (capture is not None or torch_capture is not None):
             raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
         directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
+        told = (loss, input_shape, input_range, weights, input_mean, input_std)
+        setup = Setup.load(model, activation, init, seed, *told)
         if captured:
             observation, shown = setup.from_capture(capture, torch_capture, truth)
+            observation = _with_decay(observation, weight_decay)
             _agree("--loss", loss, setup.loss, observation.loss)
             _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
             _agree("--input-range", input_range, setup.input_range, observation.input_range)
+            _agree_by_channel("--input-mean", setup.input_mean, observation.input_mean, observation.input_shape[-1])
+            _agree_by_channel("--input-std", setup.input_std, observation.input_std, observation.input_shape[-1])
         else:
-            sending = Sending(defense, seed, local_steps, learning_rate)
+            sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
             observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         given = None if labels is None else integers("--labels", labels)
         with progress(console) as tell:
@@ -124,12 +142,13 @@ def invert(
                 starts=starts,
                 steps=steps,
                 prior=prior,
+                gradient_noise=gradient_noise,
                 progress=tell,
             )
-        pictures = unit_scale(result.images, observation.input_range)
+        pictures = unit_scale(result.images, observation.limits)
         if shown is not None:
             shown = pair_with_truth(shown, pictures, observation.examples)
-        report = build_report(RunInfo(model, setup.activation, seed), observation, result, shown)
+        report = build_report(RunInfo(model, setup.activation, seed, gradient_noise), observation, result, shown)
         write_report(directory, report, result)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
         if json_output:
@@ -139,7 +158,24 @@ def invert(
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
 
 
+def _with_decay(observation: "Observation", typed: float | None) -> "Observation":
+    """A capture whose meta has no weight decay takes the option's."""
+    own = observation.weight_decay
+    if typed is None or typed == own:
+        return observation
+    if own:
+        raise InputError(f"--weight-decay: {typed:g} contradicts the capture's own {own:g}; leave the option out")
+    return dataclasses.replace(observation, weight_decay=typed)
+
+
 def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
     """A capture says for itself what it holds; an option that says otherwise is a mistake."""
     if typed is not None and asked != captured:
         raise InputError(f"{option}: {typed} contradicts the capture's own {captured}; leave the option out")
+
+
+def _agree_by_channel(option: str, typed: Any, captured: Any, channels: int) -> None:
+    if typed is None or captured == (typed if len(typed) == channels else typed * channels):
+        return
+    own = "which has none: write input_mean and input_std into its meta" if captured is None else f"{list(captured)}"
+    raise InputError(f"{option}: contradicts the capture's own, {own}; leave the option out")

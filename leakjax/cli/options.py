@@ -18,6 +18,13 @@ LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Lo
 Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE.npz", help="Weights of `leakjax train`.")]
 Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
 Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
+Mean = Annotated[
+    str | None, typer.Option("--input-mean", metavar="M[,M..]", help="Mean of a channel: (pixel - M) / S is seen.")
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--input-std", metavar="S[,S..]", help="Standard deviation of a channel."),
+]
 Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization, and of a defense's noise.")]
 DefenseSpec = Annotated[
@@ -27,6 +34,10 @@ DefenseSpec = Annotated[
 LocalSteps = Annotated[int, typer.Option("--local-steps", metavar="K", help="Gradient steps that an update sums.")]
 LearningRate = Annotated[
     float | None, typer.Option("--learning-rate", metavar="R", help="Rate of the local steps.", show_default=False)
+]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option("--weight-decay", metavar="LAMBDA", help="Sent beside the gradient: LAMBDA times the weights."),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="float64|float32")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")]

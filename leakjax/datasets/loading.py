@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from leakjax.arguments import MOST, array, shown, sizes, whole
 from leakjax.datasets import digits, folders, foolbox, prepared
 from leakjax.errors import InputError, NoSplitError, unknown_name
+from leakjax.normalization import Limits
 from leakjax.npz import open_npz
 
 
@@ -115,8 +116,11 @@ def load_npz(
     return _check_arrays(file.where, arrays["images"], arrays["labels"])
 
 
-def to_range(images: UInt8[np.ndarray, "..."], input_range: tuple[float, float]) -> Float[np.ndarray, "..."]:
-    """Map 0..255 linearly onto `input_range` = (low, high): low + images / 255 (high - low), in float64."""
+def to_range(images: UInt8[np.ndarray, "..."], input_range: Limits) -> Float[np.ndarray, "..."]:
+    """Map 0..255 linearly onto `input_range` = (low, high): low + images / 255 (high - low), in float64.
+
+    Each end is a number, or (C,) where channels differ.
+    """
     low, high = input_range
     return low + np.asarray(images, np.float64) / 255 * (high - low)
 

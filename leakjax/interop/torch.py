@@ -1,8 +1,9 @@
 """Captures from PyTorch: arrays in PyTorch's layout, matched to a Flax model's layers by order, kind and shape."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,19 @@ def read_torch_capture(path: str | Path, model: Model) -> Observation:
     weights, gradients = _converted(*layers, arrays, model, layout)
     params = {path: weights[path] for path in model.params}
     buffers = {path: weights.get(path, buffer) for path, buffer in model.buffers.items()}
-    return observation_from(meta, model.with_arrays(params, buffers), {path: gradients[path] for path in params})
+    found = observation_from(meta, model.with_arrays(params, buffers), {path: gradients[path] for path in params})
+    return dataclasses.replace(found, interchangeable=_interchangeable(layers[1], model, layout))
+
+
+def _interchangeable(layers: Sequence[_Layer], model: Model, layout: Layout) -> tuple[tuple[str, ...], ...]:
+    """Groups of layers whose tensors have one shape and stand in one order: their modules could be exchanged."""
+    groups: dict[Any, list[str]] = {}
+    for layer in layers:
+        shapes = {role: tuple(model.variables[path].shape) for role, path in layer.tensors.items()}
+        orders = {role: layout.order(path) for role, path in layer.tensors.items() if path in model.params}
+        flattened = sorted((role, order.tobytes()) for role, order in orders.items() if order is not None)
+        groups.setdefault((*sorted(shapes.items()), *flattened), []).append(layer.name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _unread(entry: Entry) -> np.ndarray:

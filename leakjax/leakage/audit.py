@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from leakjax.arguments import instance, listener
+from leakjax.batch_statistics import batch_remarks
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.geometry import Geometry
 from leakjax.leakage.advice import best_changes, dead_pixels
@@ -61,6 +63,9 @@ def audit(
 
     A model that cannot be read layer by layer is audited as one map. Raises `InputError` for bad arguments.
     """
+    listener("progress", progress)
+    if dp_sgd is not None:
+        instance("dp_sgd", dp_sgd, DPSGD, "a DPSGD of clip and noise_multipliers")
     tell = progress or (lambda stage: None)
     read = read_model(model)
     shape = check_shape(input_shape)
@@ -79,6 +84,7 @@ def audit(
         read, remarks = in_precision(read, shape, dtype)
         segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
         remarks += unreadable
+        remarks += () if shapes_only else batch_remarks(read, shape, dtype)
         geometries = [s.geometry for s in segments] or [_whole(read, shape)]
         names = [s.name for s in segments] or ["network"]
         chosen = smallest_withheld(geometries)

@@ -1,7 +1,6 @@
 """What an audit is asked: checked, and drawn where it is not given."""
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from leakjax._blindness import depends
-from leakjax.errors import InputError, unknown_name
+from leakjax.arguments import array, choice, interval, real, shown, sizes, whole
+from leakjax.errors import InputError
 from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.losses import LOSSES
 from leakjax.model import Model
@@ -21,34 +21,26 @@ LARGEST_NOISE = 1e30
 
 def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     """Positive sizes of one example."""
-    try:
-        shape = tuple(operator.index(n) for n in input_shape)
-    except TypeError:
-        raise InputError(f"input_shape must be whole sizes like (32, 32, 3), got {input_shape!r}") from None
-    if not shape or min(shape) < 1:
-        raise InputError(f"input_shape must hold positive sizes, got {tuple(input_shape)}")
-    return shape
+    return sizes("input_shape", input_shape)
 
 
 def check_options(loss: str, input_range: Any, noise: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
     """The input range and the noise levels, once they and the loss are known to be good."""
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
+    choice("loss", loss, LOSSES)
+    between = interval("input_range", input_range)
+    wanted = "a sequence of numbers, () for none"
+    if isinstance(noise, str | bytes | Mapping):
+        raise InputError(f"noise must be {wanted}, got {shown(noise)}")
     try:
-        low, high = (float(v) for v in input_range)
-    except (TypeError, ValueError):
-        raise InputError(f"input_range must be two numbers (low, high), got {input_range!r}") from None
-    if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise InputError(f"input_range must be (low, high) with low below high, got {input_range}")
-    try:
-        sigmas = tuple(float(sigma) for sigma in noise)
-    except (TypeError, ValueError):
-        raise InputError(f"noise must be a sequence of numbers, () for none, got {noise!r}") from None
+        given = tuple(noise)
+    except Exception:
+        raise InputError(f"noise must be {wanted}, got {shown(noise)}") from None
+    sigmas = tuple(real("noise", sigma, wanted) for sigma in given)
     for sigma in sigmas:
-        if not (np.isfinite(sigma) and sigma > 0):
+        if not sigma > 0:
             raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")
         check_size("noise", sigma)
-    return (low, high), sigmas
+    return between, sigmas
 
 
 def check_size(named: str, sigma: float) -> None:
@@ -69,13 +61,7 @@ def check_runs(model: Model, shape: tuple[int, ...]) -> None:
 
 def check_seed(seed: Any) -> int:
     """A seed that a generator takes."""
-    try:
-        found = operator.index(seed)
-    except TypeError:
-        raise InputError(f"seed must be a whole number, got {seed!r}") from None
-    if not 0 <= found < 2**32:
-        raise InputError(f"seed must be in 0..{2**32 - 1}, got {found}")
-    return found
+    return whole("seed", seed, 0, 2**32 - 1, f"in 0..{2**32 - 1}")
 
 
 def batch_of(
@@ -96,17 +82,15 @@ def batch_of(
         noise = jax.random.normal(key, (1, *shape))
         drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(from_natural(noise)), 0.0, 1.0)
         return low + (high - low) * drawn.astype(float), np.asarray(jax.random.randint(other, (1,), 0, outputs))
-    try:
-        x = np.asarray(images, float)
-    except (TypeError, ValueError):
-        raise InputError(f"images must be one array (B, {', '.join(map(str, shape))}) of numbers") from None
+    wanted = f"one array (B, {', '.join(map(str, shape))}) of numbers"
+    x = array("images", images, "buif", wanted).astype(float)
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
         raise InputError(f"images must have shape (B, {', '.join(map(str, shape))}) with B >= 1, got {x.shape}")
     if not np.all(np.isfinite(x)) or x.min() < low - 1e-9 or x.max() > high + 1e-9:
         raise InputError(f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}")
     if labels is None:
         return x, np.asarray(jax.random.randint(other, (len(x),), 0, outputs))
-    y = np.asarray(labels)
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= outputs:
+    y = array("labels", labels, "iu", f"{len(x)} integers in 0..{outputs - 1}")
+    if y.shape != (len(x),) or y.min() < 0 or y.max() >= outputs:
         raise InputError(f"labels must be {len(x)} integers in 0..{outputs - 1}, got {y.tolist()}")
     return x, y

@@ -13,6 +13,7 @@ import numpy as np
 import leakjax
 from leakjax.files import write_npz, write_text
 from leakjax.metrics import METRICS, psnr
+from leakjax.normalization import Limits
 from leakjax.observation import Observation
 from leakjax.reconstruction import Candidate, Certificate, Reconstruction
 
@@ -26,6 +27,7 @@ class RunInfo:
     model: str
     activation: str | None
     seed: int
+    gradient_noise: float | None = None
 
 
 def build_report(
@@ -43,17 +45,26 @@ def build_report(
             "device": str(jax.devices()[0]),
             "seed": run.seed,
             "input_range": list(observation.input_range),
+            "input_mean": _listed(observation.input_mean),
+            "input_std": _listed(observation.input_std),
             "defense": observation.defense,
+            "gradient_noise": run.gradient_noise,
+            "weight_decay": observation.weight_decay,
             "local_steps": observation.local_steps,
             "examples": [_example(observation, result, truth, k) for k in range(len(result.images))],
+            "remarks": list(result.remarks),
             "seconds": result.seconds,
         }
     )
 
 
-def unit_scale(images: np.ndarray, input_range: tuple[float, float]) -> np.ndarray:
-    """Images from the model's input range to a [0, 1] scale, unclipped."""
-    low, high = input_range
+def _listed(numbers: tuple[float, ...] | None) -> list[float] | None:
+    return None if numbers is None else list(numbers)
+
+
+def unit_scale(images: np.ndarray, limits: Limits) -> np.ndarray:
+    """Images from the model's input range, one for all channels or one each, to a [0, 1] scale, unclipped."""
+    low, high = limits
     return (np.asarray(images, float) - low) / (high - low)
 
 
@@ -65,7 +76,7 @@ def write_report(directory: Path, report: Mapping[str, Any], result: Reconstruct
 
 
 def _example(observation: Observation, result: Reconstruction, truth: np.ndarray | None, k: int) -> dict[str, Any]:
-    image = unit_scale(result.images[k], observation.input_range)
+    image = unit_scale(result.images[k], observation.limits)
     scores: dict[str, Any] = {"psnr": None, "psnr_determined": None, "ssim": None, "mse": None}
     if truth is not None:
         scores = {name: metric(truth[k], image) for name, metric in METRICS.items()}

@@ -30,6 +30,8 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         )
     console.print(table)
     _reasons(console, report["examples"])
+    for remark in report["remarks"]:
+        console.print(f"note: {remark}", highlight=False, markup=False)
     layers = Table(
         title="layers of image 0, first to last",
         title_justify="left",
