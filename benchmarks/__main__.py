@@ -26,6 +26,7 @@ STUDIES = {
     "zoo": "reconstructions of the whole zoo, by options",
     "solvers": "every solver of the matching problem on the same gradients",
     "accuracy": "test accuracy after training with each defense, beside what an attack on it still finds",
+    "study": "certificates of random networks, judged against the truth",
     "guard": "what the guard of training loops costs",
 }
 

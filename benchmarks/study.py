@@ -7,9 +7,8 @@ labels that are called recovered, and the share of solvable cases that end `fail
 
 import collections
 import dataclasses
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from benchmarks import asking
+from benchmarks.records import Record, append, read_records
 from benchmarks.study_judge import judge, solvable
 from benchmarks.study_nets import Net, architecture
 from leakjax import InputError, Observation, invert, observe
 
 ARCHITECTURES = 90
+"""Ten activations in nine forms."""
 
 
 class Client(NamedTuple):
@@ -61,7 +63,7 @@ def cases(net: Net) -> Iterator[tuple[Client, str]]:
             yield client, attack
 
 
-def run_architecture(number: int, done: set[tuple[int, str, str]], victims: int = 2) -> Iterator[dict[str, Any]]:
+def run_architecture(number: int, done: set[tuple[int, str, str]], victims: int = 4) -> Iterator[Record]:
     """A record an example of every case of an architecture that is not `done`."""
     net = architecture(number)
     for client, attack in cases(net):
@@ -117,37 +119,30 @@ def send(
     return dataclasses.replace(plain, gradients=gradients, examples=client.examples)
 
 
-def run(out: Path, first: int, count: int, seconds: float) -> Path:
-    """Architectures `first` .. `first + count - 1` until `seconds` are over; the file of records."""
-    out.mkdir(parents=True, exist_ok=True)
+def run(out: Path, first: int, count: int, seconds: float) -> None:
+    """Architectures `first` .. `first + count - 1`, whole ones, until `seconds` are over."""
     path, end = out / "study.jsonl", time.monotonic() + seconds
-    done = {(r["net"], r["client"], r["attack"]) for r in read(path)}
+    done = {(r["net"], r["client"], r["attack"]) for r in read_records(path)}
     for number in range(first, first + count):
         if time.monotonic() > end:
             break
-        with path.open("a") as lines:
-            for record in run_architecture(number, done):
-                lines.write(json.dumps(record) + "\n")
-                lines.flush()
+        records: list[Record] = []
+        for record in run_architecture(number, done):
+            if records and (records[0]["client"], records[0]["attack"]) != (record["client"], record["attack"]):
+                append(path, records)  # all examples of a case, or none
+                records = []
+            records.append(record)
+        append(path, records)
         jax.clear_caches()
-    return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def summary(records: list[dict[str, Any]]) -> str:
+def summary(records: list[Record]) -> str:
     """A Markdown table: by client and by form, cases, statuses, what is wrong, and solvable cases that `failed`."""
     rows = ["| kind | cases | exact | ambiguous | approximate | failed | refused | wrong | solvable, `failed` |"]
     rows.append("|---|---|---|---|---|---|---|---|---|")
-    kinds: list[tuple[str, list[dict[str, Any]]]] = [("all", records)]
+    kinds: list[tuple[str, list[Record]]] = [("all", records)]
     for key in ("client", "attack", "form", "activation"):
-        grouped: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
+        grouped: dict[str, list[Record]] = collections.defaultdict(list)
         for record in records:
             grouped[record[key]].append(record)
         kinds += [(f"{key}: {name}", mine) for name, mine in grouped.items()]
@@ -160,4 +155,21 @@ def summary(records: list[dict[str, Any]]) -> str:
         words = ", ".join(f"{count} {kind}" for kind, count in sorted(wrong.items())) or "0"
         share = f"{failed} of {len(able)} ({100 * failed / len(able):.0f} %)" if able else "-"
         rows.append(f"| {name} | {len(mine)} | {' | '.join(cells)} | {words} | {share} |")
-    return "\n".join(rows)
+    return "\n".join(rows) + "\n"
+
+
+def main(words: Sequence[str]) -> None:
+    """Run a slice and print the table of all records, or print that of a file."""
+    parser = asking.Parser(prog="python -m benchmarks study", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench-out/study"), metavar="DIR")
+    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+    parser.add_argument("--first", type=int, default=0, metavar="A", help="number of the first architecture")
+    parser.add_argument("--count", type=int, default=ARCHITECTURES, metavar="N", help="how many architectures")
+    parser.add_argument("--seconds", type=float, default=900.0, metavar="S", help="begin none after so long")
+    given = parser.parse_args(words)
+    if given.first < 0 or given.count < 1 or not given.seconds > 0:
+        raise InputError("--first must be 0 or more, --count 1 or more, --seconds above 0")
+    if given.table is None:
+        asking.folder(given.out)
+        run(given.out, given.first, given.count, given.seconds)
+    print(asking.printed(given.table or given.out, summary), end="")

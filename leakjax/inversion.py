@@ -107,26 +107,12 @@ def invert(
             f"attack {attack!r} reads one gradient layer by layer, and this is an update of {observation.local_steps} "
             "local_steps; use attack='match' (--attack match), which unrolls them"
         )
-    if not (isinstance(starts, int) and starts >= 1):
-        raise InputError(f"starts must be a positive integer, got {starts!r}")
-    if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1):
-        raise InputError(f"steps must be a positive integer, or None for the attack's own, got {steps!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed must be an integer from 0, got {seed!r}")
-    if prior not in PRIORS:
-        raise unknown_name("prior", prior, PRIORS)
-    if pull_back not in PULL_BACKS:
-        raise unknown_name("pull_back", pull_back, PULL_BACKS)
     descent = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if descent is None:
         raise unknown_name("optimizer", str(optimizer), OPTIMIZERS)
     if not isinstance(descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
     _check_noise(gradient_noise, observation)
-    if solver not in SOLVERS:
-        raise unknown_name("solver", solver, SOLVERS)
-    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
-        raise InputError(f"chunk must be a positive integer, got {chunk!r}")
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         wide = _cast(observation.model, tuple(observation.input_shape), dtype)
@@ -174,7 +160,9 @@ def invert(
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
         if chosen.polished:
-            outcomes = with_noise(problem, monitor, outcomes, _sigma_told(observation, gradient_noise))
+            told = _sigma_told(observation, gradient_noise)
+            sigmas = [None if told is None else told / abs(scaling.factor) for scaling in scalings]
+            outcomes = with_noise(problem, monitor, outcomes, sigmas)
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)

@@ -48,7 +48,7 @@ _HIDDEN = (
     "be the prior's, or a local minimum's"
 )
 
-DRAWS = 6
+DRAWS = 10
 _INNER = 3000
 
 
@@ -62,14 +62,16 @@ class Polished(NamedTuple):
     condition: float
 
 
-def with_noise(problem: Problem, monitor: Monitor, outcomes: list[Outcome], sigma: float | None) -> list[Outcome]:
+def with_noise(
+    problem: Problem, monitor: Monitor, outcomes: list[Outcome], sigmas: list[float | None]
+) -> list[Outcome]:
     """The outcomes, those of noisy gradients polished and with `psnr_estimate`.
 
-    Arguments: `sigma`, the standard deviation of the noise in every entry of what was sent, where it is told (None
-    where the problem's own defense says it, or nobody does).
+    Arguments: `sigmas`, by gradient, the standard deviation of the noise in every entry, where it is told (None where
+    the problem's own defense says it, or nobody does).
     """
     found, size = list(outcomes), problem.examples
-    for victim in range(problem.victims):
+    for victim, sigma in enumerate(sigmas):
         group = outcomes[victim * size : (victim + 1) * size]
         if _concerned(problem, group, sigma):
             monitor.tell(f"looking at the noise of gradient {victim}")
@@ -132,7 +134,7 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
     if noise is None or not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
         return group
     errors = _errors(aware, told, labels, fit.x, noise)
-    decibel = -10 * np.log10(np.maximum(errors, 1e-35))
+    decibel = -10 * errors
     if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
         words = _HIDDEN.format(decibel=float(np.nan_to_num(decibel.min(), nan=0.0)))
         return [dataclasses.replace(o, reason=words) for o in group]
@@ -210,7 +212,11 @@ def _prediction(gradient: Any) -> Any:
 
 
 def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> Float[np.ndarray, " B"]:
-    """Mean square of x - x*, as a share of a pixel's range, over draws of the noise, example by example."""
+    """Mean over draws of the noise of log10 (mean square of x - x*, as a share of a pixel's range), by example.
+
+    The estimate is of this image's own PSNR: where a few directions hold most of the error, the logarithm's mean is
+    nearer to what one draw gives than the logarithm of the mean, which rare large draws decide.
+    """
     solve = _propagation(compare(problem, told), float(problem.tolerance))
     held = told.sent.prior is not None
     known = given(problem, told, labels, prior=held)
@@ -221,7 +227,8 @@ def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noi
         n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
         unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
         d = np.asarray(solve(*known, jnp.asarray(x), n, unit))
-        squares.append(np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1))
+        shares = np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1)
+        squares.append(np.log10(np.maximum(shares, 1e-35)))
     return np.mean(squares, axis=0)
 
 
