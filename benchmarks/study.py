@@ -25,6 +25,9 @@ from leakjax import InputError, Observation, invert, observe
 ARCHITECTURES = 90
 """Ten activations in nine forms."""
 
+STEP = 17
+"""Has no factor in common with the number of architectures: multiples of it visit each one once."""
+
 
 class Client(NamedTuple):
     """What a client does: `examples` behind a gradient, how its weights in it are, precision, a factor, noise."""
@@ -120,10 +123,14 @@ def send(
 
 
 def run(out: Path, first: int, count: int, seconds: float) -> None:
-    """Architectures `first` .. `first + count - 1`, whole ones, until `seconds` are over."""
+    """Architectures by turn, from the `first` in their order on, whole ones, until `seconds` are over.
+
+    The order jumps (`STEP`), so that any part of it has all activations and forms.
+    """
     path, end = out / "study.jsonl", time.monotonic() + seconds
     done = {(r["net"], r["client"], r["attack"]) for r in read_records(path)}
-    for number in range(first, first + count):
+    for turn in range(first, first + count):
+        number = STEP * turn % ARCHITECTURES
         if time.monotonic() > end:
             break
         records: list[Record] = []
@@ -163,7 +170,7 @@ def main(words: Sequence[str]) -> None:
     parser = asking.Parser(prog="python -m benchmarks study", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/study"), metavar="DIR")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
-    parser.add_argument("--first", type=int, default=0, metavar="A", help="number of the first architecture")
+    parser.add_argument("--first", type=int, default=0, metavar="A", help="turn of the first architecture")
     parser.add_argument("--count", type=int, default=ARCHITECTURES, metavar="N", help="how many architectures")
     parser.add_argument("--seconds", type=float, default=900.0, metavar="S", help="begin none after so long")
     given = parser.parse_args(words)
