@@ -91,7 +91,7 @@ def _covered(
     if any(decibel(_reordered(answer.images[k], t, symmetry), t, width) >= EXACT for t in images):
         return True
     basis = undetermined_directions(observation, answer, victim)
-    flat = basis.reshape(len(basis), -1)
+    flat = basis.reshape(-1, images.size)
     groups = itertools.product(*answer.candidates[victim * size : (victim + 1) * size])
     for group in itertools.islice(groups, 256):
         for order in itertools.permutations(range(size)):

@@ -18,7 +18,7 @@ from leakjax.attacks.certificate import agreed, certify, certify_together
 from leakjax.attacks.noisy import with_noise
 from leakjax.attacks.others import seek_others
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
-from leakjax.attacks.scales import read_scales, rescaled, unscaled
+from leakjax.attacks.scales import factor_is_hidden, read_scales, rescaled, unscaled
 from leakjax.attacks.stored import stored_rounding
 from leakjax.attacks.told import certifiable
 from leakjax.batch_statistics import batch_remarks
@@ -35,6 +35,10 @@ from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
 
+_HIDDEN_FACTOR = (
+    "the last layer has no bias and one or two outputs: it does not show whether the gradient was multiplied by a "
+    "factor, and the certificates hold for one that was not"
+)
 SOLVERS = ("auto", "lsmr", "dense")
 
 
@@ -155,6 +159,8 @@ def invert(
             channel_limits=None if observation.input_mean is None else observation.limits,
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
+        if factor_is_hidden(problem):
+            remarks = (*remarks, _HIDDEN_FACTOR)
         scalings = read_scales(problem)
         problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))

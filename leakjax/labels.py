@@ -84,7 +84,9 @@ def _shares(
         return float(np.mean(np.var(mean[path], axis=0))) / max(within, 1e-30)
 
     path = max(compared, key=told_apart)
-    scale = max(float(np.linalg.norm(sent[path])), 1e-300)
+    scale = float(np.linalg.norm(sent[path]))
+    if not scale > 0:  # it shows nothing: any label is as likely
+        return np.full(labels, 1.0 / labels)
     columns = np.asarray(mean[path], float).reshape(labels, -1).T / scale
     emphasis = 10.0 * float(np.linalg.norm(columns))  # the shares sum to 1
     matrix = np.concatenate([columns, np.full((1, labels), emphasis)])

@@ -19,6 +19,9 @@ from leakjax.model import Model, read_model
 from leakjax.normalization import Limits, channel_limits, check_normalization, hull, spread
 from leakjax.precision import compute_in
 
+LARGEST_GRADIENT = 1e100
+"""Of an entry: the squares of such, summed, stay far from the largest number."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observation:
@@ -201,7 +204,14 @@ def check_observation(observation: Observation) -> None:
             raise InputError(f"gradient of {path!r} has dtype {g.dtype}; floating point expected")
         if not np.all(np.isfinite(g)):
             raise InputError(f"gradient of {path!r} holds NaN or infinite entries; nothing can be inverted from it")
-    norms = np.sqrt(sum(np.sum(g.astype(float).reshape(len(g), -1) ** 2, axis=1) for g in gradients.values()))
+    norms = np.max(
+        [np.max(np.abs(g.astype(float)).reshape(len(g), -1), axis=1, initial=0.0) for g in gradients.values()], axis=0
+    )
+    if np.any(norms > LARGEST_GRADIENT):
+        raise InputError(
+            f"gradient of victim {int(np.argmax(norms))} holds entries of {np.max(norms):.1e}, whose squares "
+            "overflow: it is no gradient of a finite loss, or was scaled; divide it"
+        )
     if np.any(norms == 0):
         raise InputError(
             f"gradient of victim {int(np.argmin(norms))} is zero everywhere: it carries no information (the loss is at "

@@ -77,9 +77,9 @@ def layer_system(
     gradient_weight = {path: jnp.where(touched[path] == 0, scale, 0.0) for path in segment.paths}
     forward = forward_weight * (preimage.value - origin)
     grads = {path: gradient_weight[path] * (gradient[path] - bias[path]) for path in segment.paths}
-    over_forward = _safe_inverse(_rms([forward]))
+    over_forward = _inverse_or_one(_rms([forward]))
     whole = _rms([gradient_weight[path] * gradient[path] for path in segment.paths])
-    over_grads = _safe_inverse(jnp.maximum(_rms(list(grads.values())), _CONSTANT_SHARE * whole))
+    over_grads = _inverse_or_one(jnp.maximum(_rms(list(grads.values())), _CONSTANT_SHARE * whole))
 
     def rows(x: Float[Array, "..."]) -> Rows:
         z, g = segment_rows(segment, variables, dz, x)
@@ -96,6 +96,11 @@ def layer_system(
 def _rms(arrays: list[Array]) -> Array:
     size = sum(a.size for a in arrays)
     return jnp.sqrt(sum(jnp.sum(a**2) for a in arrays) / max(size, 1))
+
+
+def _inverse_or_one(a: Array) -> Array:
+    """1 / a; 1 where all right-hand sides are 0: the rows of a black image say that it is black."""
+    return jnp.where(a > 0, 1.0 / jnp.where(a > 0, a, 1.0), 1.0)
 
 
 def _safe_inverse(a: Array) -> Array:

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 
-from leakjax.attacks.others import ORBIT
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.attacks.residual_noise import HALF
 from leakjax.reconstruction import Certificate, LayerInfo
@@ -35,7 +34,13 @@ _CURVED = (
 )
 _FLAT = "{free} directions leave no trace in the gradient"
 _SEVERAL = "{count} images have this gradient"
-_SYMMETRIC = "another {group} has the same gradient: {count} in all"
+_FOUND = "at least {count} images have this gradient, and nothing says that there are no others"
+_SYMMETRIC = "another {group} has the same gradient: at least {count} images have it, and there may be others"
+_LABELS = "the label and the factor of the gradient are known together only"
+_VAGUE = (
+    "{layer} is too ill-conditioned for what its equations leave over (condition times residual above 1e-3): a "
+    "gradient with more digits, other starts, or the noise told (gradient_noise, --gradient-noise) may help"
+)
 
 
 def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
@@ -66,7 +71,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
         if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
             return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
         return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
-    rank = 0 if outcome.curved else layers[0].rank
+    rank = 0 if outcome.curved or (several and proof == "local") else layers[0].rank
     reason = _open_words(outcome, whole)
     return Certificate("ambiguous", rank, unknowns, condition, None, proof, outcome.symmetry, reason=reason)
 
@@ -93,12 +98,15 @@ def _by_itself(certificate: Certificate, outcome: Outcome) -> Certificate:
 
 
 def agreed(outcome: Outcome, width: float) -> np.ndarray | None:
-    """The share of every entry that is determined: `seen`, but 0 where the candidates differ and on curved sets.
+    """The share of every entry that is determined: `seen`, but 0 where all candidates that there are differ, on curved
+    sets, and where candidates were found by a search that may have missed others.
 
     `width`: of the input range, of which differences below a millionth are rounding.
     """
     if outcome.seen is None or outcome.curved:
         return None
+    if outcome.proof != "global" and (len(outcome.candidates) > 1 or outcome.symmetry is not None):
+        return None  # some of the images with this gradient: others may differ anywhere
     images = [candidate.image for candidate in outcome.candidates]
     same = np.ones(images[0].shape, bool)
     for other in images[1:]:
@@ -113,7 +121,9 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
     layers = outcome.layers
     backwards = list(reversed(layers))
     failed = next((info for info in backwards if info.status == "failed"), None)
-    failed = failed or next((info for info in backwards if not _relative_error(info) <= 1e-3), None)
+    vague = next((info for info in backwards if not _relative_error(info) <= 1e-3), None)
+    if failed is None and vague is not None:
+        return vague.name, _VAGUE.format(layer=vague.name)
     if failed is not None:
         words = _STALLED if failed.name == "network" or failed.pull_back_depth else _LAYER
         return failed.name, words.format(layer=failed.name)
@@ -129,10 +139,11 @@ def _open_words(outcome: Outcome, whole: bool) -> str:
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
     parts = [] if whole else [(_CURVED if outcome.curved else _FLAT).format(free=free)]
     if outcome.symmetry is not None:
-        many = f"{count} images" if count <= ORBIT else f"more than {ORBIT} images"
-        parts.append(_SYMMETRIC.format(group=outcome.symmetry, count=many))
+        parts.append(_SYMMETRIC.format(group=outcome.symmetry, count=count))
+    elif len({candidate.image.tobytes() for candidate in outcome.candidates}) == 1 < len(outcome.candidates):
+        parts.append(_LABELS)
     elif len(outcome.candidates) > 1:
-        parts.append(_SEVERAL.format(count=count))
+        parts.append((_SEVERAL if outcome.proof == "global" else _FOUND).format(count=count))
     return "; ".join(parts)
 
 

@@ -19,7 +19,7 @@ from leakjax.attacks.gradient_residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.labelings import labelings
 from leakjax.attacks.matched import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.recursion import follow
+from leakjax.attacks.recursion import follow, recurse
 from leakjax.attacks.told import Told, tell
 from leakjax.errors import InputError
 from leakjax.memory import fits_in_memory
@@ -28,7 +28,8 @@ from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
-AGAIN = 1  # starts beyond the first that matches, where another answer may be as good
+AGAIN, AGAIN_LARGE = 3, 1  # starts beyond the first that matches, where another answer may be as good
+FEW = 1000  # unknowns, above which such starts cost too much for more than one
 FINE = 1e-8  # forcing where noise keeps the rows from falling
 SPREADS = (0.1, 0.3)  # standard deviation of the starts' noise, in turn, relative to the input range
 SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
@@ -56,26 +57,43 @@ def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
         _check_memory(problem)
     found = []
     for victim in range(problem.victims):
-        trials: list[Found] = []
-        told, again = tell(problem, victim), 0
-        for start in _order(problem, monitor, victim):
-            done = any(t.residual <= told.matched and _may_be_an_image(problem, told, t) for t in trials)
-            if done and not start.layerwise:
-                again += 1
-                if again > (AGAIN if _may_have_others(problem) else 0):
-                    break
-            if (
-                done
-                and start.layerwise
-                and not misfit(problem, told, start.labels, start.xs[0]) <= max(NEAR, told.matched)
-            ):
-                continue
-            monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
-            solve = _solve_densely if problem.solver == "dense" else _solve
-            trials.append(solve(problem, monitor, told, start))
+        told = tell(problem, victim)
+        try:
+            trials = _trials(problem, monitor, told, victim)
+        except InputError:
+            raise
+        except (ValueError, np.linalg.LinAlgError, ArithmeticError) as error:  # one client's numbers, not the others'
+            words = f"its numbers cannot be worked with ({str(error).splitlines()[0]}): look at the gradient's entries"
+            found += [Outcome((), (), None, reason=words)] * problem.examples
+            continue
         monitor.tell(f"looking at gradient {victim}")
         found += matched_outcomes(problem, told, sorted(trials, key=lambda t: np.nan_to_num(t.residual, nan=np.inf)))
     return found
+
+
+def _trials(problem: Problem, monitor: Monitor, told: Told, victim: int) -> list[Found]:
+    """Answers from one start after another, until one matches and what may be others have been looked for."""
+    trials: list[Found] = []
+    near, more = max(NEAR, told.matched), None
+    for start in _order(problem, monitor, victim):
+        images = [t for t in trials if t.residual <= told.matched and _may_be_an_image(problem, told, t)]
+        if images and not start.layerwise:
+            more = _more_starts(problem, monitor, told, victim, images[0]) if more is None else more - 1
+            if more <= 0:
+                break
+        if images and start.layerwise and not misfit(problem, told, start.labels, start.xs[0]) <= near:
+            continue
+        monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
+        solve = _solve_densely if problem.solver == "dense" else _solve
+        trials.append(solve(problem, monitor, told, start))
+    return trials
+
+
+def _more_starts(problem: Problem, monitor: Monitor, told: Told, victim: int, trial: Found) -> int:
+    """How many starts more after an answer: none where it is proved, or leaves directions open in any case."""
+    if is_open(problem, told, trial) or _proved(problem, monitor, victim, trial):
+        return 0
+    return AGAIN if trial.x.size <= FEW else AGAIN_LARGE
 
 
 def _may_be_an_image(problem: Problem, told: Told, trial: Found) -> bool:
@@ -83,14 +101,21 @@ def _may_be_an_image(problem: Problem, told: Told, trial: Found) -> bool:
     return problem.in_range(trial.x) or is_open(problem, told, trial)
 
 
-def _may_have_others(problem: Problem) -> bool:
-    """Whether another start may end at another image: a model that is not a chain of affine maps and monotone
-    activations, each with parameters behind it."""
-    if problem.chain is None:
-        return True
-    *segments, head = problem.segments
-    monotone = all(len(s.activation.pieces) <= 1 or s.activation.kind is not None for s in segments)
-    return not (monotone and head.paths and all(segment.linear for segment in problem.segments))
+def _proved(problem: Problem, monitor: Monitor, victim: int, trial: Found) -> bool:
+    """Whether the layers' own systems determine this very image: no other start can end elsewhere.
+
+    Layer by layer, as R-GAP does; where its proof is global it is of the gradient, not of the attack.
+    """
+    plain = problem.chain is not None and problem.examples == 1 and problem.local_steps == 1 and not problem.defense
+    if not plain or problem.target(victim) is not None:
+        return False
+    try:
+        (outcome,) = recurse(problem.alone(victim), monitor, pulling=False)
+    except InputError:
+        return False
+    if outcome.proof != "global" or len(outcome.candidates) != 1 or outcome.layers[0].status != "determined":
+        return False
+    return bool(np.max(np.abs(outcome.candidates[0].image - trial.x[0])) <= 1e-3 * np.ptp(problem.input_range))
 
 
 def _check_memory(problem: Problem) -> None:

@@ -5,6 +5,7 @@ for a shifted image; an even one for -x. Each move is tried on an answer; nothin
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,6 +17,10 @@ Image = Float[np.ndarray, "*space C"]
 
 NEIGHBORS = 12
 """Swaps of neighboring patches that are tried for one patch size: where each holds, so do their products."""
+
+
+CELLS = 4
+"""Patches of one size that are flipped, or whose sign is changed, one at a time."""
 
 
 class Move(NamedTuple):
@@ -45,13 +50,31 @@ def moves(shape: tuple[int, ...], input_range: tuple[float, float]) -> Iterator[
             yield Move("transposition", functools.partial(np.swapaxes, axis1=0, axis2=1))
             yield Move("rotation", functools.partial(np.rot90, axes=(0, 1)))
     for sizes in _patch_sizes(tuple(shape[axis] for axis in space)):
+        shown = "x".join(map(str, sizes))
         name = f"order of patches ({'x'.join(map(str, sizes))})" if max(sizes) > 1 else "order of positions"
         counts = tuple(shape[axis] // size for axis, size in zip(space, sizes, strict=True))
         for one, other in _neighbors(counts):
             yield Move(name, functools.partial(_swap, sizes=sizes, one=one, other=other))
+            for axis in space if max(sizes) > 1 else ():
+                yield Move(f"{name} and flips", functools.partial(_swap, sizes=sizes, one=one, other=other, flip=axis))
+        for cell in itertools.islice(np.ndindex(*counts), CELLS):
+            for axis in space if max(sizes) > 1 else ():
+                flipped = functools.partial(_swap, sizes=sizes, one=cell, other=cell, flip=axis)
+                yield Move(f"flips of patches ({shown})", flipped)
+            yield Move("signs of parts", functools.partial(_signed, sizes=sizes, cell=cell, middle=0.0))
+            if middle:
+                yield Move("signs of parts", functools.partial(_signed, sizes=sizes, cell=cell, middle=middle))
+    for axis in space:
+        for step in (2, 3, 4):
+            if shape[axis] % step == 0 and shape[axis] > step:
+                for phase in range(step - 1):
+                    options = {"axis": axis, "step": step, "phase": phase}
+                    yield Move("order of interlaced positions", functools.partial(_swap_interlaced, **options))
     if len(shape) > 1:
-        for channel in range(min(shape[-1] - 1, NEIGHBORS)):
-            yield Move("order of channels", functools.partial(_swap_channels, channel=channel))
+        for pair in itertools.islice(itertools.combinations(range(shape[-1]), 2), 2 * NEIGHBORS):
+            yield Move("order of channels", functools.partial(_swap_channels, pair=pair))
+        for channel in range(min(shape[-1], NEIGHBORS)):
+            yield Move("signs of parts", functools.partial(_signed_channel, channel=channel, middle=0.0))
 
 
 def _patch_sizes(space: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -74,16 +97,41 @@ def _neighbors(counts: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int
     return [pairs[k] for k in np.linspace(0, len(pairs) - 1, NEIGHBORS).astype(int)]
 
 
-def _swap(x: Image, *, sizes: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...]) -> Image:
-    def window(cell: tuple[int, ...]) -> tuple[slice, ...]:
-        return tuple(slice(c * s, (c + 1) * s) for c, s in zip(cell, sizes, strict=True))
+def _swap(
+    x: Image, *, sizes: tuple[int, ...], one: tuple[int, ...], other: tuple[int, ...], flip: int | None = None
+) -> Image:
+    def part(cell: tuple[int, ...]) -> Image:
+        found = x[_window(sizes, cell)]
+        return found if flip is None else np.flip(found, axis=flip)
 
     moved = np.array(x)
-    moved[window(one)], moved[window(other)] = x[window(other)], x[window(one)]
+    moved[_window(sizes, one)], moved[_window(sizes, other)] = part(other), part(one)
     return moved
 
 
-def _swap_channels(x: Image, *, channel: int) -> Image:
+def _window(sizes: tuple[int, ...], cell: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(c * s, (c + 1) * s) for c, s in zip(cell, sizes, strict=True))
+
+
+def _signed(x: Image, *, sizes: tuple[int, ...], cell: tuple[int, ...], middle: float) -> Image:
+    moved = np.array(x)
+    moved[_window(sizes, cell)] = middle - moved[_window(sizes, cell)]
+    return moved
+
+
+def _signed_channel(x: Image, *, channel: int, middle: float) -> Image:
+    moved = np.array(x)
+    moved[..., channel] = middle - moved[..., channel]
+    return moved
+
+
+def _swap_interlaced(x: Image, *, axis: int, step: int, phase: int) -> Image:
+    order = np.arange(x.shape[axis])
+    order[phase::step], order[phase + 1 :: step] = order[phase + 1 :: step].copy(), order[phase::step].copy()
+    return np.take(x, order, axis=axis)
+
+
+def _swap_channels(x: Image, *, pair: tuple[int, int]) -> Image:
     order = np.arange(x.shape[-1])
-    order[[channel, channel + 1]] = channel + 1, channel
+    order[list(pair)] = order[list(pair)[::-1]]
     return x[..., order]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from leakjax.attacks.gradient_residual import Compare, match_programs, residual_of
 from leakjax.attacks.matched import compare, given
@@ -39,6 +39,10 @@ polish costs little, and may begin farther away), and noise that was told."""
 
 SMALL = 1000
 
+FAINT = 0.01
+"""||g(x) - s|| / ||s|| above which the rank of a head's gradient, where it says that there are more examples than were
+told of, is believed before noise is."""
+
 LEAST_DECIBEL = 25.0
 """Below it an error is some 5 % of the range, and what it does to the gradient is no longer of first order: estimates
 of 20 dB were off by 6 dB."""
@@ -48,7 +52,16 @@ _HIDDEN = (
     "be the prior's, or a local minimum's"
 )
 
-DRAWS = 10
+SPREAD = 0.15
+"""Deviation of log10 of the error over draws of the noise, above which no estimate is given: 1.5 dB, of which two are
+the 3 dB that an estimate may be off by. It is larger where a few directions hold most of the error."""
+
+_SPREAD = (
+    "the noise leaves about {decibel:.0f} dB, give or take {spread:.0f}: a few directions hold most of the error, and "
+    "no closer estimate can be given"
+)
+
+DRAWS = 16
 _INNER = 3000
 
 
@@ -75,7 +88,9 @@ def with_noise(
         group = outcomes[victim * size : (victim + 1) * size]
         if _concerned(problem, group, sigma):
             monitor.tell(f"looking at the noise of gradient {victim}")
-            found[victim * size : (victim + 1) * size] = _estimated(problem, victim, group, sigma)
+            found[victim * size : (victim + 1) * size] = _estimated(
+                problem, victim, group, sigma, several=victim in monitor.reasons
+            )
     return found
 
 
@@ -102,7 +117,9 @@ def _is_lossy(problem: Problem) -> bool:
     return problem.defense is not None and problem.defense.name in LOSSY
 
 
-def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float | None) -> list[Outcome]:
+def _estimated(
+    problem: Problem, victim: int, group: list[Outcome], sigma: float | None, *, several: bool
+) -> list[Outcome]:
     """The group with the polished answer where it is as good as the noise allows; as it is where that is not known."""
     x = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
     labels = np.asarray(tags_of(group))
@@ -131,10 +148,15 @@ def _estimated(problem: Problem, victim: int, group: list[Outcome], sigma: float
             told = tell(aware, victim)
             fit = _polish(aware, told, victim, labels, fit.x)
             noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
+    if several and fit.residual > FAINT and sigma is None:
+        return group  # more examples than were told of are no noise
     if noise is None or not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
         return group
-    errors = _errors(aware, told, labels, fit.x, noise)
+    errors, spreads = _errors(aware, told, labels, fit.x, noise)
     decibel = -10 * errors
+    if float(np.max(spreads)) > SPREAD:
+        words = _SPREAD.format(decibel=float(decibel.min()), spread=20 * float(np.max(spreads)))
+        return [dataclasses.replace(o, reason=words) for o in group]
     if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
         words = _HIDDEN.format(decibel=float(np.nan_to_num(decibel.min(), nan=0.0)))
         return [dataclasses.replace(o, reason=words) for o in group]
@@ -211,8 +233,8 @@ def _prediction(gradient: Any) -> Any:
     return jax.jit(lambda variables, x, labels: gradient(variables, x, labels))
 
 
-def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> Float[np.ndarray, " B"]:
-    """Mean over draws of the noise of log10 (mean square of x - x*, as a share of a pixel's range), by example.
+def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> tuple[Any, Any]:
+    """Mean and deviation over draws of the noise of log10 (mean square of x - x*, as a share of a pixel's range), (B,).
 
     The estimate is of this image's own PSNR: where a few directions hold most of the error, the logarithm's mean is
     nearer to what one draw gives than the logarithm of the mean, which rare large draws decide.
@@ -229,7 +251,7 @@ def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noi
         d = np.asarray(solve(*known, jnp.asarray(x), n, unit))
         shares = np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1)
         squares.append(np.log10(np.maximum(shares, 1e-35)))
-    return np.mean(squares, axis=0)
+    return np.mean(squares, axis=0), np.std(squares, axis=0, ddof=1)
 
 
 @functools.lru_cache(maxsize=16)

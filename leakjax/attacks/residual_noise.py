@@ -25,7 +25,7 @@ EVEN = 3.0
 """Largest ratio of the rms of two groups of noise; of groups of 24 normal numbers it is 2 in one case of ten thousand,
 and what a fit takes away from small parameters is left out of account."""
 
-SPIKE = 2.5
+SPIKE = 1.6
 """How many times a noise matrix's expected largest singular value, squared, counts as structure."""
 
 HALF = 1e-5

@@ -61,6 +61,16 @@ def read_scales(problem: Problem) -> list[Scaling]:
     return [_of_pull(problem, head, v) for v in range(problem.victims)]
 
 
+def factor_is_hidden(problem: Problem) -> bool:
+    """Whether a factor of the gradient would go unseen: of a head without bias and with one or two outputs dz has no
+    direction of its own, and t x with another t explains it as well."""
+    if problem.chain is None or problem.examples > 1:
+        return False
+    head = problem.segments[-1]
+    few = int(np.prod(head.output.shape)) < 3
+    return bool(few and head.linear and head.paths and bias_path(head, problem.variables) is None)
+
+
 def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
     """The problem with every gradient divided by its factor, and the targets that were read."""
     factors = np.array([s.factor for s in scalings])

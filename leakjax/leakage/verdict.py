@@ -98,7 +98,8 @@ def _without_noise(found: Found) -> tuple[str, str]:
         how = "the gradient determines" if measured else "a gradient of this shape can determine"
         return "exact", (
             f"Everything leaks: {how} every one of the {found.unknowns:,} numbers of {found.whose}, and whoever "
-            f"receives it can compute {them} to machine precision."
+            f"receives it can compute {them} to machine precision, up to other "
+            "images that the model itself cannot tell apart (their parts in another order, another sign)."
         )
     few = leaked < LIMITED * found.unknowns
     if measured and (leaked == 0 or doubt.silent or (few and found.possible > DEGENERATE * leaked)):
