@@ -165,7 +165,7 @@ def invert(
         problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
-        if chosen.polished:
+        if chosen.polished and pull_back == "auto":  # another solver was asked for: its own answer is
             told = _sigma_told(observation, gradient_noise)
             sigmas = [None if told is None else told / abs(scaling.factor) for scaling in scalings]
             outcomes = with_noise(problem, monitor, outcomes, sigmas)

@@ -32,6 +32,7 @@ _CURVED = (
     "{free} directions are open at this answer, and the images that match the gradient form a curved set: nothing that "
     "holds far from this answer is known of any entry"
 )
+_KINK = "the answer lies on a kink of the network, and what its derivative says holds on neither side of it"
 _FLAT = "{free} directions leave no trace in the gradient"
 _SEVERAL = "{count} images have this gradient"
 _FOUND = "at least {count} images have this gradient, and nothing says that there are no others"
@@ -63,7 +64,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
         layer, reason = found
         return Certificate("failed", None, unknowns, condition, layer, reason=outcome.reason or reason)
     whole = layers[0].status in SOLVED
-    several = len(outcome.candidates) > 1 or outcome.symmetry is not None
+    several = len(outcome.candidates) > 1 or outcome.symmetry is not None or outcome.curved
     proof = outcome.proof or "local"
     if problem.rounding > HALF:
         return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_COARSE)
@@ -138,6 +139,8 @@ def _open_words(outcome: Outcome, whole: bool) -> str:
     info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
     parts = [] if whole else [(_CURVED if outcome.curved else _FLAT).format(free=free)]
+    if whole and outcome.curved:
+        parts.append(_KINK)
     if outcome.symmetry is not None:
         parts.append(_SYMMETRIC.format(group=outcome.symmetry, count=count))
     elif len({candidate.image.tobytes() for candidate in outcome.candidates}) == 1 < len(outcome.candidates):

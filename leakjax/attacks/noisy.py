@@ -22,7 +22,7 @@ from jaxtyping import Array
 
 from leakjax.attacks.gradient_residual import Compare, match_programs, residual_of
 from leakjax.attacks.matched import compare, given
-from leakjax.attacks.others import other_images, tags_of
+from leakjax.attacks.others import at_kink, other_images, tags_of
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.ranks import NULL_SPACE
 from leakjax.attacks.residual_noise import HALF, Noise, draw_noise, read_noise, read_rounding
@@ -176,7 +176,8 @@ def _estimated(
 
 def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Polished) -> list[Outcome]:
     """The group where the polish matched the gradient to rounding: there was no noise, the layers lost digits."""
-    if not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
+    tags = jnp.asarray(labels)
+    if not fit.determined or other_images(problem, fit.x, tags) or at_kink(problem, fit.x, tags):
         return group
     info = LayerInfo("network", fit.x.size, fit.x.size, 0, fit.condition, fit.residual, 0, 0, "determined")
     return [

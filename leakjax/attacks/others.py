@@ -31,6 +31,8 @@ STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradi
 _DIRECTIONS = 2
 _OPEN = 1e-8  # relative change of the gradient, to first order, of a difference that lies in open directions
 _ALONG = 1e-6  # the same of two answers that were each solved to rounding
+BESIDE, KINKED = 1e-9, 1e-3
+"""How far from an answer, in units of the range, its derivative is looked at again, and by how much it may differ."""
 _INNER = 6000
 
 
@@ -47,7 +49,9 @@ def seek_others(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> 
             found += group
             continue
         monitor.tell(f"looking for other images of gradient {first // size}")
-        found += _with_curvature(problem, _with_symmetries(problem, group))
+        group = _with_curvature(problem, _with_symmetries(problem, group))
+        kinked = at_kink(problem, np.stack([o.candidates[0].image for o in group]), tags_of(group))
+        found += [dataclasses.replace(o, curved=o.curved or kinked) for o in group]
     return found
 
 
@@ -93,6 +97,37 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
             outcome, candidates=candidates, symmetry=", ".join(names), count=1 + len(others), moved=moved
         )
     return result
+
+
+def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> bool:
+    """Whether the gradient's derivative at x is another a billionth of the range away: a kink lies at x itself.
+
+    There (a black image behind ReLU without biases) the Jacobian speaks of neither side, and its rank of nothing.
+    """
+    width = problem.input_range[1] - problem.input_range[0]
+    given = dict(problem.variables), jnp.asarray(x, problem.dtype), labels
+    away = _kinks(predicted(problem))(*given, jnp.asarray(BESIDE * width, problem.dtype))
+    return not float(away) <= KINKED
+
+
+@functools.lru_cache(maxsize=16)
+def _kinks(gradient: Gradient) -> Any:
+    """(variables, x, labels, step) -> max ||W (J(x +- step u) - J(x)) v|| / ||W J(x) v||, u and v random."""
+
+    def kinks(variables: Any, x: Array, labels: Array, step: Array) -> Array:
+        u, v = (jax.random.normal(jax.random.key(k), x.shape, x.dtype) for k in (21, 22))
+        over = inverse_norms(gradient(variables, x, labels))
+
+        def slope(at: Array) -> Any:
+            tangent = jax.jvp(lambda x: gradient(variables, x, labels), (at,), (v,))[1]
+            return jax.tree.map(jnp.multiply, over, tangent)
+
+        here = slope(x)
+        size = jnp.maximum(optax.tree.norm(here), jnp.finfo(x.dtype).tiny)
+        away = [optax.tree.norm(optax.tree.sub(slope(x + side * step * u), here)) for side in (-1, 1)]
+        return jnp.maximum(*away) / size
+
+    return jax.jit(kinks)
 
 
 def same_open_set(
