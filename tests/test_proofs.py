@@ -37,7 +37,8 @@ def test_an_even_network_has_both_signs_as_candidates(rng):
     images = rng.uniform(-1, 1, size=(1, 6, 6, 1))
     model = one_layer(rng, 5, bias=False, activation="square")
     answer = invert(observe(model, (images, np.array([1])), input_range=(-1.0, 1.0)))
-    assert (answer.certificates[0].status, answer.certificates[0].symmetry) == ("ambiguous", "sign")
+    assert answer.certificates[0].status == "ambiguous"
+    assert answer.certificates[0].symmetry.startswith("sign")
     assert nearest(answer, images[0]) > 200
     assert answer.determined.max() == 0
     inside = np.abs(images)
@@ -106,6 +107,9 @@ def test_moves_only_move(shape, rng):
     for move in moves(shape, (0.0, 1.0)):
         moved = move.apply(x)
         assert moved.shape == shape
+        if move.name == "signs of parts":
+            assert np.all((moved == x) | (moved == -x) | (moved == 1 - x))
+            continue
         values = {"sign": -x, "sign about mid-range": 1 - x}.get(move.name, x)
         np.testing.assert_array_equal(np.sort(moved, axis=None), np.sort(values, axis=None))
     np.testing.assert_array_equal(x, before)

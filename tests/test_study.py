@@ -31,7 +31,7 @@ def test_no_certificate_of_a_part_is_wrong(number):
     estimates = [r for r in records if r["status"] == "approximate"]
     assert sum(r["wrong"] == "approximate" for r in estimates) <= 0.1 * len(estimates)
     if number == 11:
-        assert sum(r["status"] in ("exact", "approximate") for r in records) >= 0.8 * len(records)
+        assert sum(r["status"] in ("exact", "approximate") for r in records) >= 0.7 * len(records)
 
 
 def test_the_judge_sees_what_is_wrong(rng):

@@ -52,9 +52,9 @@ _HIDDEN = (
     "be the prior's, or a local minimum's"
 )
 
-SPREAD = 0.15
-"""Deviation of log10 of the error over draws of the noise, above which no estimate is given: 1.5 dB, of which two are
-the 3 dB that an estimate may be off by. It is larger where a few directions hold most of the error."""
+SPREAD = 0.25
+"""Deviation of log10 of the error over draws of the noise, above which no estimate is given: 2.5 dB. It is 0.1 for a
+hundred equal directions and larger where a few hold most of the error: then one image may be off by 3 dB by chance."""
 
 _SPREAD = (
     "the noise leaves about {decibel:.0f} dB, give or take {spread:.0f}: a few directions hold most of the error, and "
