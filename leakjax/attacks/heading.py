@@ -41,6 +41,8 @@ def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
         shown = examples_shown(dense, {p: problem.gradients[p][victim] for p in head.paths}, problem.rounding)
         if shown > 1:
             monitor.reasons[victim] = _COUNT.format(shown=shown, told=1)
+            if shown < min(dense.where.shape):
+                monitor.several.add(victim)
     return paths
 
 

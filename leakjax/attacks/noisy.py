@@ -89,7 +89,7 @@ def with_noise(
         if _concerned(problem, group, sigma):
             monitor.tell(f"looking at the noise of gradient {victim}")
             found[victim * size : (victim + 1) * size] = _estimated(
-                problem, victim, group, sigma, several=victim in monitor.reasons
+                problem, victim, group, sigma, several=victim in monitor.several
             )
     return found
 

@@ -163,10 +163,14 @@ class Outcome:
 
 @dataclasses.dataclass
 class Monitor:
-    """Where the time goes, a listener for what is being done, and by victim the `reasons` why it cannot be."""
+    """Where the time goes, a listener for what is being done, and by victim the `reasons` why it cannot be.
+
+    `several`: victims whose head's gradient is of more examples than was told, and not of full rank, as noise is.
+    """
 
     trace: float = 0.0
     compile: float = 0.0
     solve: float = 0.0
     tell: Callable[[str], None] = lambda stage: None
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
+    several: set[int] = dataclasses.field(default_factory=set)
