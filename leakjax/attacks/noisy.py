@@ -43,9 +43,9 @@ FAINT = 0.01
 """||g(x) - s|| / ||s|| above which the rank of a head's gradient, where it says that there are more examples than were
 told of, is believed before noise is."""
 
-LEAST_DECIBEL = 25.0
-"""Below it an error is some 5 % of the range, and what it does to the gradient is no longer of first order: estimates
-of 20 dB were off by 6 dB."""
+LEAST_DECIBEL = 35.0
+"""Below it an error is some 2 % of the range and more, and what it does to the gradient is no longer of first order:
+estimates of 20 to 30 dB were off by 6 to 20 dB."""
 
 _HIDDEN = (
     "the noise is too large for a first-order estimate of the error, which would be {decibel:.0f} dB: what is seen may "
