@@ -217,7 +217,8 @@ def _defended(certificate: Certificate) -> Certificate:
 
 
 def _with_reason(outcome: Outcome, reason: str | None) -> Outcome:
-    return outcome if reason is None else dataclasses.replace(outcome, reason=reason)
+    known = reason is None or outcome.reason is not None
+    return outcome if known else dataclasses.replace(outcome, reason=reason)
 
 
 def _told(observation: Observation, adaptive: bool, gradient_noise: float | None) -> Setting | None:
