@@ -22,6 +22,9 @@ from benchmarks.study_judge import judge, solvable
 from benchmarks.study_nets import Net, architecture
 from leakjax import InputError, Observation, invert, observe
 
+ROOT = Path(__file__).resolve().parents[1]
+"""Left out of what records say: a place on one machine."""
+
 ARCHITECTURES = 90
 """Ten activations in nine forms."""
 
@@ -82,7 +85,11 @@ def run_architecture(number: int, done: set[tuple[int, str, str]], victims: int 
             noise = {"gradient_noise": client.noise} if client.told else {}
             answer = invert(observation, attack=attack, **noise)
         except InputError as error:
-            yield base | {"status": "refused", "reason": str(error), "cpu_s": time.process_time() - begun}
+            yield base | {
+                "status": "refused",
+                "reason": str(error).replace(f"{ROOT}/", ""),
+                "cpu_s": time.process_time() - begun,
+            }
             continue
         spent = time.process_time() - begun
         verdicts = judge(observation, answer, images, labels)

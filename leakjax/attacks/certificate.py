@@ -122,7 +122,7 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
     layers = outcome.layers
     backwards = list(reversed(layers))
     failed = next((info for info in backwards if info.status == "failed"), None)
-    vague = next((info for info in backwards if not _relative_error(info) <= 1e-3), None)
+    vague = next((info for info in backwards if not relative_error(info) <= 1e-3), None)
     if failed is None and vague is not None:
         return vague.name, _VAGUE.format(layer=vague.name)
     if failed is not None:
@@ -150,7 +150,7 @@ def _open_words(outcome: Outcome, whole: bool) -> str:
     return "; ".join(parts)
 
 
-def _relative_error(info: LayerInfo) -> float:
+def relative_error(info: LayerInfo) -> float:
     """What a layer's residual may do to its unknowns, relatively: its condition times its residual."""
     condition = np.inf if info.condition is None else info.condition
     return 0.0 if info.residual == 0 else float(condition * info.residual)

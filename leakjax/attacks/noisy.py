@@ -20,6 +20,7 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
+from leakjax.attacks.certificate import relative_error
 from leakjax.attacks.gradient_residual import Compare, match_programs, residual_of
 from leakjax.attacks.matched import compare, given
 from leakjax.attacks.others import at_kink, other_images, tags_of
@@ -103,14 +104,9 @@ def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> b
         return problem.defense is None or problem.defense.name != "sign"
     layers = group[0].layers
     clean = residual <= problem.matched and all(info.status != "failed" for info in layers)
-    sure = clean and all(_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
+    sure = clean and all(relative_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
     near = NEAR_SMALL if layers[0].unknowns <= SMALL else NEAR
     return not sure and residual <= near and problem.local_steps == 1 and problem.defense is None
-
-
-def _error(info: LayerInfo) -> float:
-    condition = np.inf if info.condition is None else info.condition
-    return 0.0 if info.residual == 0 else float(condition * info.residual)
 
 
 def _is_lossy(problem: Problem) -> bool:
