@@ -10,6 +10,7 @@ import numpy as np
 
 from leakjax.arguments import LARGEST, MOST, instance
 from leakjax.errors import InputError
+from leakjax.factors import check_factor, factors_of, known_factors
 from leakjax.files import write_npz
 from leakjax.losses import LOSSES
 from leakjax.model import Model
@@ -42,12 +43,21 @@ def write_capture(observation: Observation, path: Path) -> None:
         meta["weight_decay"] = observation.weight_decay
     if observation.input_mean is not None and observation.input_std is not None:
         meta |= {"input_mean": list(observation.input_mean), "input_std": list(observation.input_std)}
+    factors = set(known_factors(observation.gradients, observation.factors, None))
+    if len(factors) == 1 and None not in factors and not _with_bias(observation):
+        meta["gradient_scale"] = factors.pop()
     if not single:
         meta["victims"] = observation.victims
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
     arrays |= {f"buffers/{p}": np.asarray(a) for p, a in plain_buffers(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
     write_npz(path, {"meta": np.asarray(json.dumps(meta)), **arrays})
+
+
+def _with_bias(observation: Observation) -> bool:
+    """Whether some parameter can be a bias of the logits, which shows a gradient's factor."""
+    outputs = output_count(observation.model, observation.input_shape)
+    return any(a.shape == (outputs,) for a in observation.model.params.values())
 
 
 def read_capture(path: str | Path, model: Model) -> Observation:
@@ -124,6 +134,7 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
         float(meta.get("weight_decay", 0.0)),
         mean,
         std,
+        factors=factors_of(gradients, meta.get("gradient_scale")),
     )
 
 
@@ -171,6 +182,7 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
         raise InputError(f"{argument}: meta's learning_rate must be a number, got {meta['learning_rate']!r}")
     if not _finite_number(meta.get("weight_decay", 0.0)):
         raise InputError(f"{argument}: meta's weight_decay must be a number, got {meta['weight_decay']!r}")
+    check_factor(f"{argument}: meta's gradient_scale", meta.get("gradient_scale"))
     for key in ("examples", "victims", "local_steps"):
         if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")

@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Float
 
 from leakjax.arguments import MOST, instance, whole
+from leakjax.attacks.multiples import MULTIPLES
 from leakjax.errors import InputError
 from leakjax.jacobian import jacobian_product, row_space
 from leakjax.memory import fits_in_memory
@@ -54,4 +55,7 @@ def undetermined_directions(
         point = dict(model.variables), jnp.asarray(x, float), jnp.asarray(labels)
         size = sum(int(np.prod(p.shape)) for p in model.params.values())
         space = row_space(lambda v: product(*point, jnp.asarray(v)), size, x.size)
-    return space.vectors[:, : x.size - space.rank].T.reshape(-1, *x.shape)
+    basis = space.vectors[:, : x.size - space.rank].T
+    if certificate.symmetry == MULTIPLES and space.rank == x.size:
+        basis = x.reshape(1, -1) / np.linalg.norm(x)
+    return basis.reshape(-1, *x.shape)

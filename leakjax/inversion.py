@@ -15,15 +15,17 @@ from leakjax._widening import Wide, in_one_precision
 from leakjax.arguments import check_solving, instance, real
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificate import agreed, certify, certify_together
+from leakjax.attacks.multiples import with_doubt, with_multiples
 from leakjax.attacks.noisy import with_noise
 from leakjax.attacks.others import seek_others
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
-from leakjax.attacks.scales import factor_is_hidden, read_scales, rescaled, unscaled
+from leakjax.attacks.scales import read_scales, rescaled, unscaled
 from leakjax.attacks.stored import stored_rounding
 from leakjax.attacks.told import certifiable
 from leakjax.batch_statistics import batch_remarks
 from leakjax.defenses import CUSTOM, Setting, build_defense
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
+from leakjax.factors import check_factor, known_factors
 from leakjax.losses import labels_of
 from leakjax.model import Model
 from leakjax.network import read_network
@@ -34,11 +36,8 @@ from leakjax.precision import compute_in
 from leakjax.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.segments import Chain, read_segments
+from leakjax.silent import silent_victims, with_silent, without_decay
 
-_HIDDEN_FACTOR = (
-    "the last layer has no bias and one or two outputs: it does not show whether the gradient was multiplied by a "
-    "factor, and the certificates hold for one that was not"
-)
 SOLVERS = ("auto", "lsmr", "dense")
 
 
@@ -59,6 +58,7 @@ def invert(
     devices: Sequence[Any] | None = None,
     adaptive: bool = True,
     gradient_noise: float | None = None,
+    gradient_scale: float | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Reconstruction:
     """Reconstruct the images behind the gradients of an observation.
@@ -86,6 +86,9 @@ def invert(
       layer-wise attacks always do, it takes what was sent for the gradient;
     - `gradient_noise`: standard deviation of normal noise that is known to be in every entry of what was sent; without
       it noise is read off what the best answer leaves of the gradient;
+    - `gradient_scale`: the factor c in what was sent, c dL/dtheta, where it is known (1 for none, a learning rate with
+      its sign, the number of examples for sums); without it c is read off the last layer, and where that does not show
+      it no multiple of an image is told from another;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own;
@@ -117,6 +120,10 @@ def invert(
     if not isinstance(descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
     _check_noise(gradient_noise, observation)
+    factor = check_factor("gradient_scale", gradient_scale)
+    silent = silent_victims(observation.gradients, observation.model.params, observation.weight_decay)
+    if silent:
+        return _of_the_others(observation, silent, given)
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         wide = _cast(observation.model, tuple(observation.input_shape), dtype)
@@ -129,8 +136,9 @@ def invert(
         network = read_network(model, observation.input_shape, observation.examples, dtype)
         monitor.trace += time.perf_counter() - start
         stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
-        sent, amplified = _without_decay(observation)
-        precision = amplified * max(float(jnp.finfo(observation.precision).eps), float(jnp.finfo(wide.own).eps), stored)
+        sent, amplified = without_decay(observation.gradients, observation.model.params, observation.weight_decay)
+        own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
+        precision = float(np.max(amplified)) * max(own, stored)
         gradients = {p: np.asarray(g, floating) for p, g in sent.items()}
         problem = Problem(
             chain,
@@ -157,24 +165,38 @@ def invert(
             local_steps=observation.local_steps,
             learning_rate=observation.learning_rate,
             channel_limits=None if observation.input_mean is None else observation.limits,
+            factors=known_factors(observation.gradients, observation.factors, factor),
+            outputs=logits.shape[-1],
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
-        if factor_is_hidden(problem):
-            remarks = (*remarks, _HIDDEN_FACTOR)
         scalings = read_scales(problem)
         problem = unscaled(problem, scalings)
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
-        outcomes = rescaled(outcomes, scalings) if problem.examples == 1 else outcomes
+        outcomes = rescaled(outcomes, scalings)
         if chosen.polished and pull_back == "auto":  # another solver was asked for: its own answer is
             told = _sigma_told(observation, gradient_noise)
             sigmas = [None if told is None else told / abs(scaling.factor) for scaling in scalings]
             outcomes = with_noise(problem, monitor, outcomes, sigmas)
+        outcomes = with_multiples(problem, monitor, outcomes)
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
     found = dataclasses.replace(found, remarks=remarks)
     failed = all(c.status == "failed" for c in found.certificates)
     return _in_another_order(observation, found, given) if failed and observation.interchangeable else found
+
+
+def _of_the_others(observation: Observation, silent: Mapping[int, str], given: dict[str, Any]) -> Reconstruction:
+    """What the victims give who are not `silent`, with these among them as `failed`."""
+    victims, size, labels = observation.victims, observation.examples, given["labels"]
+    heard = [v for v in range(victims) if v not in silent]
+    if not heard:
+        raise InputError(f"gradient 0: {silent[0]}")
+    if labels is not None and np.shape(labels) == (victims * size,):
+        labels = np.reshape(labels, (victims, size))[heard].ravel()
+    gradients = {p: g[heard] for p, g in observation.gradients.items()}
+    found = invert(dataclasses.replace(observation, gradients=gradients), **{**given, "labels": labels})
+    return with_silent(found, silent, victims, observation.input_range)
 
 
 def _in_another_order(observation: Observation, found: Reconstruction, given: Mapping[str, Any]) -> Reconstruction:
@@ -235,26 +257,6 @@ def _sigma_told(observation: Observation, gradient_noise: float | None) -> float
     if name == "gaussian" and observation.local_steps == 1:
         return float(values)
     return gradient_noise
-
-
-def _without_decay(observation: Observation) -> tuple[Mapping[str, Any], float]:
-    """Each victim's g = s - lambda theta of what was sent, s, and by how much more its rounding weighs there."""
-    decay = observation.weight_decay
-    if decay == 0:
-        return observation.gradients, 1.0
-    params = {p: np.asarray(theta, float) for p, theta in observation.model.params.items()}
-    left = {p: np.asarray(g, float) - decay * params[p] for p, g in observation.gradients.items()}
-    before, after = (_sizes(arrays, observation.victims) for arrays in (observation.gradients, left))
-    if np.any(after <= 1e-14 * before):
-        raise InputError(
-            f"weight_decay {decay:g} times the weights is all there is in gradient {int(np.argmin(after / before))}"
-        )
-    return left, float(np.max(np.maximum(before / after, 1.0)))
-
-
-def _sizes(arrays: Mapping[str, Any], victims: int) -> np.ndarray:
-    """||g|| of every victim."""
-    return np.sqrt(sum(np.sum(np.asarray(g, float).reshape(victims, -1) ** 2, axis=1) for g in arrays.values()))
 
 
 def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
@@ -335,7 +337,7 @@ def _assemble(
     images, labels, determined, residuals = [], [], [], []
     middle = 0.5 * (problem.limits[0] + problem.limits[1])
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
-    certificates = certify_together(certificates, outcomes, problem.examples)
+    certificates = with_doubt(problem, certify_together(certificates, outcomes, problem.examples))
     if observation.defense is not None and not _reckoned_with(problem, observation.defense):
         certificates = [c if c.status == "approximate" else _defended(c) for c in certificates]
     for outcome, certificate in zip(outcomes, certificates, strict=True):

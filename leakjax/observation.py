@@ -14,13 +14,18 @@ from leakjax.arguments import array, choice, instance, interval, shown, sizes, w
 from leakjax.client import Protection, check_decay, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
 from leakjax.errors import InputError, cannot_run
+from leakjax.factors import factors_of
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Model, read_model
 from leakjax.normalization import Limits, channel_limits, check_normalization, hull, spread
 from leakjax.precision import compute_in
+from leakjax.silent import SMALLEST, ZERO, largest_entries
 
 LARGEST_GRADIENT = 1e100
 """Of an entry: the squares of such, summed, stay far from the largest number."""
+
+_WITHOUT_FACTOR = "gaussian", "laplace", "qsgd", "soteria", "top_k"
+"""Defenses that multiply no gradient as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +45,9 @@ class Observation:
     - `input_mean`, `input_std`: by channel, where the model sees (pixel - mean) / std of pixels in [0, 1];
       `input_range` is then the least and greatest value over all channels;
     - `interchangeable`: groups of layers of one kind and shape, which a capture from PyTorch may hold in another order
-      than the model uses them; () elsewhere.
+      than the model uses them; () elsewhere;
+    - `factors`: of gradients whose factor c in c dL/dtheta is known, {checksum: c} by `factors.checksum`: `observe`
+      knows that its own have none (c = 1), and says nothing of those that take their place.
     """
 
     model: Model
@@ -57,6 +64,7 @@ class Observation:
     input_mean: tuple[float, ...] | None = None
     input_std: tuple[float, ...] | None = None
     interchangeable: tuple[tuple[str, ...], ...] = ()
+    factors: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -147,7 +155,9 @@ def observe(
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
     told = (int(batch_size), dtype, protect.name, *steps, decay, mean, std)
-    return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told)
+    plain = protect.name is None or protect.name.partition(":")[0] in _WITHOUT_FACTOR
+    factors = factors_of(stacked, 1.0 if plain else None)
+    return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told, factors=factors)
 
 
 def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -204,19 +214,14 @@ def check_observation(observation: Observation) -> None:
             raise InputError(f"gradient of {path!r} has dtype {g.dtype}; floating point expected")
         if not np.all(np.isfinite(g)):
             raise InputError(f"gradient of {path!r} holds NaN or infinite entries; nothing can be inverted from it")
-    norms = np.max(
-        [np.max(np.abs(g.astype(float)).reshape(len(g), -1), axis=1, initial=0.0) for g in gradients.values()], axis=0
-    )
+    norms = largest_entries(gradients)
     if np.any(norms > LARGEST_GRADIENT):
         raise InputError(
             f"gradient of victim {int(np.argmax(norms))} holds entries of {np.max(norms):.1e}, whose squares "
             "overflow: it is no gradient of a finite loss, or was scaled; divide it"
         )
-    if np.any(norms == 0):
-        raise InputError(
-            f"gradient of victim {int(np.argmin(norms))} is zero everywhere: it carries no information (the loss is at "
-            "a minimum, or a saturated softmax underflowed)"
-        )
+    if np.all(norms < SMALLEST):
+        raise InputError(f"gradient of victim 0: {ZERO}")
 
 
 def _check_normalized(observation: Observation, between: tuple[float, float]) -> None:

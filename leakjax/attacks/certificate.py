@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from leakjax.attacks.multiples import MULTIPLES
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.attacks.residual_noise import HALF
 from leakjax.reconstruction import Certificate, LayerInfo
@@ -37,6 +38,10 @@ _FLAT = "{free} directions leave no trace in the gradient"
 _SEVERAL = "{count} images have this gradient"
 _FOUND = "at least {count} images have this gradient, and nothing says that there are no others"
 _SYMMETRIC = "another {group} has the same gradient: at least {count} images have it, and there may be others"
+_RAY = (
+    "every multiple of this image has this gradient, times a factor that the last layer does not show: tell the "
+    "factor, 1 where there is none (gradient_scale, --gradient-scale)"
+)
 _LABELS = "the label and the factor of the gradient are known together only"
 _VAGUE = (
     "{layer} is too ill-conditioned for what its equations leave over (condition times residual above 1e-3): a "
@@ -55,6 +60,8 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     layers = outcome.layers
     unknowns = layers[0].unknowns
     condition = layers[0].condition
+    if outcome.multiples and (outcome.psnr_estimate is not None or problem.rounding > HALF):
+        return Certificate("ambiguous", 0, unknowns, condition, None, "local", outcome.symmetry, reason=_RAY)
     if outcome.psnr_estimate is not None:
         words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual)
         estimate = outcome.psnr_estimate
@@ -73,6 +80,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
             return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
         return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
     rank = 0 if outcome.curved or (several and proof == "local") else layers[0].rank
+    rank = rank - 1 if rank and outcome.multiples else rank
     reason = _open_words(outcome, whole)
     return Certificate("ambiguous", rank, unknowns, condition, None, proof, outcome.symmetry, reason=reason)
 
@@ -108,13 +116,16 @@ def agreed(outcome: Outcome, width: float) -> np.ndarray | None:
         return None
     if outcome.proof != "global" and (len(outcome.candidates) > 1 or outcome.symmetry is not None):
         return None  # some of the images with this gradient: others may differ anywhere
+    if outcome.multiples and outcome.psnr_estimate is not None:
+        return None
     images = [candidate.image for candidate in outcome.candidates]
     same = np.ones(images[0].shape, bool)
     for other in images[1:]:
         same &= np.abs(other - images[0]) <= 1e-6 * width
     if outcome.moved is not None:
         same &= ~outcome.moved
-    return np.where(same, outcome.seen, 0.0)
+    ray = images[0] / np.linalg.norm(images[0]) if outcome.multiples else 0.0
+    return np.where(same, np.maximum(outcome.seen - ray**2, 0.0), 0.0)
 
 
 def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
@@ -138,10 +149,12 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
 def _open_words(outcome: Outcome, whole: bool) -> str:
     info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
-    parts = [] if whole else [(_CURVED if outcome.curved else _FLAT).format(free=free)]
-    if whole and outcome.curved:
+    parts = [_RAY] if outcome.multiples else []
+    if not whole:
+        parts.append((_CURVED if outcome.curved else _FLAT).format(free=free))
+    elif outcome.curved and not outcome.multiples:
         parts.append(_KINK)
-    if outcome.symmetry is not None:
+    if outcome.symmetry not in (None, MULTIPLES):
         parts.append(_SYMMETRIC.format(group=outcome.symmetry, count=count))
     elif len({candidate.image.tobytes() for candidate in outcome.candidates}) == 1 < len(outcome.candidates):
         parts.append(_LABELS)

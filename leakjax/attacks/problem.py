@@ -39,6 +39,8 @@ class Problem:
     What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
     `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
     `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`.
+    `factors`: by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none.
+    `outputs`: how many logits the model has.
     """
 
     chain: Chain | None
@@ -67,10 +69,16 @@ class Problem:
     learning_rate: float | None = None
     targets: tuple[Float[np.ndarray, " K"] | None, ...] = ()
     channel_limits: Limits | None = None
+    factors: tuple[float | None, ...] = ()
+    outputs: int = 1
 
     def target(self, victim: int) -> Float[np.ndarray, " K"] | None:
         """What the loss of a gradient of one example compares the logits with, where that is no integer label."""
         return self.targets[victim] if self.targets else None
+
+    def factor(self, victim: int) -> float | None:
+        """What the gradient of a victim is known to be multiplied by."""
+        return self.factors[victim] if self.factors else None
 
     def alone(self, victim: int, **changes: Any) -> "Problem":
         """The problem of one victim, with `changes` of other fields."""
@@ -79,6 +87,7 @@ class Problem:
             gradients={p: g[victim : victim + 1] for p, g in self.gradients.items()},
             labels=None if self.labels is None else self.labels[victim : victim + 1],
             targets=self.targets[victim : victim + 1],
+            factors=self.factors[victim : victim + 1],
             **changes,
         )
 
@@ -142,6 +151,7 @@ class Outcome:
       gradient; None where only the Jacobian at the answer speaks;
     - `symmetry`: moves of the image that leave the gradient as it is, by name, with the `count` of images they give and
       the entries `moved` by them;
+    - `multiples`: whether the image's multiples have the same gradient, times a factor that is not known;
     - `curved`: whether the open directions hold near the answer only;
     - `scale`, `target`: as `Reconstruction` has them; `reason`: why there is no answer, where the attack knows;
     - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow.
@@ -154,6 +164,7 @@ class Outcome:
     symmetry: str | None = None
     count: int = 1
     moved: Bool[np.ndarray, "..."] | None = None
+    multiples: bool = False
     curved: bool = False
     scale: float = 1.0
     target: Float[np.ndarray, " K"] | None = None

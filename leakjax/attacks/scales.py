@@ -7,8 +7,8 @@ is whatever c was, so z = f(x) and p = dL/dz(z, y) are known for every label y, 
     dz = c p(y)                 c = <dz, p> / <p, p>,  y = the label with which nothing is left over.
 
 With two labels p(0) and p(1) are parallel: c and y are known together only, and a gradient with c = 1 is taken for one
-that was not scaled. Where no label fits, dL/dz(z, t) = dz is solved for the target t: smoothed, mixed or
-several labels.
+that was not scaled. Where c is known already, it is not read. Where no label fits, dL/dz(z, t) = dz is solved for the
+target t: smoothed, mixed or several labels.
 """
 
 import dataclasses
@@ -36,6 +36,9 @@ by chance where dz has three entries or more that are noise."""
 LEAST = 1e-12
 """||dL/dz|| below which its direction is rounding: a saturated softmax is parallel to nothing."""
 
+_DOUBLED = tuple(2.0**k for k in range(1, 40))
+"""Factors of a gradient too large for any multiple of the head's input: ||t p(t x)|| reaches all small sizes."""
+
 _SIZES = np.geomspace(1e-5, 1e16, 4200)
 
 
@@ -49,26 +52,17 @@ class Scaling(NamedTuple):
 
 def read_scales(problem: Problem) -> list[Scaling]:
     """What the head says of every gradient of one example; of batches, updates and defended ones nothing is read."""
-    plain = [Scaling()] * problem.victims
-    known = problem.defense is None and problem.local_steps == 1 and problem.examples == 1
-    if problem.chain is None or not known:
+    plain = [Scaling(problem.factor(v) or 1.0) for v in range(problem.victims)]
+    readable = problem.defense is None and problem.local_steps == 1 and problem.examples == 1
+    if problem.chain is None or not readable:
         return plain
     head = problem.segments[-1]
     if not (head.linear and head.paths):
         return plain
     if bias_path(head, problem.variables) is None:
-        return [_of_direction(problem, head, v) for v in range(problem.victims)]
+        known = [problem.factor(v) is not None for v in range(problem.victims)]
+        return [plain[v] if known[v] else _of_direction(problem, head, v) for v in range(problem.victims)]
     return [_of_pull(problem, head, v) for v in range(problem.victims)]
-
-
-def factor_is_hidden(problem: Problem) -> bool:
-    """Whether a factor of the gradient would go unseen: of a head without bias and with one or two outputs dz has no
-    direction of its own, and t x with another t explains it as well."""
-    if problem.chain is None or problem.examples > 1:
-        return False
-    head = problem.segments[-1]
-    few = int(np.prod(head.output.shape)) < 3
-    return bool(few and head.linear and head.paths and bias_path(head, problem.variables) is None)
 
 
 def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
@@ -86,9 +80,10 @@ def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
 
 
 def rescaled(outcomes: list[Outcome], scalings: list[Scaling]) -> list[Outcome]:
-    """The outcomes of gradients of one example with their factors, and the labels that explain them as well."""
-    found = []
-    for outcome, scaling in zip(outcomes, scalings, strict=True):
+    """The outcomes with their gradients' factors, and the labels that explain them as well."""
+    found, size = [], len(outcomes) // len(scalings)
+    for k, outcome in enumerate(outcomes):
+        scaling = scalings[k // size]
         twins = [
             dataclasses.replace(c, label=label)
             for c in outcome.candidates
@@ -96,7 +91,8 @@ def rescaled(outcomes: list[Outcome], scalings: list[Scaling]) -> list[Outcome]:
             if label != c.label
         ]
         known = (*outcome.candidates, *twins)
-        found.append(dataclasses.replace(outcome, candidates=known, scale=scaling.factor, target=scaling.target))
+        scale, target = scaling.factor * outcome.scale, outcome.target if scaling.target is None else scaling.target
+        found.append(dataclasses.replace(outcome, candidates=known, scale=scale, target=target))
     return found
 
 
@@ -108,18 +104,20 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
     z = head.function(dict(problem.variables), jnp.asarray(x))
     pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, jnp.asarray(labels)))
+    known = problem.factor(victim)
+    dz = dz / (known or 1.0)
     flat = np.asarray(dz, float).ravel()
     size = float(np.linalg.norm(flat))
     if not size > 0:
-        return Scaling()
+        return Scaling(known or 1.0)
     factors = pulls @ flat / np.maximum(np.sum(pulls**2, axis=1), np.finfo(float).tiny)
     free = np.linalg.norm(flat - factors[:, None] * pulls, axis=1) / size
     plain = np.linalg.norm(flat - pulls, axis=1) / size
     unscaled_fits = float(np.min(plain)) <= max(1e-9, 1e3 * problem.rounding)
-    if unscaled_fits or not float(np.min(free)) <= min(FIT, GAIN * float(np.min(plain))):
+    if unscaled_fits or known is not None or not float(np.min(free)) <= min(FIT, GAIN * float(np.min(plain))):
         if unscaled_fits or problem.labels is not None or float(np.min(plain)) <= FIT:
-            return Scaling()
-        return Scaling(target=_target(problem, head, z, dz))
+            return Scaling(known or 1.0)
+        return Scaling(known or 1.0, target=_target(problem, head, z, dz))
     fitting = np.flatnonzero(free <= max(1e-9, 3 * float(np.min(free))))
     fitting = sorted(fitting, key=lambda k: (factors[k] < 0, abs(np.log(abs(factors[k])))))
     others = tuple((int(labels[k]), float(factors[k])) for k in fitting[1:])
@@ -172,12 +170,16 @@ def _fits_unscaled(problem: Problem, head: Segment, gradient: Any, victim: int) 
 def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
     """From the direction of dz alone: without a bias x is known up to a factor t, and p(t x) must be parallel to it.
 
-    Of two labels and of one output every p is; nothing is read there.
+    Of two labels and of one output every p is; there the factor is any with which the head has an answer.
     """
     outputs = int(np.prod(head.output.shape))
     gradient = {p: problem.gradients[p][victim] for p in head.paths}
-    if outputs < 3 or _fits_unscaled(problem, head, gradient, victim):
+    if _fits_unscaled(problem, head, gradient, victim):
         return Scaling()
+    if outputs < 3:
+        divided = ({p: g / factor for p, g in gradient.items()} for factor in _DOUBLED)
+        fits = (_fits_unscaled(problem, head, smaller, victim) for smaller in divided)
+        return Scaling(next((factor for factor, fit in zip(_DOUBLED, fits, strict=True) if fit), 1.0))
     direction, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerance)
     flat = np.asarray(direction, float).ravel()
     labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]

@@ -60,6 +60,7 @@ IDLE: Mapping[str, tuple[Idle, ...]] = {
             for option in ("solver", "prior", "pull_back", "optimizer", "starts", "steps", "gradient_noise")
         ),
         Idle(("gradient_noise",), lambda v: v["defense"] is not None, "beside --defense, which says its own noise"),
+        Idle(("gradient_scale",), lambda v: not _captured(v), "without a capture: here nothing multiplies it"),
         Idle(("optimizer",), _undriven, "with --prior none, unless --pull-back optax descends by it"),
         _IMAGES,
         _WEIGHTS,

@@ -60,6 +60,10 @@ def invert(
         float | None,
         typer.Option("--gradient-noise", metavar="SIGMA", help="Standard deviation of noise known in every entry."),
     ] = None,
+    gradient_scale: Annotated[
+        float | None,
+        typer.Option("--gradient-scale", metavar="C", help="Known factor of a capture's gradient; 1 for none."),
+    ] = None,
     local_steps: LocalSteps = 1,
     learning_rate: LearningRate = None,
     weight_decay: WeightDecay = None,
@@ -143,6 +147,7 @@ def invert(
                 steps=steps,
                 prior=prior,
                 gradient_noise=gradient_noise,
+                gradient_scale=gradient_scale,
                 progress=tell,
             )
         pictures = unit_scale(result.images, observation.limits)
