@@ -1,5 +1,6 @@
 """Whether a certificate is wrong, against the truth and independently of the attacks' own checks."""
 
+import functools
 import itertools
 import re
 from typing import Any, NamedTuple
@@ -58,19 +59,24 @@ def judge(observation: Observation, answer: Reconstruction, images: np.ndarray, 
 def solvable(apply: Any, params: Any, loss: str, image: np.ndarray, label: int) -> bool:
     """Whether the gradient's own Jacobian at the truth has full rank, and a condition below 1e8, in float64."""
     with jax.enable_x64(True):
-        arrays = {p: jnp.asarray(a) for p, a in params.items()}
-
-        def gradient(x: Any) -> Any:
-            g = jax.grad(lambda p: LOSSES[loss](apply(p, x[None])[0], jnp.asarray(label)))(arrays)
-            sizes = {p: jnp.maximum(jax.lax.stop_gradient(jnp.linalg.norm(a)), 1e-30) for p, a in g.items()}
-            return jnp.concatenate([jnp.ravel(a) / sizes[p] for p, a in g.items()])
-
-        x = jnp.asarray(image)
-        matrix = np.asarray(jax.jit(jax.jacfwd(gradient))(x)).reshape(-1, x.size)
-    if len(matrix) < x.size or not np.all(np.isfinite(matrix)):
+        given = {p: jnp.asarray(a) for p, a in params.items()}, jnp.asarray(image), jnp.asarray(label)
+        matrix = np.asarray(_jacobian(apply, loss)(*given)).reshape(-1, image.size)
+    if len(matrix) < image.size or not np.all(np.isfinite(matrix)):
         return False
     s = np.linalg.svd(matrix, compute_uv=False)
     return bool(s[-1] > 1e-8 * s[0])
+
+
+@functools.lru_cache(maxsize=4)
+def _jacobian(apply: Any, loss: str) -> Any:
+    """(params, x, label) -> dg/dx, the gradient of every parameter divided by its norm."""
+
+    def gradient(params: Any, x: Any, label: Any) -> Any:
+        g = jax.grad(lambda p: LOSSES[loss](apply(p, x[None])[0], label))(params)
+        sizes = {p: jnp.maximum(jax.lax.stop_gradient(jnp.linalg.norm(a)), 1e-30) for p, a in g.items()}
+        return jnp.concatenate([jnp.ravel(a) / sizes[p] for p, a in g.items()])
+
+    return jax.jit(jax.jacfwd(gradient, argnums=1))
 
 
 def _paired(found: np.ndarray, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ _STALLED = "the search from {layer} ended far from the gradient that was sent: t
 _OUTSIDE = "the only answer leaves the input range: check input_range (--input-range) and the loss"
 _APPROXIMATE = (
     "the gradient is matched up to {left:.1e} of its size, which is noise or rounding: the estimate is what that "
-    "does to the image"
+    "does to the image, give or take {spread:.1f} dB"
 )
 _COARSE = "the gradient was rounded to half precision, and what that does to the image could not be estimated"
 _CURVED = (
@@ -63,7 +63,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     if outcome.multiples and (outcome.psnr_estimate is not None or problem.rounding > HALF):
         return Certificate("ambiguous", 0, unknowns, condition, None, "local", outcome.symmetry, reason=_RAY)
     if outcome.psnr_estimate is not None:
-        words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual)
+        words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual, spread=outcome.psnr_spread)
         estimate = outcome.psnr_estimate
         return Certificate("approximate", unknowns, unknowns, condition, psnr_estimate=estimate, reason=words)
     found = _flaw(problem, outcome)

@@ -10,35 +10,24 @@ used. The mean square is that of this image and this kind of noise, not a bound.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
-from jaxtyping import Array
 
 from leakjax.attacks.certificate import relative_error
-from leakjax.attacks.gradient_residual import Compare, match_programs, residual_of
-from leakjax.attacks.matched import compare, given
+from leakjax.attacks.matched import misfit
 from leakjax.attacks.others import at_kink, other_images, tags_of
+from leakjax.attacks.polishing import SMALL, Polished, errors, polish, sent_by, told_of
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.ranks import NULL_SPACE
-from leakjax.attacks.residual_noise import HALF, Noise, draw_noise, read_noise, read_rounding
-from leakjax.attacks.told import LOSSY, Told, noise_of, predicted, tell
-from leakjax.defenses import build_defense
-from leakjax.priors import DEVIATION
+from leakjax.attacks.residual_noise import HALF, Noise, read_noise, read_rounding
+from leakjax.attacks.told import LOSSY, Told, noise_of, tell
 from leakjax.reconstruction import Candidate, LayerInfo
-from leakjax.solvers.linear import lsmr_condition
-from leakjax.solvers.lsmr import lsmr
 
 NEAR, NEAR_SMALL, NEAR_TOLD = 0.05, 0.5, 0.6
 """||g(x) - s|| / ||s|| up to which what is left may be noise that nobody told of (for no more than `SMALL` unknowns the
 polish costs little, and may begin farther away), and noise that was told."""
-
-SMALL = 1000
 
 FAINT = 0.01
 """||g(x) - s|| / ||s|| above which the rank of a head's gradient, where it says that there are more examples than were
@@ -53,6 +42,9 @@ _HIDDEN = (
     "be the prior's, or a local minimum's"
 )
 
+SPREADS = (0.0, 0.1, 0.2, 0.2)
+"""Of the noise about mid-range from which fits begin, in units of the range."""
+
 SPREAD = 0.25
 """Deviation of log10 of the error over draws of the noise, above which no estimate is given: 2.5 dB. It is 0.1 for a
 hundred equal directions and larger where a few hold most of the error: then one image may be off by 3 dB by chance."""
@@ -62,18 +54,17 @@ _SPREAD = (
     "no closer estimate can be given"
 )
 
-DRAWS = 16
-_INNER = 3000
+
+_KINKS = "kinks lie nearer to the answer than the noise reaches, and what it does to the image could not be estimated"
 
 
-class Polished(NamedTuple):
-    """The fit x (B, ...), ||r|| / ||s||, what is left by parameter, and whether J determines x."""
+class Explained(NamedTuple):
+    """A fit whose residual is explained: by the `noise` that the problem was made aware of, or by rounding (None)."""
 
-    x: np.ndarray
-    residual: float
-    left: dict[str, np.ndarray]
-    determined: bool
-    condition: float
+    aware: Problem
+    told: Told
+    fit: Polished
+    noise: Noise | None
 
 
 def with_noise(
@@ -122,52 +113,92 @@ def _estimated(
     scales = [o.scale for o in group]
     if len(set(scales)) > 1 or (problem.examples > 1 and scales[0] != 1.0):
         return group
-    aware = problem
-    if sigma is not None and problem.defense is None:
-        aware = _told_of(problem, sigma)
-    told = tell(aware, victim)
-    fit = _polish(aware, told, victim, labels, x)
-    noise: Noise | None
-    if told.noisy:
-        level = noise_of(aware, victim)
-        noise = None if level is None else Noise(_filled(level, fit.left), "white", 0.0)
-        if not fit.residual <= NEAR_TOLD or not _misfit(aware, told, labels, fit.x) <= told.matched:
-            return group
-    elif problem.rounding > HALF:
-        noise = read_rounding(fit.left, _sent(problem, victim), fit.x.size, problem.rounding)
-    elif fit.residual <= 1e3 * problem.rounding and fit.condition * fit.residual <= 1e-3:
+    starts = _starts(problem, x)
+    tried = (_explained(problem, victim, labels, start, sigma, smoothed=k > 0) for k, start in enumerate(starts))
+    found = next((one for one in tried if one is not None), None)
+    if found is None:
+        return group
+    aware, told, fit, noise = found
+    if noise is None:
         return _matched(problem, labels, group, fit)
-    else:
-        noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
-        if noise is not None and noise.spread == "white":
-            aware = _told_of(problem, noise.level)
-            told = tell(aware, victim)
-            fit = _polish(aware, told, victim, labels, fit.x)
-            noise = read_noise(fit.left, _sent(problem, victim), fit.x.size)
     if several and fit.residual > FAINT and sigma is None:
         return group  # more examples than were told of are no noise
-    if noise is None or not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
+    if not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
         return group
-    errors, spreads = _errors(aware, told, labels, fit.x, noise)
-    decibel = -10 * errors
-    if float(np.max(spreads)) > SPREAD:
-        words = _SPREAD.format(decibel=float(decibel.min()), spread=20 * float(np.max(spreads)))
-        return [dataclasses.replace(o, reason=words) for o in group]
-    if not np.all(np.isfinite(decibel)) or decibel.min() < LEAST_DECIBEL:
-        words = _HIDDEN.format(decibel=float(np.nan_to_num(decibel.min(), nan=0.0)))
-        return [dataclasses.replace(o, reason=words) for o in group]
-    return [
-        dataclasses.replace(
-            o,
-            candidates=(Candidate(fit.x[b], o.candidates[0].label, fit.residual, o.candidates[0].target),),
-            seen=np.ones(fit.x.shape[1:]),
-            curved=False,
-            symmetry=None,
-            moved=None,
-            psnr_estimate=float(decibel[b]),
-        )
-        for b, o in enumerate(group)
-    ]
+    logs, spreads = errors(aware, told, labels, fit.x, noise)
+    decibel, spread = -10 * logs, 20 * float(np.max(spreads))
+    words = None
+    if not np.all(np.isfinite(decibel)):
+        words = _KINKS
+    elif float(np.max(spreads)) > SPREAD:
+        words = _SPREAD.format(decibel=float(decibel.min()), spread=spread)
+    elif decibel.min() < LEAST_DECIBEL:
+        words = _HIDDEN.format(decibel=float(decibel.min()))
+    found = []
+    for b, o in enumerate(group):
+        image = Candidate(fit.x[b], o.candidates[0].label, fit.residual, o.candidates[0].target)
+        if words is not None:
+            found.append(dataclasses.replace(o, candidates=(image, *o.candidates[1:]), reason=words))
+            continue
+        estimate = {"psnr_estimate": float(decibel[b]), "psnr_spread": 10 * float(spreads[b])}
+        clear = {"seen": np.ones(fit.x.shape[1:]), "curved": False, "symmetry": None, "moved": None}
+        found.append(dataclasses.replace(o, candidates=(image,), **clear, **estimate))
+    return found
+
+
+def _starts(problem: Problem, x: np.ndarray) -> list[np.ndarray]:
+    """Where fits begin: at x, and behind kinks, whose pattern noise has spoiled, by smoothing from x, and for few
+    unknowns from mid-range and from noise about it."""
+    if not problem.network.has_kinks:
+        return [x]
+    if x.size > SMALL:
+        return [x, x]
+    low, high = problem.input_range
+    rng = np.random.default_rng(problem.seed)
+    noise = [SPREADS[k] * (high - low) * rng.normal(size=x.shape) for k in range(len(SPREADS))]
+    return [x, x, *(np.asarray(0.5 * (low + high) + one, x.dtype) for one in noise)]
+
+
+def _explained(
+    problem: Problem, victim: int, labels: np.ndarray, x: np.ndarray, sigma: float | None, *, smoothed: bool
+) -> Explained | None:
+    """The fit from x with the noise that its residual shows, or that was told; None where that does not explain it."""
+    aware = told_of(problem, sigma) if sigma is not None and problem.defense is None else problem
+    told = tell(aware, victim)
+    fit = polish(aware, told, victim, labels, x, smoothed=smoothed)
+    if told.noisy:
+        level = noise_of(aware, victim)
+        near = fit.residual <= NEAR_TOLD and misfit(aware, told, labels, fit.x) <= told.matched
+        return Explained(aware, told, fit, Noise(_filled(level, fit.left), "white", 0.0)) if near and level else None
+    if problem.rounding > HALF:
+        noise = read_rounding(fit.left, sent_by(problem, victim), fit.x.size, problem.rounding)
+        return None if noise is None else Explained(aware, told, fit, noise)
+    if fit.residual <= 1e3 * problem.rounding and fit.condition * fit.residual <= 1e-3:
+        return Explained(aware, told, fit, None)
+    return _of_white_noise(problem, victim, labels, fit) or _of_its_spread(problem, told, victim, fit)
+
+
+def _of_white_noise(problem: Problem, victim: int, labels: np.ndarray, fit: Polished) -> Explained | None:
+    """The fit that is best for white noise: another one puts the noise where its own weights are small."""
+    entries = sum(r.size for r in fit.left.values())
+    level = float(np.sqrt(sum(float(np.sum(r**2)) for r in fit.left.values()) / max(entries - fit.x.size, 1)))
+    noise = None
+    for _ in range(2):  # the level says when the fit is good enough
+        aware = told_of(problem, level)
+        told = tell(aware, victim)
+        fit = polish(aware, told, victim, labels, fit.x, smoothed=False)
+        noise = read_noise(fit.left, sent_by(problem, victim), fit.x.size)
+        if noise is None or noise.spread != "white":
+            return None
+        if noise.level > 0.9 * level:
+            return Explained(aware, told, fit, noise)
+        level = noise.level
+    return Explained(told_of(problem, level), tell(told_of(problem, level), victim), fit, noise) if noise else None
+
+
+def _of_its_spread(problem: Problem, told: Told, victim: int, fit: Polished) -> Explained | None:
+    noise = read_noise(fit.left, sent_by(problem, victim), fit.x.size)
+    return None if noise is None else Explained(problem, told, fit, noise)
 
 
 def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Polished) -> list[Outcome]:
@@ -191,76 +222,5 @@ def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Po
     ]
 
 
-def _told_of(problem: Problem, sigma: float) -> Problem:
-    """The problem as if white noise had been told of, without a prior: what is determined needs none."""
-    return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none")
-
-
-def _sent(problem: Problem, victim: int) -> dict[str, np.ndarray]:
-    return {p: np.asarray(g[victim], float) for p, g in problem.gradients.items()}
-
-
 def _filled(level: Mapping[str, float], like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {p: np.full(a.shape, level[p]) for p, a in like.items()}
-
-
-def _misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
-    program = match_programs(compare(problem, told), float(problem.tolerance))[3]
-    return float(program(*given(problem, told, labels), jnp.asarray(x)))
-
-
-def _polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray) -> Polished:
-    solve, _, look, *_ = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
-    known = given(problem, told, labels, prior=told.sent.prior is not None)
-    solution = solve(*known, jnp.asarray(x)[None])
-    best = np.asarray(solution.x[0])
-    best = best if np.all(np.isfinite(best)) else x
-    probe = look(*given(problem, told, labels), jnp.asarray(best))
-    sent = _sent(problem, victim)
-    there = _prediction(predicted(problem))(dict(problem.variables), jnp.asarray(best), jnp.asarray(labels))
-    left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
-    size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
-    residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
-    determined = float(probe.lost) <= max(NULL_SPACE, 1e-3 * residual)
-    return Polished(best, residual, left, determined, lsmr_condition(probe))
-
-
-@functools.lru_cache(maxsize=16)
-def _prediction(gradient: Any) -> Any:
-    return jax.jit(lambda variables, x, labels: gradient(variables, x, labels))
-
-
-def _errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> tuple[Any, Any]:
-    """Mean and deviation over draws of the noise of log10 (mean square of x - x*, as a share of a pixel's range), (B,).
-
-    The estimate is of this image's own PSNR: where a few directions hold most of the error, the logarithm's mean is
-    nearer to what one draw gives than the logarithm of the mean, which rare large draws decide.
-    """
-    solve = _propagation(compare(problem, told), float(problem.tolerance))
-    held = told.sent.prior is not None
-    known = given(problem, told, labels, prior=held)
-    rng = np.random.default_rng(0)
-    low, high = problem.limits
-    squares = []
-    for _ in range(DRAWS):
-        n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
-        unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
-        d = np.asarray(solve(*known, jnp.asarray(x), n, unit))
-        shares = np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1)
-        squares.append(np.log10(np.maximum(shares, 1e-35)))
-    return np.mean(squares, axis=0), np.std(squares, axis=0, ddof=1)
-
-
-@functools.lru_cache(maxsize=16)
-def _propagation(form: Compare, tolerance: float) -> Any:
-    """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, and what a prior adds to it."""
-
-    def propagate(variables: Any, sent: Any, labels: Any, x: Array, noise: Any, unit: Array) -> Array:
-        _, tangent = jax.linearize(residual_of(form, variables, sent, labels), x)
-        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        side = jax.tree.map(jnp.multiply, sent.weights, noise)
-        if sent.prior is not None:  # an image as likely as any has amplitudes of `DEVIATION` of the range
-            side = (side, sent.prior * DEVIATION * (form.limits[1] - form.limits[0]) * unit)
-        return lsmr(operator, side, tolerance=1e-8, max_steps=_INNER).x
-
-    return jax.jit(propagate)

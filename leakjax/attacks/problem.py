@@ -154,7 +154,8 @@ class Outcome:
     - `multiples`: whether the image's multiples have the same gradient, times a factor that is not known;
     - `curved`: whether the open directions hold near the answer only;
     - `scale`, `target`: as `Reconstruction` has them; `reason`: why there is no answer, where the attack knows;
-    - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow.
+    - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow, with the standard
+      deviation `psnr_spread` of what chance does to one image.
     """
 
     candidates: tuple[Candidate, ...]
@@ -170,6 +171,7 @@ class Outcome:
     target: Float[np.ndarray, " K"] | None = None
     reason: str | None = None
     psnr_estimate: float | None = None
+    psnr_spread: float = 0.0
 
 
 @dataclasses.dataclass
