@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from leakjax import _jaxpr
 from leakjax._rules import RULES
 from leakjax._smoothing import smoother
+from leakjax.differentiable import check_differentiable
 from leakjax.losses import LOSSES
 from leakjax.model import Arrays, Model
 
@@ -58,6 +59,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
             return smooth({**env, graph.input: x}, smoothing)
         return _jaxpr.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
+    check_differentiable(logits, dict(zip(paths, arrays, strict=True)), x)
     return Network(logits, _jaxpr.dtype_of_least_precision(graph), _jaxpr.has_choices(graph))
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Int, Shaped
 from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
 from leakjax.client import Protection, check_decay, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
+from leakjax.differentiable import check_trainable
 from leakjax.errors import InputError, cannot_run
 from leakjax.factors import factors_of
 from leakjax.losses import LOSSES, labels_of
@@ -150,7 +151,11 @@ def observe(
         sent = []
         for victim, (x, y) in enumerate(zip(*groups, strict=True)):
             inputs = jnp.asarray(x, floating)
-            g = update(read.params, read.buffers, inputs, y)
+            try:
+                g = update(read.params, read.buffers, inputs, y)
+            except Exception:  # where the model is the reason, it is named
+                check_trainable(read.apply, read.params, read.buffers, inputs)
+                raise
             g = protect.apply(g, read, inputs, victim)
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}

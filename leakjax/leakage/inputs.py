@@ -9,6 +9,7 @@ import numpy as np
 
 from leakjax._blindness import depends
 from leakjax.arguments import array, choice, interval, real, shown, sizes, whole
+from leakjax.differentiable import check_differentiable, check_trainable
 from leakjax.errors import InputError
 from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.losses import LOSSES
@@ -55,6 +56,8 @@ def check_runs(model: Model, shape: tuple[int, ...]) -> None:
     """Refuse a model that cannot run on such images, returns anything but logits, or does not look at them."""
     output_count(model, shape)
     x = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(*(a.dtype for a in model.params.values())))
+    check_trainable(model.apply, model.params, model.buffers, x)
+    check_differentiable(model.apply, model.variables, x)
     if not depends(lambda variables, x: model.apply(variables, x), dict(model.variables), x):
         raise InputError("the logits do not depend on the input: the model ignores it, and its gradient says nothing")
 
