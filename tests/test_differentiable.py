@@ -26,17 +26,17 @@ def with_loop(params, x):
 @pytest.mark.parametrize("attack", ["copa", "match"])
 def test_a_callback_is_named_where_the_input_must_be_differentiated(attack):
     observation = observe((with_callback, PARAMS), BATCH)
-    with pytest.raises(UnreadableModelError, match="by its input .*callback"):
+    with pytest.raises(UnreadableModelError, match=r"by its input .*callback"):
         invert(observation, attack=attack)
 
 
 def test_a_callback_is_named_by_the_audit():
-    with pytest.raises(UnreadableModelError, match="by its input .*callback"):
+    with pytest.raises(UnreadableModelError, match=r"by its input .*callback"):
         audit((with_callback, PARAMS), (4, 4, 1))
 
 
 def test_a_loop_of_unknown_length_cannot_be_trained():
-    with pytest.raises(UnreadableModelError, match="cannot be trained.*scan"):
+    with pytest.raises(UnreadableModelError, match=r"cannot be trained.*scan"):
         observe((with_loop, PARAMS), BATCH)
-    with pytest.raises(UnreadableModelError, match="cannot be trained.*scan"):
+    with pytest.raises(UnreadableModelError, match=r"cannot be trained.*scan"):
         audit((with_loop, PARAMS), (4, 4, 1))
