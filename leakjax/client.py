@@ -13,6 +13,7 @@ from leakjax.defenses import CUSTOM, Client, Setting, build_defense
 from leakjax.errors import InputError
 from leakjax.losses import LOSSES
 from leakjax.model import Model
+from leakjax.network import client_update, example_gradients
 
 MOST_STEPS = 1_000
 """No update sums more steps: each is traced."""
@@ -33,22 +34,15 @@ def example_losses(model: Model, loss: str) -> Any:
     return losses
 
 
-@functools.lru_cache(maxsize=16)
-def client_program(model: Model, loss: str, local_steps: int, rate: float | None, per_example: bool) -> Any:
-    """Compiled: (params, buffers, x, y) -> the gradient of the mean loss, (theta_0 - theta_k) / rate of k steps, or,
-    `per_example`, (B, ...) gradients of every example's own loss."""
+@functools.lru_cache(maxsize=32)
+def client_program(
+    apply: Any, loss: str, paths: tuple[str, ...], local_steps: int, rate: float | None, per_example: bool
+) -> Any:
+    """Compiled: (variables, x, y) -> `client_update`, or, `per_example`, (B, ...) gradients of each example's loss;
+    one program for all models of one architecture, whose `apply` this is."""
     if per_example:
-        return jax.jit(jax.jacrev(example_losses(model, loss)))
-    gradient = jax.grad(mean_loss(model, loss))
-
-    def update(params: Any, buffers: Any, x: Any, y: Any) -> Any:
-        total = gradient(params, buffers, x, y)
-        for _ in range(local_steps - 1):
-            here = jax.tree.map(lambda p, g: (p - rate * g).astype(p.dtype), params, total)
-            total = optax.tree.add(total, gradient(here, buffers, x, y))
-        return total
-
-    return jax.jit(update)
+        return jax.jit(example_gradients(apply, loss, paths))
+    return jax.jit(client_update(apply, loss, paths, local_steps, rate))
 
 
 def check_steps(local_steps: Any, learning_rate: Any) -> tuple[int, float | None]:

@@ -147,12 +147,12 @@ def observe(
                 f"got {labels.min()}..{labels.max()}"
             )
         groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
-        update = client_program(read, loss, *steps, protect.per_example)
+        update = client_program(read.apply, loss, tuple(read.params), *steps, protect.per_example)
         sent = []
         for victim, (x, y) in enumerate(zip(*groups, strict=True)):
             inputs = jnp.asarray(x, floating)
             try:
-                g = update(read.params, read.buffers, inputs, y)
+                g = update(read.variables, inputs, y)
             except Exception:  # where the model is the reason, it is named
                 check_trainable(read.apply, read.params, read.buffers, inputs)
                 raise

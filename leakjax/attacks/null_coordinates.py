@@ -109,12 +109,15 @@ def _preimage(before: Segment) -> Any:
     return jax.jit(invert)
 
 
-@functools.lru_cache(maxsize=2)
 def _left_null_space(problem: Problem, segment: Segment) -> tuple[np.ndarray | None, np.ndarray]:
-    """(Q, f(0)): orthonormal Q with Q^T (f(u) - f(0)) = 0 for every u; the same for all victims."""
-    with ALONE:
-        bias, matrix = map(np.asarray, _affine_matrix(segment)(dict(problem.variables)))
-    return null_space(matrix.T, max(matrix.shape[0] - matrix.shape[1], 0)), np.ravel(bias)
+    """(Q, f(0)): orthonormal Q with Q^T (f(u) - f(0)) = 0 for every u; the same for all victims of a problem."""
+    key = "left null space", segment
+    if key not in problem.shared:
+        with ALONE:
+            bias, matrix = map(np.asarray, _affine_matrix(segment)(dict(problem.variables)))
+        across = null_space(matrix.T, max(matrix.shape[0] - matrix.shape[1], 0))
+        problem.shared[key] = across, np.ravel(bias)
+    return problem.shared[key]
 
 
 @functools.lru_cache(maxsize=32)

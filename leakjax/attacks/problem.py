@@ -40,7 +40,7 @@ class Problem:
     `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
     `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`.
     `factors`: by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none.
-    `outputs`: how many logits the model has.
+    `outputs`: how many logits the model has. `shared`: what is computed once for all victims, by name and segment.
     """
 
     chain: Chain | None
@@ -71,6 +71,7 @@ class Problem:
     channel_limits: Limits | None = None
     factors: tuple[float | None, ...] = ()
     outputs: int = 1
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def target(self, victim: int) -> Float[np.ndarray, " K"] | None:
         """What the loss of a gradient of one example compares the logits with, where that is no integer label."""
