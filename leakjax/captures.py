@@ -57,6 +57,8 @@ def write_capture(observation: Observation, path: Path) -> None:
 def _with_bias(observation: Observation) -> bool:
     """Whether some parameter can be a bias of the logits, which shows a gradient's factor."""
     outputs = output_count(observation.model, observation.input_shape)
+    if outputs == 1:  # many a parameter is one number
+        return False
     return any(a.shape == (outputs,) for a in observation.model.params.values())
 
 

@@ -1,20 +1,28 @@
 """Which directions of an image its gradient does not determine: a basis, on request."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from leakjax.arguments import MOST, instance, whole
 from leakjax.attacks.multiples import MULTIPLES
+from leakjax.attacks.told import clipped
 from leakjax.errors import InputError
-from leakjax.jacobian import jacobian_product, row_space
+from leakjax.jacobian import RowSpace, jacobian_product, row_space
 from leakjax.memory import fits_in_memory
-from leakjax.network import client_update, read_network
+from leakjax.network import Gradient, client_update, read_network
 from leakjax.observation import Observation
 from leakjax.precision import compute_in
 from leakjax.reconstruction import Reconstruction
 
 LARGEST = 6000
+
+
+def _space(gradient: Gradient, point: tuple[Any, ...], size: int, unknowns: int) -> RowSpace:
+    product = jacobian_product(gradient)
+    return row_space(lambda v: product(*point, jnp.asarray(v)), size, unknowns)
 
 
 def undetermined_directions(
@@ -51,10 +59,12 @@ def undetermined_directions(
         network = read_network(model, observation.input_shape, observation.examples, jnp.float64)
         steps = observation.local_steps, observation.learning_rate
         gradient = client_update(network.logits, observation.loss, tuple(observation.gradients), *steps)
-        product = jacobian_product(gradient)
         point = dict(model.variables), jnp.asarray(x, float), jnp.asarray(labels)
         size = sum(int(np.prod(p.shape)) for p in model.params.values())
-        space = row_space(lambda v: product(*point, jnp.asarray(v)), size, x.size)
+        space = _space(gradient, point, size, x.size)
+        name, _, norm = str(observation.defense or "").partition(":")
+        if name == "clip" and certificate.leaked_dimensions not in (None, space.rank):  # an attack that was told of it
+            space = _space(clipped(gradient, float(norm)), point, size, x.size)
     basis = space.vectors[:, : x.size - space.rank].T
     if certificate.symmetry == MULTIPLES and space.rank == x.size:
         basis = x.reshape(1, -1) / np.linalg.norm(x)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from leakjax.arguments import real
+from leakjax.arguments import real, shown
 from leakjax.errors import InputError
 
 Gradients = Mapping[str, Shaped[np.ndarray, "V ..."]]
-_WANTED = "a number other than 0"
+_WANTED = "a number other than 0, of a size from 1e-30 to 1e30"
 
 
 def checksum(gradients: Gradients, victim: int) -> int:
@@ -32,6 +32,15 @@ def known_factors(gradients: Gradients, known: Mapping[int, float], told: float 
     if told is not None or not known:
         return (told,) * len(victims)
     return tuple(known.get(checksum(gradients, v)) for v in victims)
+
+
+def check_known(known: Any) -> None:
+    """Refuse what is no mapping from checksums to factors."""
+    if not isinstance(known, Mapping):
+        raise InputError(f"observation.factors must map checksums to factors, got {shown(known)}")
+    for factor in known.values():
+        if check_factor("observation.factors: every factor", factor) is None:
+            raise InputError("observation.factors holds None; leave out gradients whose factor is not known")
 
 
 def check_factor(name: str, value: Any) -> float | None:

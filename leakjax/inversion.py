@@ -86,9 +86,9 @@ def invert(
       layer-wise attacks always do, it takes what was sent for the gradient;
     - `gradient_noise`: standard deviation of normal noise that is known to be in every entry of what was sent; without
       it noise is read off what the best answer leaves of the gradient;
-    - `gradient_scale`: the factor c in what was sent, c dL/dtheta, where it is known (1 for none, a learning rate with
-      its sign, the number of examples for sums); without it c is read off the last layer, and where that does not show
-      it no multiple of an image is told from another;
+    - `gradient_scale`: the factor c in what was sent, c dL/dtheta (+ lambda theta with weight decay), where it is known
+      (1 for none, a learning rate with its sign, the number of examples for sums); without it c is read off the last
+      layer, and where that does not show it no multiple of an image is told from another;
     - `progress`: called with a few words at every stage;
     - `chunk`: how many victims are solved at once by `vmap`; less takes less memory. The default is 64 on an
       accelerator; on CPUs it is 1, and every core solves victims of its own;
@@ -121,7 +121,12 @@ def invert(
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
     _check_noise(gradient_noise, observation)
     factor = check_factor("gradient_scale", gradient_scale)
-    silent = silent_victims(observation.gradients, observation.model.params, observation.weight_decay)
+    if factor is not None and _unheard(observation, adaptive and not chosen.layerwise):
+        raise InputError(
+            f"gradient_scale: the defense {observation.defense!r} is a factor itself to an attack that is not told of "
+            "it; leave gradient_scale out, or use attack='match' (--attack match)"
+        )
+    silent = silent_victims(observation)
     if silent:
         return _of_the_others(observation, silent, given)
     monitor = Monitor(tell=progress or (lambda stage: None))
@@ -165,17 +170,21 @@ def invert(
             local_steps=observation.local_steps,
             learning_rate=observation.learning_rate,
             channel_limits=None if observation.input_mean is None else observation.limits,
-            factors=known_factors(observation.gradients, observation.factors, factor),
+            factors=_factors(observation, factor, adaptive and not chosen.layerwise),
             outputs=logits.shape[-1],
         )
         before, begun = monitor.trace + monitor.compile, time.perf_counter()
         scalings = read_scales(problem)
         problem = unscaled(problem, scalings)
+        if problem.defense is not None and gradient_noise is not None and factor is not None:
+            problem = dataclasses.replace(problem, defense=build_defense(f"gaussian:{gradient_noise / abs(factor)!r}"))
         outcomes = seek_others(problem, monitor, chosen.run(problem, monitor))
         outcomes = rescaled(outcomes, scalings)
         if chosen.polished and pull_back == "auto":  # another solver was asked for: its own answer is
-            told = _sigma_told(observation, gradient_noise)
-            sigmas = [None if told is None else told / abs(scaling.factor) for scaling in scalings]
+            told = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well
+            sigmas: list[float | None] = [told] * problem.victims
+            if told is None and gradient_noise is not None:
+                sigmas = [gradient_noise / abs(scaling.factor) for scaling in scalings]
             outcomes = with_noise(problem, monitor, outcomes, sigmas)
         outcomes = with_multiples(problem, monitor, outcomes)
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
@@ -192,7 +201,9 @@ def _of_the_others(observation: Observation, silent: Mapping[int, str], given: d
     heard = [v for v in range(victims) if v not in silent]
     if not heard:
         raise InputError(f"gradient 0: {silent[0]}")
-    if labels is not None and np.shape(labels) == (victims * size,):
+    if labels is not None:
+        if np.shape(labels) != (victims * size,):
+            raise InputError(f"labels must be {victims * size} integers, one an example, got shape {np.shape(labels)}")
         labels = np.reshape(labels, (victims, size))[heard].ravel()
     gradients = {p: g[heard] for p, g in observation.gradients.items()}
     found = invert(dataclasses.replace(observation, gradients=gradients), **{**given, "labels": labels})
@@ -251,12 +262,24 @@ def _told(observation: Observation, adaptive: bool, gradient_noise: float | None
     return build_defense(f"gaussian:{gradient_noise!r}") if adaptive and gradient_noise is not None else None
 
 
-def _sigma_told(observation: Observation, gradient_noise: float | None) -> float | None:
-    """The noise that a layer-wise attack hears of: in every entry of a gradient that it takes as it is."""
+def _unheard(observation: Observation, adaptive: bool) -> bool:
+    """Whether the defense multiplies gradients, and the attack takes them as they are."""
+    name = str(observation.defense or "").partition(":")[0]
+    return name == CUSTOM or (name in ("clip", "dp_sgd") and not adaptive)
+
+
+def _factors(observation: Observation, told: float | None, adaptive: bool) -> tuple[float | None, ...]:
+    """By victim the factor that is known, or told."""
+    known = {} if _unheard(observation, adaptive) else observation.factors
+    return known_factors(observation.gradients, known, told)
+
+
+def _sigma_of(observation: Observation) -> float | None:
+    """The noise of a defense that a layer-wise attack hears of: in every entry of a gradient that it takes as it is."""
     name, _, values = str(observation.defense or "").partition(":")
     if name == "gaussian" and observation.local_steps == 1:
         return float(values)
-    return gradient_noise
+    return None
 
 
 def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
@@ -339,7 +362,8 @@ def _assemble(
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
     certificates = with_doubt(problem, certify_together(certificates, outcomes, problem.examples))
     if observation.defense is not None and not _reckoned_with(problem, observation.defense):
-        certificates = [c if c.status == "approximate" else _defended(c) for c in certificates]
+        kept = [c.status == "approximate" or o.reason is not None for c, o in zip(certificates, outcomes, strict=True)]
+        certificates = [c if keep else _defended(c) for c, keep in zip(certificates, kept, strict=True)]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
         images.append(np.full(shape, middle) if best is None else best.image)

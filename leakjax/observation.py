@@ -15,7 +15,7 @@ from leakjax.client import Protection, check_decay, check_steps, client_program
 from leakjax.defenses import CUSTOM, build_defense
 from leakjax.differentiable import check_trainable
 from leakjax.errors import InputError, cannot_run
-from leakjax.factors import factors_of
+from leakjax.factors import check_known, factors_of
 from leakjax.losses import LOSSES, labels_of
 from leakjax.model import Model, read_model
 from leakjax.normalization import Limits, channel_limits, check_normalization, hull, spread
@@ -24,9 +24,6 @@ from leakjax.silent import SMALLEST, ZERO, largest_entries
 
 LARGEST_GRADIENT = 1e100
 """Of an entry: the squares of such, summed, stay far from the largest number."""
-
-_WITHOUT_FACTOR = "gaussian", "laplace", "qsgd", "soteria", "top_k"
-"""Defenses that multiply no gradient as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,8 +44,9 @@ class Observation:
       `input_range` is then the least and greatest value over all channels;
     - `interchangeable`: groups of layers of one kind and shape, which a capture from PyTorch may hold in another order
       than the model uses them; () elsewhere;
-    - `factors`: of gradients whose factor c in c dL/dtheta is known, {checksum: c} by `factors.checksum`: `observe`
-      knows that its own have none (c = 1), and says nothing of those that take their place.
+    - `factors`: of gradients whose factor c in c dL/dtheta, or c times what a defense made of it, is known, {checksum:
+      c} by `factors.checksum`: `observe` knows that its own have none (c = 1), and says nothing of others that take
+      their place.
     """
 
     model: Model
@@ -160,8 +158,7 @@ def observe(
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
     told = (int(batch_size), dtype, protect.name, *steps, decay, mean, std)
-    plain = protect.name is None or protect.name.partition(":")[0] in _WITHOUT_FACTOR
-    factors = factors_of(stacked, 1.0 if plain else None)
+    factors = factors_of(stacked, None if protect.name == CUSTOM else 1.0)
     return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told, factors=factors)
 
 
@@ -202,6 +199,7 @@ def check_observation(observation: Observation) -> None:
     check_decay(observation.weight_decay, observation.local_steps)
     if observation.defense is not None and observation.defense != CUSTOM:
         build_defense(observation.defense)
+    check_known(observation.factors)
     for path in params:
         if path not in gradients:
             raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
@@ -14,7 +15,9 @@ Gradients = Mapping[str, Shaped[np.ndarray, "V ..."]]
 SMALLEST = 1e-100
 """Of a gradient's largest entry: the squares of smaller ones, summed, come near the smallest number."""
 
-_DECAYED = 1e-14  # of what was sent: all that is left when weight decay is subtracted is rounding
+_DECAYED, _ROUNDINGS = 1e-14, 50
+"""What is left of a gradient when weight decay is subtracted, as a share of it, that is rounding: units of the client's
+own, and no less."""
 
 ZERO = (
     "the gradient is zero everywhere, or below 1e-100: it carries no information (the loss is at a minimum, "
@@ -39,13 +42,15 @@ def without_decay(gradients: Gradients, params: Mapping[str, Any], decay: float)
     return left, np.maximum(before / np.maximum(after, least), 1.0)
 
 
-def silent_victims(gradients: Gradients, params: Mapping[str, Any], decay: float) -> dict[int, str]:
-    """By victim whose gradient says nothing, why."""
+def silent_victims(observation: Any) -> dict[int, str]:
+    """By victim of an `Observation` whose gradient says nothing, why."""
+    gradients, decay = observation.gradients, observation.weight_decay
     entries = largest_entries(gradients)
     found = {int(v): ZERO for v in np.flatnonzero(entries < SMALLEST)}
     if decay:
-        _, amplified = without_decay(gradients, params, decay)
-        found |= {int(v): _DECAY.format(decay=decay) for v in np.flatnonzero(amplified >= 1 / _DECAYED)}
+        _, amplified = without_decay(gradients, observation.model.params, decay)
+        rounding = max(float(jnp.finfo(observation.precision).eps), _DECAYED / _ROUNDINGS)
+        found |= {int(v): _DECAY.format(decay=decay) for v in np.flatnonzero(amplified * rounding * _ROUNDINGS >= 1)}
     return found
 
 

@@ -42,6 +42,10 @@ _RAY = (
     "every multiple of this image has this gradient, times a factor that the last layer does not show: tell the "
     "factor, 1 where there is none (gradient_scale, --gradient-scale)"
 )
+_TIED = (
+    "the image and a factor of the gradient are known together only: tell the factor, 1 where there is none "
+    "(gradient_scale, --gradient-scale)"
+)
 _LABELS = "the label and the factor of the gradient are known together only"
 _VAGUE = (
     "{layer} is too ill-conditioned for what its equations leave over (condition times residual above 1e-3): a "
@@ -62,6 +66,10 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     condition = layers[0].condition
     if outcome.multiples and (outcome.psnr_estimate is not None or problem.rounding > HALF):
         return Certificate("ambiguous", 0, unknowns, condition, None, "local", outcome.symmetry, reason=_RAY)
+    if outcome.refuted:
+        return Certificate("failed", None, unknowns, condition, "network", reason=outcome.reason)
+    if outcome.psnr_estimate is not None and not _within(problem, outcome):
+        return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
     if outcome.psnr_estimate is not None:
         words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual, spread=outcome.psnr_spread)
         estimate = outcome.psnr_estimate
@@ -83,6 +91,14 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     rank = rank - 1 if rank and outcome.multiples else rank
     reason = _open_words(outcome, whole)
     return Certificate("ambiguous", rank, unknowns, condition, None, proof, outcome.symmetry, reason=reason)
+
+
+def _within(problem: Problem, outcome: Outcome) -> bool:
+    """Whether a noisy answer is no farther outside the range than three times its error, as norms."""
+    low, high = problem.limits
+    x = np.asarray(outcome.candidates[0].image)
+    beyond = np.sqrt(np.mean(((x - np.clip(x, low, high)) / (high - low)) ** 2))
+    return bool(beyond <= 3 * 10 ** (-(outcome.psnr_estimate or 0.0) / 20) + 5e-3)
 
 
 def certify_together(certificates: list[Certificate], outcomes: list[Outcome], examples: int) -> list[Certificate]:
@@ -149,7 +165,9 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
 def _open_words(outcome: Outcome, whole: bool) -> str:
     info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
-    parts = [_RAY] if outcome.multiples else []
+    parts = []
+    if outcome.multiples:
+        parts.append(_RAY if MULTIPLES in (outcome.symmetry or "") else _TIED)
     if not whole:
         parts.append((_CURVED if outcome.curved else _FLAT).format(free=free))
     elif outcome.curved and not outcome.multiples:

@@ -5,8 +5,8 @@ min_x ||W (g(x) - s)|| (W = 1 / sigma where the noise is told, else 1 / ||g_p||)
 
     x - x* = (W J)^+ W n,   J = dg/dx at the answer,
 
-to first order: draws of n like the noise that was told, or that the residual shows, give its mean square. No truth is
-used. The mean square is that of this image and this kind of noise, not a bound.
+and a second step: draws of n like the noise that was told, or that the residual shows, give its median square. No truth
+is used. It is that of this image and this kind of noise, not a bound.
 """
 
 import dataclasses
@@ -42,6 +42,9 @@ _HIDDEN = (
     "be the prior's, or a local minimum's"
 )
 
+APART, ALSO = 1e-2, 2.0
+"""Of the range, by which two answers to noise are two images, and how much worse than the other one may fit."""
+
 SPREADS = (0.0, 0.1, 0.2, 0.2)
 """Of the noise about mid-range from which fits begin, in units of the range."""
 
@@ -55,6 +58,7 @@ _SPREAD = (
 )
 
 
+_ANOTHER = "two images explain the gradient but for noise: its digits do not tell which of the two it is"
 _KINKS = "kinks lie nearer to the answer than the noise reaches, and what it does to the image could not be estimated"
 
 
@@ -125,6 +129,8 @@ def _estimated(
         return group  # more examples than were told of are no noise
     if not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
         return group
+    if len(group) == 1 and _another_fits(problem, victim, group[0], sigma, found):
+        return [dataclasses.replace(group[0], reason=_ANOTHER)]
     logs, spreads = errors(aware, told, labels, fit.x, noise)
     decibel, spread = -10 * logs, 20 * float(np.max(spreads))
     words = None
@@ -144,6 +150,20 @@ def _estimated(
         clear = {"seen": np.ones(fit.x.shape[1:]), "curved": False, "symmetry": None, "moved": None}
         found.append(dataclasses.replace(o, candidates=(image,), **clear, **estimate))
     return found
+
+
+def _another_fits(problem: Problem, victim: int, outcome: Outcome, sigma: float | None, found: Explained) -> bool:
+    """Whether another of the candidates leads to another image that noise of the same size explains."""
+    width = problem.input_range[1] - problem.input_range[0]
+    for other in outcome.candidates[1:]:
+        if other.target is not None:
+            continue
+        x, labels = np.asarray(other.image, problem.dtype)[None], np.asarray([other.label])
+        also = _explained(problem, victim, labels, x, sigma, smoothed=False)
+        apart = also is not None and float(np.max(np.abs(also.fit.x - found.fit.x))) > APART * width
+        if also is not None and apart and also.fit.residual <= ALSO * found.fit.residual:
+            return True
+    return False
 
 
 def _starts(problem: Problem, x: np.ndarray) -> list[np.ndarray]:

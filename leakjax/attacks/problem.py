@@ -152,7 +152,8 @@ class Outcome:
       gradient; None where only the Jacobian at the answer speaks;
     - `symmetry`: moves of the image that leave the gradient as it is, by name, with the `count` of images they give and
       the entries `moved` by them;
-    - `multiples`: whether the image's multiples have the same gradient, times a factor that is not known;
+    - `multiples`: whether other images, its multiples or others, have the same gradient times a factor that is not
+      known; `refuted`: whether the answer stands for nothing, for the `reason` given;
     - `curved`: whether the open directions hold near the answer only;
     - `scale`, `target`: as `Reconstruction` has them; `reason`: why there is no answer, where the attack knows;
     - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow, with the standard
@@ -167,6 +168,7 @@ class Outcome:
     count: int = 1
     moved: Bool[np.ndarray, "..."] | None = None
     multiples: bool = False
+    refuted: bool = False
     curved: bool = False
     scale: float = 1.0
     target: Float[np.ndarray, " K"] | None = None

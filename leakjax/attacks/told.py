@@ -58,7 +58,7 @@ def predicted(problem: Problem) -> Gradient:
     """(variables, x, labels, smoothing=None) -> what is sent, but for what is random, masked or rounded."""
     defense = problem.defense
     if defense is not None and defense.name == "clip":
-        return _clipped(problem.client, defense.values["norm"])
+        return clipped(problem.client, defense.values["norm"])
     if defense is not None and defense.name == "dp_sgd":
         each = example_gradients(problem.network.logits, problem.loss, tuple(problem.gradients))
         return _clipped_each(each, defense.values["clip"])
@@ -157,11 +157,13 @@ def _clip(g: Any, norm: float) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _clipped(gradient: Gradient, norm: float) -> Gradient:
-    def clipped(*given: Any) -> dict[str, Array]:
+def clipped(gradient: Gradient, norm: float) -> Gradient:
+    """The gradient as it is clipped to a norm."""
+
+    def of(*given: Any) -> dict[str, Array]:
         return _clip(gradient(*given), norm)
 
-    return clipped
+    return of
 
 
 @functools.lru_cache(maxsize=32)

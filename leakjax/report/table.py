@@ -17,7 +17,9 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
     for k, example in enumerate(report["examples"]):
         certificate = example["certificate"]
         words = _certificate(certificate)
-        if example["gradient_scale"] != 1:
+        if example["gradient_scale"] is None:
+            words += ", times a factor that is not known"
+        elif example["gradient_scale"] != 1:
             words += f", gradient times {example['gradient_scale']:.4g}"
         table.add_row(
             str(k),
