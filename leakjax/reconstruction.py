@@ -77,8 +77,8 @@ class Reconstruction:
     - `gradient_residual` (N,): ||g(x) - g|| / ||g||;
     - `certificates`, `layers` (first layer to last), `candidates` (best first): one entry an example;
     - `seconds`: trace, compile, solve, total;
-    - `gradient_scale` (N,): the factor c of each example's gradient in what was sent, c dL/dtheta: 1 unless it was told, or
-      read otherwise from the last layer; NaN where other factors explain what was sent as well;
+    - `gradient_scale` (N,): the factor c of each example's gradient in what was sent, c dL/dtheta: 1 unless it was told
+      or read otherwise from the last layer; NaN where other factors explain what was sent as well;
     - `targets`: by example, what its loss compares the logits with, where that is no integer label (then `labels` has
       -1); None elsewhere;
     - `remarks`: what else the server should know, in words: of the model, or of how a capture was read.
