@@ -487,3 +487,25 @@ def test_figures_of_any_number_of_channels(tmp_path, channels):
     for truth in (None, images + 1e-3):
         draw_figure(tmp_path / "figure.png", report, images, truth, np.ones_like(images))
         assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_numbers_in_figures_are_no_source_text(tmp_path, monkeypatch):
+    from leakjax.report import figure
+
+    drawn = []
+    monkeypatch.setattr(figure, "write_figure", lambda path, found: drawn.append(found))
+    truth = np.random.default_rng(0).uniform(size=(1, 6, 6, 3))
+    example = {
+        "label": 1,
+        "label_source": "recovered",
+        "psnr": 200.0,
+        "unseen_pixels": 0,
+        "certificate": {"status": "exact"},
+    }
+    report = {"examples": [example], "model": "own", "activation": None, "attack": "copa"}
+    error = 1e-12 * np.geomspace(1e-3, 1, truth.size).reshape(truth.shape)
+    figure.draw_figure(tmp_path / "figure.png", report, truth + error, truth, np.ones_like(truth))
+    drawn[0].canvas.draw()
+    written = [t.get_text() for axis in drawn[0].axes for t in (*axis.get_yticklabels(), axis.title)]
+    assert "1e-13" in written
+    assert not any("$" in text for text in written)

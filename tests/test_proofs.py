@@ -6,6 +6,8 @@ import pytest
 from small_nets import convolve, one_layer, patches, pooled
 from test_property import psnr
 
+from benchmarks.study_judge import judge
+from benchmarks.study_nets import architecture
 from leakjax import invert, observe, undetermined_directions
 from leakjax.attacks.moves import moves
 
@@ -113,3 +115,13 @@ def test_moves_only_move(shape, rng):
         values = {"sign": -x, "sign about mid-range": 1 - x}.get(move.name, x)
         np.testing.assert_array_equal(np.sort(moved, axis=None), np.sort(values, axis=None))
     np.testing.assert_array_equal(x, before)
+
+
+def test_an_answer_of_few_digits_is_moved_all_the_same():
+    """A figure on black behind pooling, condition 3e9: the answer's own error is more than what a shift changes."""
+    net = architecture(35)
+    images, labels = net.images(0, 2), net.label_draws(0, 2)
+    observation = observe((net.apply, net.params(0)), (images, labels))
+    answer = invert(observation, attack="match")
+    assert {v.wrong for v in judge(observation, answer, images, labels)} == {None}
+    assert answer.certificates[1].symmetry == "shift"

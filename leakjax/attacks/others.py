@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from leakjax.attacks.certificate import relative_error
 from leakjax.attacks.moves import moves
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.attacks.told import predicted
@@ -78,9 +79,11 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     answer = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
     labels = tags_of(group)
     gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
+    error = float(np.nan_to_num(relative_error(group[0].layers[0]), nan=np.inf))
+    same = float(np.clip(10 * error, _same(problem), 1e-5))  # what moves with the answer's own error
     result = list(group)
     for b, outcome in enumerate(group):
-        images, names = _orbit(problem, answer, labels, b, gap, _same(problem))
+        images, names = _orbit(problem, answer, labels, b, gap, same)
         if not names:
             continue
         others = [x for x in images if problem.in_range(x)]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from leakjax.files import write_figure
 
@@ -27,7 +28,7 @@ def draw_figure(
     rows = min(len(images), _SHOWN)
     columns = 3 if truth is not None else 2
     with mpl.rc_context({"font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(2.6 * columns + 0.9, 2.95 * rows + 0.75), layout="constrained", dpi=150)
+        figure = Figure(figsize=(2.7 * columns + 0.9, 2.85 * rows + 0.75), layout="constrained", dpi=150)
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, columns, squeeze=False)
         for k in range(rows):
@@ -37,7 +38,7 @@ def draw_figure(
             if truth is not None:
                 _show(axes[k, 0], truth[k], "original")
                 score = "PSNR unknown" if example["psnr"] is None else f"{example['psnr']:.1f} dB"
-                _show(axes[k, 1], images[k], f"from the gradient · {score}", label)
+                _show(axes[k, 1], images[k], f"from the gradient\n{score}", label)
                 _errors(figure, axes[k, 2], np.abs(truth[k] - images[k]).max(axis=-1))
             else:
                 _show(axes[k, 0], images[k], "from the gradient", label)
@@ -68,7 +69,10 @@ def _errors(figure: Figure, axis: Any, error: np.ndarray) -> None:
     floor = max(float(error[error > 0].min()) if np.any(error > 0) else 1e-17, 1e-17)
     top = max(float(error.max()), 10 * floor)
     drawn = axis.imshow(np.maximum(error, floor), norm=LogNorm(floor, top), cmap="magma")
-    figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.04)
+    bar = figure.colorbar(drawn, ax=axis, fraction=0.046, pad=0.04)
+    bar.ax.yaxis.set_major_locator(LogLocator(numticks=5))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))  # text as it is, no TeX
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title("largest error of a channel")
     _bare(axis)
 
