@@ -362,7 +362,8 @@ def _assemble(
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
     certificates = with_doubt(problem, certify_together(certificates, outcomes, problem.examples))
     if observation.defense is not None and not _reckoned_with(problem, observation.defense):
-        kept = [c.status == "approximate" or o.reason is not None for c, o in zip(certificates, outcomes, strict=True)]
+        heard = problem.defense is not None
+        kept = [c.status == "approximate" or (heard and o.reason) for c, o in zip(certificates, outcomes, strict=True)]
         certificates = [c if keep else _defended(c) for c, keep in zip(certificates, kept, strict=True)]
     for outcome, certificate in zip(outcomes, certificates, strict=True):
         best = outcome.candidates[0] if outcome.candidates else None
