@@ -19,7 +19,7 @@ from benchmarks.records import read_records
 from benchmarks.suites import SUITES
 from benchmarks.summary import rows, table
 from leakjax.errors import InputError
-from leakjax.files import write_text
+from leakjax.files.whole import write_text
 
 STUDIES = {
     "throughput": "images a second by batch, memory, compilation; the engine against dense least squares",

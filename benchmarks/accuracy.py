@@ -18,14 +18,14 @@ from flax import nnx
 import leakjax
 from benchmarks import asking
 from benchmarks.records import Record, append, environment, read_records
+from leakjax.client.defenses import Setting, build_defense
+from leakjax.client.training.loop import train
 from leakjax.datasets import to_range, train_and_test
-from leakjax.defenses import Setting, build_defense
 from leakjax.leakage.audit import audit
 from leakjax.leakage.privacy import DPSGD
-from leakjax.leakage.result import Audit
 from leakjax.metrics import psnr
 from leakjax.models.networks import Conv, ConvNet
-from leakjax.training import train
+from leakjax.report.audit.audit import Audit
 
 SHAPE, WINDOW = (8, 8, 1), 7
 CLIENTS, EPOCHS, RATE, SEED = 32, 5, 3e-3, 0

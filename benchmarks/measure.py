@@ -14,15 +14,14 @@ import numpy as np
 import leakjax
 from benchmarks import baseline
 from benchmarks.records import environment
-from leakjax.attacks.layer_step import LayerState, compile_steps, run_steps
+from leakjax.attacks.layerwise.layer_step import LayerState, compile_steps, run_steps
 from leakjax.attacks.problem import Monitor, Problem
+from leakjax.constraints.layer import loss_pull, segment_rows
 from leakjax.datasets import load_dataset, to_range
-from leakjax.heads import loss_pull
 from leakjax.models import MODELS, build_model
-from leakjax.network import read_network
-from leakjax.precision import compute_in
-from leakjax.segments import read_segments
-from leakjax.systems import segment_rows
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.chain import read_segments
+from leakjax.segments.tracing.network import read_network
 
 MODEL, ACTIVATION = "cnn6", "leaky_relu:0.2"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from flax import nnx
 
-from leakjax.activations import parse_activation
 from leakjax.errors import InputError
 from leakjax.models import MODELS, build_model
+from leakjax.models.activations import parse_activation
 from leakjax.models.networks import Conv, ConvNet
 from leakjax.models.zoo import ModelSpec
 

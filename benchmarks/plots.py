@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.statistics import spread_of
 from benchmarks.summary import Row, exponents
-from leakjax.files import write_figure
+from leakjax.files.whole import write_figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "os^Dv<>"

@@ -13,7 +13,7 @@ from benchmarks.records import Record, append, read_records, records_file
 from benchmarks.solving import read_net, solve
 from leakjax.attacks import ATTACKS
 from leakjax.errors import InputError
-from leakjax.side_by_side import cores
+from leakjax.runtime.cores import cores
 
 ACCELERATED = 64  # victims of a device at once, as `invert` has it by default
 

@@ -17,14 +17,14 @@ import optax
 import leakjax
 from benchmarks import asking
 from benchmarks.records import append, environment
-from leakjax.activations import parse_activation
 from leakjax.arguments import choice
 from leakjax.datasets import load_dataset, to_range
 from leakjax.metrics import psnr
 from leakjax.models import MODELS, build_model
-from leakjax.network import batch_gradient, read_network
-from leakjax.precision import compute_in
-from leakjax.report.record import unit_scale
+from leakjax.models.activations import parse_activation
+from leakjax.report.reconstruction.record import unit_scale
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.tracing.network import batch_gradient, read_network
 from leakjax.solvers.descent import descend
 from leakjax.solvers.gauss_newton import levenberg_marquardt
 

@@ -15,7 +15,7 @@ from benchmarks.records import Record, environment
 from leakjax.datasets import Images, to_range
 from leakjax.metrics import psnr, ssim
 from leakjax.report.pairing import pair_with_truth
-from leakjax.report.record import DETERMINED, unit_scale
+from leakjax.report.reconstruction.record import DETERMINED, unit_scale
 
 _MESSAGE = 300
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from leakjax import Observation, Reconstruction, undetermined_directions
-from leakjax.losses import LOSSES
+from leakjax.models.losses import LOSSES
 
 EXACT = 60.0  # dB below which `exact` is wrong
 OFF = 3.0  # dB by which an estimate may be off

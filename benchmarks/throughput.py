@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import asking
 from benchmarks.records import append
 from leakjax.errors import InputError
-from leakjax.files import write_text
+from leakjax.files.whole import write_text
 
 
 def measure(name: str, argument: str) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from rich.console import Console
 from benchmarks import asking, runner
 from benchmarks.cases import Case, on_images, options
 from benchmarks.progress import progress
-from leakjax.activations import parse_activation
 from leakjax.arguments import choice
 from leakjax.attacks import ATTACKS
 from leakjax.errors import InputError
 from leakjax.inversion import SOLVERS
 from leakjax.models import MODELS
-from leakjax.precision import DTYPES
+from leakjax.models.activations import parse_activation
+from leakjax.runtime.precision import DTYPES
 
 
 def table(records: list[dict[str, Any]]) -> str:

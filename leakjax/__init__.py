@@ -1,15 +1,20 @@
 """leakjax: what a gradient gives away about the image that produced it."""
 
-from leakjax.directions import undetermined_directions
-from leakjax.errors import InputError, UnreadableModelError
-from leakjax.inversion import invert
-from leakjax.leakage.audit import audit
-from leakjax.leakage.result import Audit
-from leakjax.model import Model, read_model
-from leakjax.observation import Observation, observe
-from leakjax.reconstruction import Certificate, Reconstruction
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from leakjax.version import __version__
+
+if TYPE_CHECKING:
+    from leakjax.client.observation import Observation, observe
+    from leakjax.errors import InputError, UnreadableModelError
+    from leakjax.inversion import invert
+    from leakjax.leakage.audit import audit
+    from leakjax.leakage.directions import undetermined_directions
+    from leakjax.models.reader import Model, read_model
+    from leakjax.reconstruction import Certificate, Reconstruction
+    from leakjax.report.audit.audit import Audit
+    from leakjax.runtime.programs import clear_caches
 
 __all__ = [
     "Audit",
@@ -19,9 +24,40 @@ __all__ = [
     "Observation",
     "Reconstruction",
     "UnreadableModelError",
+    "__version__",
     "audit",
+    "clear_caches",
     "invert",
     "observe",
     "read_model",
     "undetermined_directions",
 ]
+
+_HOMES = {
+    "Audit": "report.audit.audit",
+    "Certificate": "reconstruction",
+    "InputError": "errors",
+    "Model": "models.reader",
+    "Observation": "client.observation",
+    "Reconstruction": "reconstruction",
+    "UnreadableModelError": "errors",
+    "audit": "leakage.audit",
+    "clear_caches": "runtime.programs",
+    "invert": "inversion",
+    "observe": "client.observation",
+    "read_model": "models.reader",
+    "undetermined_directions": "leakage.directions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used: `leakjax --help` need not wait for JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'leakjax' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"leakjax.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,6 @@
 """`invert`: from an observation to images, with a certificate."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,32 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from leakjax._widening import Wide, in_one_precision
 from leakjax.arguments import check_solving, instance, real
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.certificate import agreed, certify, certify_together
-from leakjax.attacks.multiples import with_doubt, with_multiples
-from leakjax.attacks.noisy import with_noise
-from leakjax.attacks.others import seek_others
+from leakjax.attacks.adaptive import certifiable
+from leakjax.attacks.certificates.certificate import agreed, certify, certify_together
+from leakjax.attacks.certificates.multiples import with_doubt, with_multiples
+from leakjax.attacks.certificates.other_images import seek_others
+from leakjax.attacks.certificates.stored import stored_rounding
+from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled
+from leakjax.attacks.matching.noisy import with_noise
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
-from leakjax.attacks.scales import read_scales, rescaled, unscaled
-from leakjax.attacks.stored import stored_rounding
-from leakjax.attacks.told import certifiable
-from leakjax.batch_statistics import batch_remarks
-from leakjax.defenses import CUSTOM, Setting, build_defense
+from leakjax.captures.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
+from leakjax.client.defenses import CUSTOM, Setting, build_defense
+from leakjax.client.factors import check_factor, known_factors
+from leakjax.client.observation import Observation
+from leakjax.client.silent import silent_victims, with_silent, without_decay
+from leakjax.constraints.priors import DEFAULT_PRIOR, PRIORS
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
-from leakjax.factors import check_factor, known_factors
-from leakjax.losses import labels_of
-from leakjax.model import Model
-from leakjax.network import read_network
-from leakjax.observation import Observation, run_model
-from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
-from leakjax.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
-from leakjax.precision import compute_in
-from leakjax.priors import DEFAULT_PRIOR, PRIORS
+from leakjax.models.losses import labels_of
+from leakjax.models.reader import Model, run_model
 from leakjax.reconstruction import Certificate, Reconstruction
-from leakjax.segments import Chain, read_segments
-from leakjax.silent import silent_victims, with_silent, without_decay
+from leakjax.runtime.precision import compute_in
+from leakjax.runtime.programs import keep
+from leakjax.segments.batch_statistics import batch_remarks
+from leakjax.segments.chain import Chain, read_chain
+from leakjax.segments.tracing.network import read_network
+from leakjax.segments.tracing.widening import Wide, in_one_precision
+from leakjax.solvers.descent import DEFAULT_OPTIMIZER, OPTIMIZERS
 
 SOLVERS = ("auto", "lsmr", "dense")
 
@@ -292,7 +292,7 @@ def _check_noise(gradient_noise: float | None, observation: Observation) -> None
         raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
 
 
-@functools.lru_cache(maxsize=16)
+@keep(16)
 def _cast(model: Model, input_shape: tuple[int, ...], dtype: str) -> Wide:
     return in_one_precision(model, input_shape, dtype)
 
@@ -300,29 +300,11 @@ def _cast(model: Model, input_shape: tuple[int, ...], dtype: str) -> Wide:
 def _chain(model: Model, observation: Observation, dtype: str, needed: bool) -> Chain | None:
     """The model as segments for the examples of one gradient; None where not needed and it cannot be read."""
     try:
-        return _read(model, tuple(observation.input_shape), dtype, observation.examples)
+        return read_chain(model, observation.input_shape, dtype, observation.examples)
     except UnreadableModelError:
         if needed:
             raise
         return None
-
-
-_CHAINS: dict[Any, Chain] = {}
-_CHAINS_LIMIT = 64
-
-
-def _read(model: Model, input_shape: tuple[int, ...], dtype: str, examples: int) -> Chain:
-    """The model's chain of segments, read once for all models of one architecture."""
-    shapes = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
-    key = (model.apply, shapes, input_shape, dtype, examples)
-    if key not in _CHAINS:
-        chain = read_segments(model, input_shape, dtype, examples)
-        if chain.parametric:
-            return chain
-        while len(_CHAINS) >= _CHAINS_LIMIT:
-            _CHAINS.pop(next(iter(_CHAINS)))
-        _CHAINS[key] = chain
-    return _CHAINS[key]
 
 
 def _check_devices(devices: Sequence[Any] | None) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 import leakjax
-from leakjax.observation import Observation
+from leakjax.client.observation import Observation
 from leakjax.reconstruction import Certificate, Reconstruction
 
 

@@ -83,8 +83,8 @@ def run(folder, cache, monkeypatch):
 def _free_compiled_programs():
     """Give compiled programs back after each module: the machine is small."""
     yield
-    from leakjax.attacks import layer_step
+    from leakjax.runtime.programs import clear_caches
 
-    getattr(layer_step, "_COMPILED", {}).clear()
+    clear_caches()
     jax.clear_caches()
     gc.collect()

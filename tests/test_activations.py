@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leakjax.activations import ACTIVATIONS, build_activation, parse_activation
+from leakjax.models.activations import ACTIVATIONS, build_activation, parse_activation
 
 NON_MONOTONE = ("gelu", "silu")
 MONOTONE = [name for name in ACTIVATIONS if name not in NON_MONOTONE]

@@ -8,11 +8,11 @@ import pytest
 from flax import nnx
 
 from leakjax import InputError, audit, invert, observe, read_model
+from leakjax.leakage.dense import PRIOR_DEVIATION
 from leakjax.leakage.privacy import DPSGD
-from leakjax.leakage.spectrum import PRIOR_DEVIATION
 from leakjax.models.networks import Conv, ConvNet
-from leakjax.network import batch_gradient, read_network
-from leakjax.precision import compute_in
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.tracing.network import batch_gradient, read_network
 
 LAYER = ["name", "unknowns", "rank", "rank_deficiency", "structural_rank", "condition", "dead_pixels", "weight"]
 AUDIT = [
@@ -298,7 +298,7 @@ def test_golden_leakage(name, leaked, unseen):
 def test_many_unknowns_are_estimated(monkeypatch):
     import importlib
 
-    module = importlib.import_module("leakjax.leakage.measuring")
+    module = importlib.import_module("leakjax.leakage.measure")
     model, x = network((1, 3, 2, 0)), picture()
     exact = audit(model, SHAPE, images=x, labels=np.array([0]), noise=[1e-4])
     monkeypatch.setattr(module, "LARGEST", 10)

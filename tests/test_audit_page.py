@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import leakjax
-from leakjax.leakage.result import Audit, Change, LayerAudit, NoisePoint, PaddedCount, Withheld
-from leakjax.report import markup
-from leakjax.report.audit_page import draw_map, draw_page
+from leakjax.report.audit import markup
+from leakjax.report.audit.audit import Audit
+from leakjax.report.audit.page import draw_map, draw_page
+from leakjax.report.audit.record import Change, LayerAudit, NoisePoint, PaddedCount, Withheld
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x & http://evil.example/"
 VOID = {"wbr", "meta", "link", "img", "br", "hr", "input", "path", "circle", "line", "rect", "polyline"}

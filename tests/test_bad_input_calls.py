@@ -33,15 +33,15 @@ from bad_values import (
 )
 
 import leakjax
-from leakjax.activations import parse_activation
-from leakjax.captures import read_capture, write_capture
+from leakjax.captures.capture import read_capture, write_capture
+from leakjax.captures.weights import read_weights, write_weights
+from leakjax.client.defenses import build_defense
+from leakjax.client.training.loop import train
 from leakjax.datasets import load_dataset, load_npz, load_split
-from leakjax.defenses import build_defense
 from leakjax.errors import InputError
 from leakjax.interop.torch import read_torch_capture
 from leakjax.models import build_model
-from leakjax.training import train
-from leakjax.weights import read_weights, write_weights
+from leakjax.models.activations import parse_activation
 
 
 def observe(**changed):

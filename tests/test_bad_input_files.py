@@ -12,12 +12,12 @@ import zipfile
 import numpy as np
 import pytest
 
-from leakjax.captures import read_capture
+from leakjax.captures.capture import read_capture
+from leakjax.captures.weights import read_weights
 from leakjax.datasets import load_npz
 from leakjax.errors import InputError
 from leakjax.interop.torch import read_torch_capture
-from leakjax.model import read_model
-from leakjax.weights import read_weights
+from leakjax.models.reader import read_model
 
 
 def apply(p, x):

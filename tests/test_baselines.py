@@ -11,8 +11,10 @@ from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
 from leakjax.attacks import ATTACKS
-from leakjax.attacks.dlg import DLG
-from leakjax.attacks.inverting_gradients import (
+from leakjax.attacks.heads.labelings import likeliest_labels
+from leakjax.attacks.matching.descent import cosine_distance, harden, soften, squared_distance
+from leakjax.attacks.matching.dlg import DLG
+from leakjax.attacks.matching.inverting_gradients import (
     ALPHA,
     INVERTING_GRADIENTS,
     STEPS,
@@ -20,11 +22,9 @@ from leakjax.attacks.inverting_gradients import (
     mean_variation,
     signed_adam,
 )
-from leakjax.attacks.labelings import likeliest_labels
-from leakjax.attacks.matching import cosine_distance, harden, soften, squared_distance
-from leakjax.losses import LOSSES
-from leakjax.network import batch_gradient
+from leakjax.models.losses import LOSSES
 from leakjax.report.pairing import pair_with_truth
+from leakjax.segments.tracing.network import batch_gradient
 
 model = functools.cache(network)  # compiled once for all tests
 

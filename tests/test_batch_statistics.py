@@ -11,11 +11,11 @@ from flax import linen, nnx
 from rich.console import Console
 
 import leakjax
-from leakjax.batch_statistics import batch_remarks
-from leakjax.model import read_model
 from leakjax.models import build_model
-from leakjax.report.record import RunInfo, build_report
-from leakjax.report.table import print_report
+from leakjax.models.reader import read_model
+from leakjax.report.reconstruction.record import RunInfo, build_report
+from leakjax.report.reconstruction.table import print_report
+from leakjax.segments.batch_statistics import batch_remarks
 
 DRAW = np.random.default_rng(0)
 SHAPE = (6, 6, 2)

@@ -9,11 +9,11 @@ from test_match import batch
 from test_pull_back import network, psnr
 
 from leakjax import InputError, invert, observe
-from leakjax.batch_heads import read_dense_head, separate_examples
-from leakjax.losses import LOSSES
-from leakjax.model import read_model
+from leakjax.attacks.heads.batch import read_dense_head, separate_examples
+from leakjax.models.losses import LOSSES
+from leakjax.models.reader import read_model
 from leakjax.report.pairing import pair_with_truth
-from leakjax.segments import read_segments
+from leakjax.segments.chain import read_segments
 
 ACTIVATIONS = {"tanh": jnp.tanh, "leaky_relu": lambda z: jax.nn.leaky_relu(z, 0.2), "relu": jax.nn.relu}
 SIZE = 9

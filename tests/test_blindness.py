@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from leakjax import audit
-from leakjax._blindness import blind_spots, seen_through
-from leakjax.guard import guard
-from leakjax.jacobian import rank_tolerance, row_space
-from leakjax.leakage.percentage import percentage
+from leakjax.guard.online import guard
+from leakjax.report.percentage import percentage
+from leakjax.segments.tracing.blindness import blind_spots, seen_through
+from leakjax.solvers.jacobian import rank_tolerance, row_space
 
 SHAPE = (4, 4, 1)
 

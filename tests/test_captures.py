@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from leakjax.captures import read_capture, write_capture
+from leakjax.captures.capture import read_capture, write_capture
+from leakjax.client.observation import observe
 from leakjax.errors import InputError
 from leakjax.inversion import invert
-from leakjax.model import read_model
-from leakjax.observation import observe
+from leakjax.models.reader import read_model
 
 SHAPE = (6, 6, 2)
 NETS = """

@@ -478,7 +478,7 @@ def test_running_out_of_memory_is_one_line(refused, tmp_path, monkeypatch, error
 
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_figures_of_any_number_of_channels(tmp_path, channels):
-    from leakjax.report.figure import draw_figure
+    from leakjax.report.reconstruction.figure import draw_figure
 
     certificate = {"status": "exact"}
     example = {"label": 1, "label_source": "given", "psnr": None, "certificate": certificate, "unseen_pixels": 0}
@@ -490,7 +490,7 @@ def test_figures_of_any_number_of_channels(tmp_path, channels):
 
 
 def test_numbers_in_figures_are_no_source_text(tmp_path, monkeypatch):
-    from leakjax.report import figure
+    from leakjax.report.reconstruction import figure
 
     drawn = []
     monkeypatch.setattr(figure, "write_figure", lambda path, found: drawn.append(found))

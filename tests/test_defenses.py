@@ -10,14 +10,14 @@ import pytest
 from test_pull_back import SHAPE, network, psnr
 
 from leakjax import InputError, invert, observe, read_model
-from leakjax.attacks.told import LOSSY
-from leakjax.captures import read_capture, write_capture
-from leakjax.defenses import DEFENSES, Client, build_defense
-from leakjax.defenses.soteria import soteria_mask
-from leakjax.leakage.spectrum import dense_leakage, variances
-from leakjax.network import batch_gradient, client_update, read_network
-from leakjax.precision import compute_in
-from leakjax.priors import from_natural, to_natural
+from leakjax.attacks.adaptive import LOSSY
+from leakjax.captures.capture import read_capture, write_capture
+from leakjax.client.defenses import DEFENSES, Client, build_defense
+from leakjax.client.defenses.soteria import soteria_mask
+from leakjax.constraints.priors import from_natural, to_natural
+from leakjax.leakage.dense import dense_leakage, variances
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.tracing.network import batch_gradient, client_update, read_network
 
 RANDOM = {"gaussian", "laplace", "dp_sgd", "qsgd"}
 MODEL = network(jnp.tanh, filters=12)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leakjax.activations import parse_activation
 from leakjax.errors import InputError
-from leakjax.leakage.estimates import estimate_map, estimate_spectrum
-from leakjax.model import read_model
+from leakjax.leakage.matrix_free import estimate_map, estimate_spectrum
 from leakjax.models import MODELS, build_model
+from leakjax.models.activations import parse_activation
 from leakjax.models.networks import Conv, ConvNet
-from leakjax.network import batch_gradient, read_network
-from leakjax.precision import compute_in
+from leakjax.models.reader import read_model
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.tracing.network import batch_gradient, read_network
 
 SEEDS = (0, 1, 2)
 

@@ -10,7 +10,7 @@ from test_scales import bias_free, times
 
 from benchmarks.study_judge import judge
 from leakjax import InputError, invert, observe
-from leakjax.captures import read_capture, write_capture
+from leakjax.captures.capture import read_capture, write_capture
 
 LABELS = np.array([0, 1, 0])
 

@@ -11,9 +11,9 @@ from flax import nnx
 from scipy.optimize import brentq
 
 from leakjax import InputError, invert, observe, read_model
-from leakjax.heads import bias_path, read_head
-from leakjax.losses import LOSSES, labels_of
-from leakjax.segments import read_segments
+from leakjax.attacks.heads.single import bias_path, read_head
+from leakjax.models.losses import LOSSES, labels_of
+from leakjax.segments.chain import read_segments
 
 LOGITS = {"identity": lambda z: z, "tanh": jnp.tanh, "sigmoid": jax.nn.sigmoid, "leaky_relu": jax.nn.leaky_relu}
 SIZE = 7

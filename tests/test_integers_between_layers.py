@@ -6,8 +6,8 @@ import pytest
 
 import leakjax
 from leakjax.errors import UnreadableModelError
-from leakjax.model import read_model
-from leakjax.segments import read_segments
+from leakjax.models.reader import read_model
+from leakjax.segments.chain import read_segments
 
 DRAW = np.random.default_rng(0)
 IMAGES, LABELS = DRAW.uniform(size=(1, 4, 4, 1)), np.array([2])

@@ -8,11 +8,11 @@ from flax import nnx
 from test_nonlinear import SHAPE, Pooled, attacked, psnr, residual
 
 from leakjax import invert, observe
-from leakjax.activations import parse_activation
-from leakjax.lifted_rows import lifted_rows, look_inside
-from leakjax.model import read_model
-from leakjax.precision import compute_in
-from leakjax.segments import read_segments
+from leakjax.constraints.stages import lifted_rows, look_inside
+from leakjax.models.activations import parse_activation
+from leakjax.models.reader import read_model
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.chain import read_segments
 
 
 class Bottleneck(nnx.Module):

@@ -10,13 +10,13 @@ import pytest
 from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
-from leakjax.attacks.certificate import certify, certify_together
-from leakjax.attacks.symmetries import twins
-from leakjax.client import mean_loss
-from leakjax.labels import likely_counts
-from leakjax.network import batch_gradient, read_network
-from leakjax.precision import compute_in
+from leakjax.attacks.certificates.certificate import certify, certify_together
+from leakjax.attacks.certificates.symmetries import twins
+from leakjax.attacks.heads.labels import likely_counts
+from leakjax.client.update import mean_loss
 from leakjax.report.pairing import pair_with_truth
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.tracing.network import batch_gradient, read_network
 
 
 def batch(count, seed=0):
@@ -159,7 +159,7 @@ def test_pairing_is_by_least_error_within_each_gradient(rng):
 
 def two_answers(monkeypatch, ranks):
     """Certificates of one gradient of two examples, from two answers, each outside the range in one of them."""
-    module = importlib.import_module("leakjax.attacks.matched")
+    module = importlib.import_module("leakjax.attacks.matching.outcome")
     answers = iter([(rank, np.full((2, 1, 1, 2), rank / 4), 1.0) for rank in ranks])
     monkeypatch.setattr(module, "_local_rank", lambda *_: next(answers))
     monkeypatch.setattr(module, "twins", lambda *_: [])

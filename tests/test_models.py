@@ -9,10 +9,10 @@ import pytest
 from leakjax import invert, observe
 from leakjax.datasets import load_dataset, to_range
 from leakjax.errors import InputError
-from leakjax.model import read_model
 from leakjax.models import MODELS, build_model
 from leakjax.models.initialization import INITIALIZATIONS
-from leakjax.segments import read_segments
+from leakjax.models.reader import read_model
+from leakjax.segments.chain import read_segments
 
 RGAP = ("fcn3", "cnn6", "cnn6d")
 RESNETS = ("resnet8", "resnet20", "resnet8_gap")

@@ -10,8 +10,8 @@ from test_property import psnr
 
 from benchmarks.study_nets import architecture
 from leakjax import InputError, invert, observe
-from leakjax.attacks.residual_noise import read_noise, read_rounding
-from leakjax.attacks.stored import stored_rounding
+from leakjax.attacks.certificates.residual_noise import read_noise, read_rounding
+from leakjax.attacks.certificates.stored import stored_rounding
 
 LABELS = np.array([1, 3])
 

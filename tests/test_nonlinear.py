@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from leakjax import UnreadableModelError, invert, observe
-from leakjax.activations import parse_activation
+from leakjax.models.activations import parse_activation
 from leakjax.models.residual import ResNet
 
 SHAPE = (8, 8, 2)

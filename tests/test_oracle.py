@@ -11,10 +11,10 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from leakjax import invert, observe, read_model
-from leakjax.activations import Preimage
-from leakjax.segments import read_segments
+from leakjax.constraints.layer import layer_system, segment_rows
+from leakjax.models.activations import Preimage
+from leakjax.segments.chain import read_segments
 from leakjax.solvers.linear import materialize
-from leakjax.systems import layer_system, segment_rows
 
 CASES = {
     "plain": ((5, 5, 2), (3, 3, 3), {}),

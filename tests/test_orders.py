@@ -11,9 +11,9 @@ from flax import nnx
 from test_torch_capture import SHAPE, conv, leaky, softmax
 
 import leakjax
+from leakjax.captures.orders import MOST_ORDERS, reorderings
 from leakjax.interop.torch import read_torch_capture
-from leakjax.model import read_model
-from leakjax.orders import MOST_ORDERS, reorderings
+from leakjax.models.reader import read_model
 
 LABEL = 2
 

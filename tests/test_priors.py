@@ -9,8 +9,8 @@ from test_pull_back import convolve, psnr
 from typer.testing import CliRunner
 
 from leakjax import invert, observe
+from leakjax.constraints.priors import PRIORS, outside_box, total_variation
 from leakjax.errors import InputError
-from leakjax.priors import PRIORS, outside_box, total_variation
 from leakjax.solvers.descent import CONVERGED, DIVERGED, OUT_OF_STEPS, STATES, descend
 from leakjax.solvers.null_projection import null_projection
 

@@ -9,7 +9,7 @@ from test_property import psnr
 from benchmarks.study_judge import judge
 from benchmarks.study_nets import architecture
 from leakjax import invert, observe, undetermined_directions
-from leakjax.attacks.moves import moves
+from leakjax.attacks.certificates.moves import moves
 
 
 def nearest(answer, truth, k=0):

@@ -19,11 +19,11 @@ from flax import linen, nnx
 from hypothesis import HealthCheck, Phase, event, given, settings
 
 from leakjax import invert, observe
-from leakjax.attacks import layer_step
-from leakjax.losses import LOSSES
-from leakjax.precision import compute_in
-from leakjax.segments import read_segments
-from leakjax.systems import layer_system
+from leakjax.constraints.layer import layer_system
+from leakjax.models.losses import LOSSES
+from leakjax.runtime.precision import compute_in
+from leakjax.runtime.programs import clear_caches
+from leakjax.segments.chain import read_segments
 
 ACTIVATIONS = {
     "tanh": jnp.tanh,
@@ -354,7 +354,7 @@ def study(examples, deepest, invert_every=1, part=0):
                 applied.append(False)
         event("inverted" if applied[-1] else "not determined, or badly conditioned")
         if len(applied) % 10 == 0:  # compiled programs fill the memory
-            getattr(layer_step, "_COMPILED", {}).clear()
+            clear_caches()
             jax.clear_caches()
             gc.collect()
 

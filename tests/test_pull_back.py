@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from leakjax import invert, observe
-from leakjax.precision import compute_in
-from leakjax.residuals import pulled_back
-from leakjax.segments import read_segments
+from leakjax.constraints.pull_back import pulled_back
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.chain import read_segments
 from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
 
 SHAPE = (8, 8, 2)

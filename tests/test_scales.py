@@ -14,10 +14,10 @@ from test_property import psnr
 
 from benchmarks.study_judge import judge
 from leakjax import InputError, invert, observe, undetermined_directions
-from leakjax.captures import read_capture, write_capture
-from leakjax.report.figure import draw_figure
-from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
-from leakjax.report.table import print_report
+from leakjax.captures.capture import read_capture, write_capture
+from leakjax.report.reconstruction.figure import draw_figure
+from leakjax.report.reconstruction.record import RunInfo, build_report, unit_scale, write_report
+from leakjax.report.reconstruction.table import print_report
 
 LABELS = np.array([1, 3, 2])
 

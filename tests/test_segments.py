@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from leakjax import UnreadableModelError, read_model
-from leakjax.segments import read_segments
+from leakjax.segments.chain import read_segments
 
 HERE = Path(__file__).name
 NHWC = ("NHWC", "HWIO", "NHWC")

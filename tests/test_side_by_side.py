@@ -26,7 +26,7 @@ def small(rng):
 
 def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
     """Every program that runs while another does returns wrong numbers, as XLA's client has been seen to do."""
-    module = importlib.import_module("leakjax.attacks.layer_step")
+    module = importlib.import_module("leakjax.attacks.layerwise.layer_step")
     compile_steps, busy, disturbed = module.compile_steps, threading.Semaphore(1), []
 
     def faulty(*given):
@@ -51,7 +51,7 @@ def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
 
         return [wrap(step) for step in compile_steps(*given)]
 
-    recursion = importlib.import_module("leakjax.attacks.recursion")
+    recursion = importlib.import_module("leakjax.attacks.layerwise.recursion")
     monkeypatch.setattr(recursion, "compile_steps", faulty)
     monkeypatch.setattr(module, "cores", lambda: 2)
     images = rng.uniform(size=(2, 6, 6, 1))

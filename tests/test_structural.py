@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from leakjax import read_model
-from leakjax.geometry import Axis, Geometry, Window
-from leakjax.leakage.index import copa_index, smallest_withheld, structural_leaked
-from leakjax.leakage.structural import padded_count, structural_count
+from leakjax.leakage.structural.counts import padded_count, structural_count
+from leakjax.leakage.structural.index import copa_index, smallest_withheld, structural_leaked
 from leakjax.models import MODELS, build_model
-from leakjax.segments import read_segments
+from leakjax.segments.chain import read_segments
+from leakjax.segments.geometry import Axis, Geometry, Window
 
 DEFICIENCIES = {  # Chen & Campbell's and R-GAP's networks: rank - unknowns by layer, c(M) rounded
     "cnn2_c1": ([0], 0),

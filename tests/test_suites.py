@@ -23,8 +23,8 @@ from benchmarks.statistics import fit_exponent, spread_of
 from benchmarks.suites import IMAGES, SUITES
 from benchmarks.summary import exponents, rows, table
 from leakjax.attacks import ATTACKS
+from leakjax.client.defenses import build_defense
 from leakjax.datasets import DATASETS
-from leakjax.defenses import build_defense
 from leakjax.errors import InputError
 
 ROOT = Path(__file__).parent.parent

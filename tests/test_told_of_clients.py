@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import leakjax
-from leakjax.captures import read_capture, write_capture
+from leakjax.captures.capture import read_capture, write_capture
 from leakjax.errors import InputError
-from leakjax.report.record import unit_scale
+from leakjax.report.reconstruction.record import unit_scale
 
 DRAW = np.random.default_rng(3)
 SHAPE = (4, 4, 3)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+from leakjax.client.observation import observe
 from leakjax.datasets import load_dataset
 from leakjax.errors import InputError
 from leakjax.interop.torch import read_torch_capture
-from leakjax.model import read_model
 from leakjax.models import build_model
-from leakjax.observation import observe
+from leakjax.models.reader import read_model
 
 CNN6 = [(12, 4, 2, 2), (36, 3, 2, 1), (36, 3, 1, 1), (36, 3, 1, 1), (64, 3, 2, 1), (128, 3, 1, 1)]
 LENET = [(12, 5, 2, 2), (12, 5, 2, 2), (12, 5, 1, 2)]

@@ -8,14 +8,14 @@ import optax
 import pytest
 from flax import nnx
 
-from leakjax import guard as guarding
 from leakjax import invert, observe
+from leakjax.captures.weights import read_weights, write_weights
+from leakjax.client.training.loop import train
 from leakjax.datasets import to_range, train_and_test
 from leakjax.errors import InputError
-from leakjax.model import read_model
+from leakjax.guard import online as guarding
 from leakjax.models.networks import Conv, ConvNet
-from leakjax.training import train
-from leakjax.weights import read_weights, write_weights
+from leakjax.models.reader import read_model
 
 NETS = """
 from flax import nnx
@@ -102,7 +102,7 @@ def test_same_seed_same_result(digits):
 def test_chunks_change_nothing(digits, monkeypatch):
     data = digits[0].images[:200], digits[0].labels[:200]
     whole = train(small(), data, epochs=1, batch_size=20, dtype="float64")
-    monkeypatch.setattr("leakjax.training_steps.BYTES_AT_ONCE", 3 * 20 * 64)
+    monkeypatch.setattr("leakjax.client.training.steps.BYTES_AT_ONCE", 3 * 20 * 64)
     parts = train(small(), data, epochs=1, batch_size=20, dtype="float64")
     for path, a in whole.model.params.items():
         np.testing.assert_allclose(a, parts.model.params[path], atol=1e-13)

@@ -13,7 +13,7 @@ import pytest
 from bad_input import fill, left_in
 
 import leakjax
-from leakjax import files
+from leakjax.files import whole as files
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 WRITERS = {

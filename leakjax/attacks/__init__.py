@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from leakjax.attacks.copa import copa
-from leakjax.attacks.dlg import dlg
-from leakjax.attacks.hybrid import hybrid
-from leakjax.attacks.idlg import idlg
-from leakjax.attacks.inverting_gradients import inverting_gradients
-from leakjax.attacks.match import match
+from leakjax.attacks.layerwise.rconv import rconv
+from leakjax.attacks.layerwise.rgap import rgap
+from leakjax.attacks.matching.dlg import dlg
+from leakjax.attacks.matching.hybrid import hybrid
+from leakjax.attacks.matching.idlg import idlg
+from leakjax.attacks.matching.inverting_gradients import inverting_gradients
+from leakjax.attacks.matching.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.rconv import rconv
-from leakjax.attacks.rgap import rgap
 
 
 class Attack(NamedTuple):

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from leakjax.attacks.kept_activations import keep_activations
-from leakjax.attacks.match import match
+from leakjax.attacks.layerwise.kept_activations import keep_activations
+from leakjax.attacks.layerwise.recursion import recurse
+from leakjax.attacks.matching.match import match
 from leakjax.attacks.problem import Monitor, Outcome, Problem
-from leakjax.attacks.recursion import recurse
 from leakjax.errors import UnreadableModelError
 
 

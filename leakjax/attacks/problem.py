@@ -8,14 +8,14 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
-from leakjax.defenses import Setting
-from leakjax.model import Arrays
-from leakjax.network import Gradient, Network, client_update
-from leakjax.normalization import Limits
-from leakjax.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS
+from leakjax.client.defenses import Setting
+from leakjax.constraints.layer import BLOCKS
+from leakjax.models.normalization import Limits
+from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Candidate, LayerInfo, Proof
-from leakjax.segments import Chain, Segment
-from leakjax.systems import BLOCKS
+from leakjax.segments.chain import Chain, Segment
+from leakjax.segments.tracing.network import Gradient, Network, client_update
+from leakjax.solvers.descent import DEFAULT_OPTIMIZER, OPTIMIZERS
 
 PULL_BACKS = ("auto", "levenberg_marquardt", "optax")
 """What solves pulled-back constraints: an active set behind piecewise-linear activations and Levenberg-Marquardt

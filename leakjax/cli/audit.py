@@ -27,10 +27,10 @@ from leakjax.cli.options import (
 from leakjax.cli.session import progress, say, session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
-from leakjax.files import write_npz, write_text
+from leakjax.files.whole import write_npz, write_text
 
 if TYPE_CHECKING:
-    from leakjax.leakage.result import Audit
+    from leakjax.report.audit.audit import Audit
 
 
 def audit(
@@ -77,13 +77,13 @@ def audit(
 ) -> None:
     """Measure how much a model leaks, and why; writes audit.json, audit.html, leakage_map.png, maps.npz."""
     with session() as console:
+        from leakjax.cli.setup import Setup
+        from leakjax.files.provenance import file_and_hash
         from leakjax.leakage.audit import SIGMAS
         from leakjax.leakage.audit import audit as run
         from leakjax.leakage.privacy import DPSGD
-        from leakjax.provenance import file_and_hash
-        from leakjax.report.audit_map import draw_map
-        from leakjax.report.audit_table import print_audit
-        from leakjax.setup import Setup
+        from leakjax.report.audit.map import draw_map
+        from leakjax.report.audit.table import print_audit
 
         if fail_above is not None and not 0 <= fail_above <= 1:
             raise InputError(f"--fail-above: expected a fraction in 0..1, got {fail_above}")
@@ -160,7 +160,7 @@ def _leaks_more(result: "Audit", limit: float | None) -> Iterator[str]:
     """Why `--fail-above` fails, if it does."""
     leaked = result.leaked_dimensions
     share = (result.structural_leaked_dimensions if leaked is None else leaked) / result.unknowns
-    from leakjax.leakage.percentage import percentage
+    from leakjax.report.percentage import percentage
 
     if limit is None:
         return

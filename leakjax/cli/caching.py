@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from leakjax.home import user_cache
+from leakjax.files.home import user_cache
 
 
 def enable_compilation_cache() -> None:

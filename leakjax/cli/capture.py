@@ -56,8 +56,8 @@ def capture(
 ) -> None:
     """Write the gradient that a client would send, with the weights, to capture.npz; never the image."""
     with session() as console:
-        from leakjax.captures import write_capture
-        from leakjax.setup import Sending, Setup
+        from leakjax.captures.capture import write_capture
+        from leakjax.cli.setup import Sending, Setup
 
         directory = writable(out)
         told = (loss, input_shape, input_range, weights, input_mean, input_std)

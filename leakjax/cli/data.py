@@ -11,7 +11,7 @@ from leakjax.cli.options import Json
 from leakjax.cli.session import session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
-from leakjax.files import write_text
+from leakjax.files.whole import write_text
 
 data = typer.Typer(
     name="data",

@@ -36,7 +36,7 @@ from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from leakjax.observation import Observation
+    from leakjax.client.observation import Observation
 
 
 def invert(
@@ -95,12 +95,12 @@ def invert(
     with session() as console:
         from leakjax import inversion
         from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-        from leakjax.priors import DEFAULT_PRIOR, PRIORS
-        from leakjax.report.figure import draw_figure
+        from leakjax.cli.setup import Sending, Setup
+        from leakjax.constraints.priors import DEFAULT_PRIOR, PRIORS
         from leakjax.report.pairing import pair_with_truth
-        from leakjax.report.record import RunInfo, build_report, unit_scale, write_report
-        from leakjax.report.table import print_report
-        from leakjax.setup import Sending, Setup
+        from leakjax.report.reconstruction.figure import draw_figure
+        from leakjax.report.reconstruction.record import RunInfo, build_report, unit_scale, write_report
+        from leakjax.report.reconstruction.table import print_report
 
         attack = DEFAULT_ATTACK if attack is None else attack
         if attack not in ATTACKS:

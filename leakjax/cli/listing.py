@@ -14,7 +14,7 @@ from leakjax.cli.options import Json
 from leakjax.cli.session import session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
-from leakjax.files import write_text
+from leakjax.files.whole import write_text
 
 
 def list_(
@@ -66,7 +66,7 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
             return dict(DATASETS)
 
     def activations() -> dict[str, str]:
-        from leakjax.activations import ACTIVATIONS
+        from leakjax.models.activations import ACTIVATIONS
 
         return {
             name: "no parameter" if kind.default is None else f"parameter, default {kind.default:g}"
@@ -74,7 +74,7 @@ def _tables() -> dict[str, Callable[[], dict[str, str]]]:
         }
 
     def defenses() -> dict[str, str]:
-        from leakjax.defenses import DEFENSES
+        from leakjax.client.defenses import DEFENSES
 
         def typed(name: str) -> str:
             values = ", ".join(f"{p.name} {p.default:g}" for p in DEFENSES[name].parameters)

@@ -25,7 +25,7 @@ from leakjax.cli.options import (
 from leakjax.cli.session import progress, session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
-from leakjax.files import write_text
+from leakjax.files.whole import write_text
 
 
 def train(
@@ -62,10 +62,10 @@ def train(
     with session() as console:
         import optax
 
-        from leakjax import training
-        from leakjax.defenses import build_defense
-        from leakjax.setup import Setup
-        from leakjax.weights import write_weights
+        from leakjax.captures.weights import write_weights
+        from leakjax.cli.setup import Setup
+        from leakjax.client.defenses import build_defense
+        from leakjax.client.training import loop as training
 
         optimizers = {"adam": optax.adam, "sgd": optax.sgd}
         if optimizer not in optimizers:

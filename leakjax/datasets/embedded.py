@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from leakjax.errors import InputError
-from leakjax.home import user_cache
+from leakjax.files.home import user_cache
 
 FOLDER = Path(__file__).with_name("samples")
 SIZES = (32, 64)

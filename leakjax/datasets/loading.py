@@ -11,8 +11,8 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from leakjax.arguments import MOST, array, shown, sizes, whole
 from leakjax.datasets import digits, folders, foolbox, prepared
 from leakjax.errors import InputError, NoSplitError, unknown_name
-from leakjax.normalization import Limits
-from leakjax.npz import open_npz
+from leakjax.files.npz import open_npz
+from leakjax.models.normalization import Limits
 
 
 class Images(NamedTuple):

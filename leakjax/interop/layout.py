@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from leakjax import _jaxpr
 from leakjax.errors import InputError
-from leakjax.model import Model
+from leakjax.models.reader import Model
+from leakjax.segments.tracing import jaxprs
 
 _MOVES = ("reshape", "transpose", "squeeze", "expand_dims")
 _FLAT = ("dot_general", "reduce_sum", "reduce_max", "reduce_mean")  # their vectors are no flattened map
@@ -22,7 +22,7 @@ class Layout:
         x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
         paths = list(model.variables)
         arrays = [model.variables[path] for path in paths]
-        self.graph = _jaxpr.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+        self.graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
         self.live = self.graph.dependents([self.graph.input])
         self.ids = dict(zip(paths, self.graph.variables, strict=True))
         self.source = {o: e for e in self.graph.equations for o in e.outputs}
@@ -43,7 +43,7 @@ class Layout:
             (ancestor, *others) = dict.fromkeys(v for v in equation.inputs if isinstance(v, int) and v in self.live)
             if equation.name in _MOVES:
                 moves.append(equation)
-            elif not _jaxpr.is_elementwise(equation, self.graph.structs, self.live):
+            elif not jaxprs.is_elementwise(equation, self.graph.structs, self.live):
                 break
             elif others:
                 ancestor = min(ancestor, *others)  # a mask of the same entries: either one leads to the map
@@ -83,7 +83,7 @@ class Layout:
                 return data[0]
         return None
 
-    def _refuse(self, equation: _jaxpr.Equation) -> None:
+    def _refuse(self, equation: jaxprs.Equation) -> None:
         data = [v for v in equation.inputs if isinstance(v, int) and v in self.live]
         if not data:
             return

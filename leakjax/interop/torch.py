@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from leakjax.arguments import instance
-from leakjax.captures import observation_from, read_meta
+from leakjax.captures.capture import observation_from, read_meta
+from leakjax.client.observation import Observation
 from leakjax.errors import InputError
+from leakjax.files.npz import Entry, Npz, open_npz
 from leakjax.interop.layout import Layout
-from leakjax.model import Model
-from leakjax.npz import Entry, Npz, open_npz
-from leakjax.observation import Observation, output_count
-from leakjax.segments import Chain, read_segments
+from leakjax.models.reader import Model, output_count
+from leakjax.segments.chain import Chain, read_segments
 
 _ARGUMENT = "--torch-capture"
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}  # of a batch norm: buffers, without gradients

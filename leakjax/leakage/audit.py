@@ -10,26 +10,26 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from leakjax.arguments import instance, listener
-from leakjax.batch_statistics import batch_remarks
 from leakjax.errors import InputError, UnreadableModelError
-from leakjax.geometry import Geometry
-from leakjax.leakage.advice import best_changes, dead_pixels
-from leakjax.leakage.asking import Asked, Measured, Tell
-from leakjax.leakage.index import copa_index, layer_weights, smallest_withheld, structural_leaked
+from leakjax.files.provenance import provenance
+from leakjax.leakage.dense import variances
 from leakjax.leakage.inputs import batch_of, check_options, check_runs, check_seed, check_shape, check_size
 from leakjax.leakage.layers import LayerLeakage
-from leakjax.leakage.measuring import in_precision, measure, measure_without
+from leakjax.leakage.measure import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
-from leakjax.leakage.result import Audit, LayerAudit, Withheld
+from leakjax.leakage.request import Asked, Measured, Tell
 from leakjax.leakage.sentences import layer_sentence
-from leakjax.leakage.spectrum import variances
-from leakjax.leakage.structural import Count, padded_count, structural_count
+from leakjax.leakage.structural.advice import best_changes, dead_pixels
+from leakjax.leakage.structural.counts import Count, padded_count, structural_count
+from leakjax.leakage.structural.index import copa_index, layer_weights, smallest_withheld, structural_leaked
 from leakjax.leakage.verdict import Found, verdict
-from leakjax.model import Model, read_model
-from leakjax.observation import output_count
-from leakjax.precision import compute_in
-from leakjax.provenance import provenance
-from leakjax.segments import Segment, read_segments
+from leakjax.models.reader import Model, output_count, read_model
+from leakjax.report.audit.audit import Audit
+from leakjax.report.audit.record import LayerAudit, Withheld
+from leakjax.runtime.precision import compute_in
+from leakjax.segments.batch_statistics import batch_remarks
+from leakjax.segments.chain import Segment, read_segments
+from leakjax.segments.geometry import Geometry
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 UNSEEN = 1e-6

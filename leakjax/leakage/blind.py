@@ -1,6 +1,5 @@
 """Whether the derivatives that an audit is made of say what the gradient does, and what to look at otherwise."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax import _jaxpr
-from leakjax._blindness import Spot, blind_spots, seen_through
-from leakjax._primitives import ELEMENTWISE
-from leakjax._rules import RULES
-from leakjax.client import mean_loss
+from leakjax.client.update import mean_loss
 from leakjax.metrics import PSNR_CAP
-from leakjax.model import Model
-from leakjax.network import Gradient, Logits, Network
+from leakjax.models.reader import Model
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing.blindness import Spot, blind_spots, seen_through
+from leakjax.segments.tracing.network import Gradient, Logits, Network
+from leakjax.segments.tracing.primitives import ELEMENTWISE
+from leakjax.segments.tracing.rules import RULES
 
 STEPS = ((1e-3, 10.0), (1e-2, 10.0), (1e-1, 30.0))
 """Sizes of a change of the images, of their range, and the factor beyond its prediction that no smooth map explains."""
@@ -35,7 +35,7 @@ class Front(NamedTuple):
     psnr: float
 
 
-@functools.lru_cache(maxsize=16)
+@keep(16)
 def data_gradient(gradient: Gradient) -> Gradient:
     """The gradient as a function of the data, whose derivative passes through `stop_gradient`."""
     return seen_through(gradient)
@@ -58,19 +58,19 @@ def rounded_front(model: Model, x: np.ndarray, limits: tuple[float, float]) -> F
     paths, arrays = list(model.variables), list(model.variables.values())
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
     given = jax.ShapeDtypeStruct(x.shape, jnp.float64)
-    graph = _jaxpr.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
+    graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
     end = _last_of_entries(graph, x.size)
     if end is None:
         return None
     before, after = graph.needed(end, [graph.input]), graph.needed(graph.output, [*graph.variables, end])
     weights = dict(zip(graph.variables, arrays, strict=True))
-    y = np.asarray(_jaxpr.evaluate(before, {**weights, graph.input: jnp.asarray(x)}, end, RULES), float)
+    y = np.asarray(jaxprs.evaluate(before, {**weights, graph.input: jnp.asarray(x)}, end, RULES), float)
     shape = graph.structs[end].shape
 
     def logits(variables: Mapping[str, Any], y: Any, smoothing: Any = None) -> Any:
         del smoothing
         env = {v: variables[path] for v, path in zip(graph.variables, paths, strict=True)}
-        return _jaxpr.evaluate(after, {**env, end: y.reshape(shape)}, graph.output, RULES)
+        return jaxprs.evaluate(after, {**env, end: y.reshape(shape)}, graph.output, RULES)
 
     return Front(y.reshape(x.shape), logits, *_line(x, y.reshape(x.shape), limits))
 
@@ -113,7 +113,7 @@ def silent(gradient: Mapping[str, Any]) -> list[str]:
     return [p for p, size in sizes.items() if jnp.ndim(gradient[p]) >= 2 and size <= NOTHING * largest]
 
 
-def _last_of_entries(graph: _jaxpr.Graph, size: int) -> int | None:
+def _last_of_entries(graph: jaxprs.Graph, size: int) -> int | None:
     """The one value through which all data flow after the input was changed entry by entry alone."""
     live, weights = graph.dependents([graph.input]), graph.dependents(graph.variables)
     chain, used = {graph.input}, set()
@@ -129,7 +129,7 @@ def _last_of_entries(graph: _jaxpr.Graph, size: int) -> int | None:
     return end if jnp.issubdtype(graph.structs[end].dtype, jnp.floating) else None
 
 
-def _by_entry(equation: _jaxpr.Equation, graph: _jaxpr.Graph, size: int, weights: set[int]) -> bool:
+def _by_entry(equation: jaxprs.Equation, graph: jaxprs.Graph, size: int, weights: set[int]) -> bool:
     sizes = {int(np.prod(graph.structs[o].shape)) for o in equation.outputs}
     if sizes != {size} or any(isinstance(v, int) and v in weights for v in equation.inputs):
         return False
@@ -152,7 +152,7 @@ def looked_up(model: Model, gradient: Mapping[str, Any], x: Any) -> list[str]:
     paths = list(model.variables)
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in model.variables.values()]
     given = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    graph = _jaxpr.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
+    graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
     names, live = dict(zip(graph.variables, paths, strict=True)), graph.dependents([graph.input])
     picked = {e.inputs[0] for e in graph.equations if e.name == "gather" and set(e.inputs[1:]) & live}
     found = []

@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax._blindness import depends
 from leakjax.arguments import array, choice, interval, real, shown, sizes, whole
-from leakjax.differentiable import check_differentiable, check_trainable
+from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
-from leakjax.leakage.spectrum import PRIOR_DEVIATION
-from leakjax.losses import LOSSES
-from leakjax.model import Model
-from leakjax.observation import output_count
-from leakjax.priors import from_natural
+from leakjax.leakage.dense import PRIOR_DEVIATION
+from leakjax.models.differentiable import check_differentiable, check_trainable
+from leakjax.models.losses import LOSSES
+from leakjax.models.reader import Model, output_count
+from leakjax.segments.tracing.blindness import depends
 
 LARGEST_NOISE = 1e30
 

@@ -13,12 +13,13 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.activations import Preimage
-from leakjax.jacobian import row_space
-from leakjax.memory import fits_in_memory
-from leakjax.model import Arrays
-from leakjax.residuals import pull_gradients, pulled_back, push_forward
-from leakjax.segments import Segment
+from leakjax.constraints.pull_back import pull_gradients, pulled_back, push_forward
+from leakjax.models.activations import Preimage
+from leakjax.models.reader import Arrays
+from leakjax.runtime.memory import fits_in_memory
+from leakjax.runtime.programs import keep
+from leakjax.segments.chain import Segment
+from leakjax.solvers.jacobian import row_space
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
 
 NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
@@ -91,7 +92,7 @@ def _residual(span: Sequence[Segment], variables: Arrays, preimage: Preimage, dz
     return pulled_back(span, variables, preimage, dz, gradients)
 
 
-@functools.lru_cache(maxsize=64)
+@keep(64)
 def _probe(span: tuple[Segment, ...]) -> Any:
     def probe(variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> LsmrSolution:
         residual = _residual(span, variables, preimage, dz, x)
@@ -116,7 +117,7 @@ def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: 
     return jax.eval_shape(lambda u: _residual(span, variables, preimage, dz, x).function(u, None), x)
 
 
-@functools.lru_cache(maxsize=64)
+@keep(64)
 def _gram_product(span: tuple[Segment, ...]) -> Any:
     def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array) -> Array:
         residual = _residual(span, variables, preimage, dz, x)

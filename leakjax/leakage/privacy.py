@@ -1,7 +1,6 @@
 """What DP-SGD sends: the mean of clipped gradients, and the privacy that its noise buys."""
 
 import dataclasses
-import functools
 import importlib
 import math
 import warnings
@@ -15,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from leakjax.errors import InputError
+from leakjax.runtime.programs import keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DPSGD:
         return [epsilon(m, **spent) for m in self.noise_multipliers]
 
 
-@functools.lru_cache(maxsize=16)
+@keep(16)
 def clipped_gradient(gradient: Callable[..., Any], clip: float) -> Callable[..., Any]:
     """(variables, x (B, ...), labels (B,)) -> (1/B) sum_b g_b min(1, C / ||g_b||), g_b the gradient of one example.
 

@@ -1,7 +1,7 @@
 """What an audit says in plain words."""
 
-from leakjax.leakage.percentage import percentage
-from leakjax.leakage.structural import Count
+from leakjax.leakage.structural.counts import Count
+from leakjax.report.percentage import percentage
 
 
 def layer_sentence(

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from leakjax.leakage.percentage import percentage
-from leakjax.leakage.result import NoisePoint
-from leakjax.leakage.spectrum import PRIOR_DEVIATION
+from leakjax.leakage.dense import PRIOR_DEVIATION
+from leakjax.report.audit.record import NoisePoint
+from leakjax.report.percentage import percentage
 
 LIMITED = 0.1  # leaked share below which few numbers leak; a thumbnail of the image may still be made of them
 DEGENERATE = 3  # times more that the shapes allow: so few numbers then belong to these weights, not to the model

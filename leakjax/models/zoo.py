@@ -11,9 +11,9 @@ from typing import Any
 
 from flax import nnx
 
-from leakjax.activations import parse_activation
 from leakjax.arguments import choice, whole
 from leakjax.errors import InputError, first_line
+from leakjax.models.activations import parse_activation
 from leakjax.models.initialization import INITIALIZATIONS
 from leakjax.models.networks import Conv, ConvNet, DenseNet
 from leakjax.models.residual import ResNet

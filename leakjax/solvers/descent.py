@@ -1,6 +1,6 @@
 """First-order descent by any Optax transformation, that ends at its best finite iterate whatever happens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,3 +78,13 @@ def descend(
     end = jax.lax.while_loop(going, step, _State(start, first, start, unknown, unknown, zero, zero, jnp.ones((), bool)))
     state = jnp.where(end.idle >= patience, CONVERGED, OUT_OF_STEPS)
     return Descent(end.best, end.value, jnp.maximum(end.steps - 1, 0), jnp.where(end.finite, state, DIVERGED))
+
+
+OPTIMIZERS: Mapping[str, optax.GradientTransformation] = {
+    "lbfgs": optax.lbfgs(memory_size=20),
+    "adam": optax.adam(1e-2),
+}
+"""Names that stand for a transformation; any other `optax.GradientTransformation` serves as well."""
+
+
+DEFAULT_OPTIMIZER = "lbfgs"

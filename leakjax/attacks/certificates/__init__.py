@@ -1,0 +1,1 @@
+"""What an answer proves, and what else there could be: other images, factors, noise."""

@@ -1,0 +1,188 @@
+"""What an unknown factor of the gradient leaves open: multiples of an image, or other images of other factors.
+
+Without biases and with activations that are homogeneous, act(t u) = t^d act(u), the gradient at t x is parallel to that
+at x where dL/dz is: where the last layer has one or two outputs, or its softmax is saturated. Then c g(t x) = g(x) for
+some c: whoever knows c knows t. Unless c is told, every multiple explains what was sent, with its own labels. In other
+networks some other change of x may do the same: where J v = g has a solution, x moves along v as c changes.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.attacks.adaptive import predicted
+from leakjax.attacks.heads.single import bias_path
+from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.models.losses import labels_of
+from leakjax.reconstruction import Certificate
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing.network import Gradient, example_gradients
+from leakjax.solvers.jacobian import inverse_norms
+from leakjax.solvers.lsmr import lsmr
+
+MULTIPLES = "multiples"
+_DOUBT = (
+    "the gradient may have been multiplied by a factor, which this last layer does not show: tell it (gradient_scale, "
+    "--gradient-scale)"
+)
+_NOISE = (
+    "the gradient is matched but for noise, or for a factor that this last layer does not show: no error can be "
+    "estimated before the factor is told (gradient_scale, --gradient-scale)"
+)
+_TRIED = 0.8, 1.25  # far enough from 1 that a gradient that is not parallel shows it
+_LEAST, _MARGIN = 1e-9, 2e3
+"""Relative difference of two gradients, a fifth of the image apart, up to which one may be the other times a factor: so
+many times what is left of the gradient that was sent, or its rounding. Above it t is known to 0.2 / 2e3 = 1e-4."""
+_INNER = 6000
+
+
+def with_multiples(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> list[Outcome]:
+    """The outcomes of all gradients, those marked that another factor would explain with another image.
+
+    Nothing is sought where the factor is known, or where a bias of the last layer shows it.
+    """
+    if (problem.defense is not None and problem.defense.name == "sign") or _biased(problem):
+        return outcomes
+    found, size = [], problem.examples
+    for first in range(0, len(outcomes), size):
+        group, victim = outcomes[first : first + size], first // size
+        if problem.factor(victim) is None and all(outcome.candidates for outcome in group):
+            monitor.tell(f"looking for other factors of gradient {victim}")
+            group = _marked(problem, group)
+        found += group
+    return found
+
+
+def with_doubt(problem: Problem, certificates: list[Certificate]) -> list[Certificate]:
+    """The certificates, those `failed` with the factor among the reasons where the last layer would not show one."""
+    hidden = problem.outputs <= 2 or problem.examples > 1
+    if not hidden or problem.chain is None or _biased(problem):
+        return certificates
+    known = [problem.factor(k // problem.examples) is not None for k in range(len(certificates))]
+    return [
+        c if c.status != "failed" or told else dataclasses.replace(c, reason=f"{c.reason}; {_DOUBT}")
+        for c, told in zip(certificates, known, strict=True)
+    ]
+
+
+def _biased(problem: Problem) -> bool:
+    if problem.chain is None:
+        return False
+    head = problem.segments[-1]
+    return bool(head.linear and head.paths and bias_path(head, problem.variables) is not None)
+
+
+def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
+    """The outcomes of one gradient. An answer out of range is exchanged for its multiple that lies within."""
+    first = [outcome.candidates[0] for outcome in group]
+    if any(candidate.target is not None or not np.all(np.isfinite(candidate.image)) for candidate in first):
+        return group
+    x = jnp.asarray(np.stack([candidate.image for candidate in first]), problem.dtype)
+    labels = jnp.asarray([candidate.label for candidate in first])
+    residual = max(candidate.gradient_residual for candidate in first)
+    noisy = any(outcome.psnr_estimate is not None for outcome in group)
+    left = problem.rounding if noisy else max(residual, problem.rounding)
+    hides = max(_LEAST, _MARGIN * left)
+    away = functools.partial(_turned(_each(problem)), dict(problem.variables), x, labels)
+    hidden = np.max([np.asarray(away(t, labels)) for t in _TRIED], axis=0) <= hides
+    if np.any(hidden):
+        counts = range(labels_of(problem.outputs)) if problem.labels is None else ()
+        alike = {label: np.asarray(away(1.0, jnp.full(len(group), label))) <= hides for label in counts}
+        return [
+            _with_rays(problem, outcome, [label for label, same in alike.items() if same[b]], len(group) == 1)
+            if hidden[b]
+            else outcome
+            for b, outcome in enumerate(group)
+        ]
+    if noisy:
+        return [dataclasses.replace(o, psnr_estimate=None, refuted=True, reason=_NOISE) for o in group]
+    if residual > problem.matched:
+        return group
+    open_factor = _open_factor(predicted(problem), float(problem.tolerance))
+    if float(open_factor(dict(problem.variables), x, labels)) > hides:
+        return group
+    return [dataclasses.replace(o, multiples=True, curved=True) for o in group]
+
+
+def _each(problem: Problem) -> Gradient:
+    """(variables, x, labels) -> {path: (B, *parameter)}: the gradient of each example, or what is sent for all."""
+    if problem.defense is None and problem.local_steps == 1:
+        return example_gradients(problem.network.logits, problem.loss, tuple(problem.gradients))
+    return _repeated(predicted(problem))
+
+
+@keep(16)
+def _repeated(gradient: Gradient) -> Gradient:
+    def repeated(variables: Any, x: Array, labels: Array) -> dict[str, Array]:
+        return {p: jnp.repeat(g[None], len(x), axis=0) for p, g in gradient(variables, x, labels).items()}
+
+    return repeated
+
+
+@keep(16)
+def _open_factor(gradient: Gradient, tolerance: float) -> Any:
+    """(variables, x, labels) -> min_v ||W (J v - g)|| / ||W g||: 0 where x can move as the factor of g changes."""
+
+    def left(variables: Any, x: Array, labels: Array) -> Array:
+        here, plain = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        over = inverse_norms(here)
+
+        def tangent(d: Array) -> dict[str, Array]:
+            return jax.tree.map(jnp.multiply, over, plain(d))
+
+        rows = jax.tree.map(jnp.multiply, over, here)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        v = lsmr(operator, rows, tolerance=10 * tolerance, max_steps=_INNER).x
+        return optax.tree.norm(optax.tree.sub(rows, tangent(v))) / optax.tree.norm(rows)
+
+    return jax.jit(left)
+
+
+def _with_rays(problem: Problem, outcome: Outcome, labels: list[int], alone: bool) -> Outcome:
+    first, *rest = outcome.candidates
+    first = dataclasses.replace(first, image=first.image * _inwards(problem, first.image))
+    twins = [dataclasses.replace(first, label=label) for label in labels if label != first.label]
+    names = [name for name in (outcome.symmetry, MULTIPLES) if name is not None]
+    whole = alone and not rest and outcome.layers[0].rank == outcome.layers[0].unknowns
+    return dataclasses.replace(
+        outcome,
+        candidates=(first, *rest, *twins),
+        symmetry=", ".join(names),
+        multiples=True,
+        scale=float("nan"),
+        curved=outcome.curved or not whole,
+    )
+
+
+def _inwards(problem: Problem, x: np.ndarray) -> float:
+    """The largest factor up to 1, in steps of an eighth, that brings an image into the range; 1 where none does."""
+    factors = 0.875 ** np.arange(64)
+    return next((float(t) for t in factors if problem.in_range(x * t)), 1.0)
+
+
+@keep(16)
+def _turned(each: Gradient) -> Any:
+    """(variables, x, labels, t, others) -> by example max_p ||g_p' - s g_p|| / ||s g_p||, where g' is the gradient of
+    t x with the label `others`, s = <g', g> / <g, g>. A parameter whose gradient is 1e-9 of all is measured by that."""
+
+    def turned(variables: Any, x: Float[Array, "B ..."], labels: Array, t: Any, others: Array) -> Float[Array, " B"]:
+        here, there = each(variables, x, labels), each(variables, t * x, others)
+        flat = [(g.reshape(len(x), -1), there[p].reshape(len(x), -1)) for p, g in here.items()]
+        total = sum(jnp.sum(g**2, axis=1) for g, _ in flat)
+        tiny = jnp.finfo(x.dtype).tiny
+        s = sum(jnp.sum(g * h, axis=1) for g, h in flat) / jnp.maximum(total, tiny)
+        off = [
+            jnp.linalg.norm(h - s[:, None] * g, axis=1)
+            / jnp.maximum(jnp.abs(s) * jnp.maximum(jnp.linalg.norm(g, axis=1), 1e-9 * jnp.sqrt(total)), tiny)
+            for g, h in flat
+        ]
+        return jnp.max(jnp.stack(off), axis=0)
+
+    return jax.jit(turned)

@@ -1,0 +1,93 @@
+"""Other images with the very same gradient: the second root of a logit, and the sign of an odd network.
+
+On a positively homogeneous network without biases, z(t x) = t z(x) for t > 0, the gradient of t x is that of x where
+t dL/dz(t z) = dL/dz(z); on an odd one, z(-x) = -z(x), that of -x with another label may be. No residual tells them
+apart, so they are sought and shown.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leakjax.models.losses import LOSSES, labels_of
+from leakjax.models.reader import Arrays
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing.network import Gradient, Logits
+
+_SCALES = np.geomspace(1e-6, 1e6, 4000)
+_SAME = 1e-8
+
+
+def twins(
+    logits: Logits, gradient: Gradient, loss: str, variables: Arrays, x: np.ndarray, labels: np.ndarray, matched: float
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All (x', labels') with the gradient of (x, labels) that differ by one example's scale or sign, or by all signs.
+
+    `matched`: largest relative difference of two gradients that count as the same.
+    """
+    variables = dict(variables)
+    run = jax.jit(logits)
+    z = run(variables, jnp.asarray(x))
+
+    def is_ray(t: float) -> bool:
+        return float(jnp.linalg.norm(run(variables, jnp.asarray(t * x)) - t * z)) <= _SAME * float(jnp.linalg.norm(z))
+
+    homogeneous, odd = is_ray(2.0) and is_ray(0.5), is_ray(-1.0)
+    scales = np.concatenate([_SCALES if homogeneous else [], (-_SCALES if homogeneous else [-1.0]) if odd else []])
+    if not len(scales):
+        return []
+    measure = jax.jit(gradient)
+    given = measure(variables, jnp.asarray(x), jnp.asarray(labels))
+    size = _norm(given)
+    found = []
+    for b in range(len(x)):
+        for scale, label in _roots(loss, np.asarray(z[b]), int(labels[b]), scales):
+            other, tags = np.array(x), np.array(labels)
+            other[b] *= scale
+            tags[b] = label
+            sent = measure(variables, jnp.asarray(other), jnp.asarray(tags))
+            if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
+                found.append((other, tags))
+    if odd and len(x) > 1 and labels_of(z.shape[1]) == 2:  # all at once, where the model mixes its examples
+        sent = measure(variables, jnp.asarray(-x), jnp.asarray(1 - labels))
+        if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
+            found.append((-x, 1 - labels))
+    return found
+
+
+def _roots(loss: str, z: np.ndarray, label: int, scales: np.ndarray) -> list[tuple[float, int]]:
+    """(t, y) other than (1, label) with <t dL/dz(t z, y), dL/dz(z, label)> = ||dL/dz(z, label)||^2."""
+    pulls = _pulls(loss)
+    here = np.asarray(pulls(z, np.ones(1), label))[0]
+    found = []
+    for other in range(labels_of(z.size)):
+
+        def excess(t: Any, other: int = other) -> np.ndarray:
+            return np.asarray(pulls(z, np.atleast_1d(t), other)) @ here / (here @ here) - 1.0
+
+        values = excess(scales)
+        for k in np.flatnonzero((values[:-1] * values[1:] < 0) & (scales[:-1] * scales[1:] > 0)):
+            low, high, rising = scales[k], scales[k + 1], values[k] < 0
+            for _ in range(60):
+                middle = 0.5 * (low + high)
+                below = (excess(middle)[0] < 0) == rising
+                low, high = (middle, high) if below else (low, middle)
+            found.append((0.5 * (low + high), other))
+        found += [(-1.0, other)] if scales[-1] == -1.0 and abs(values[-1]) < 1e-6 else []
+    return [(t, y) for t, y in found if y != label or abs(t - 1) > 1e-4]
+
+
+@keep(8)
+def _pulls(loss: str) -> Any:
+    """(z (K,), t (T,), label) -> t dL/dz(t z), (T, K)."""
+
+    def pulls(z: Any, t: Any, label: Any) -> Any:
+        return jax.vmap(lambda s: s * jax.grad(LOSSES[loss])(s * z, label))(t)
+
+    return jax.jit(pulls)
+
+
+def _norm(gradients: Any) -> float:
+    return float(np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients))))

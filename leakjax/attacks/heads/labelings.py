@@ -1,0 +1,49 @@
+"""Which labels the examples behind a gradient may have had."""
+
+import numpy as np
+from jaxtyping import Int
+
+from leakjax.attacks.adaptive import dummy_gradient
+from leakjax.attacks.heads.labels import rank_labels
+from leakjax.attacks.heads.single import read_head
+from leakjax.attacks.problem import Problem
+
+
+def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, " B"]]:
+    """The given labels or the target alone, or up to `most` label vectors of one gradient, the most plausible first."""
+    if problem.labels is not None:
+        return [problem.labels[victim]]
+    target = problem.target(victim)
+    if target is not None:
+        return [target[None]]
+    sent = {p: problem.gradients[p][victim] for p in problem.gradients}
+    return rank_labels(
+        problem.network.logits,
+        dummy_gradient(problem),
+        problem.variables,
+        sent,
+        problem.batch_shape,
+        problem.input_range,
+        most,
+    )
+
+
+def likeliest_labels(problem: Problem) -> Int[np.ndarray, "V B"]:
+    """One label vector of every gradient: the given one, what the head's gradient shows of an example, or counts.
+
+    Of several explanations of a head the one that fits best.
+    """
+    heads = _head_labels(problem)
+    return np.stack([heads[v] if v in heads else labelings(problem, v, 1)[0] for v in range(problem.victims)])
+
+
+def _head_labels(problem: Problem) -> dict[int, Int[np.ndarray, " 1"]]:
+    """By victim; empty for batches, given labels, and models whose last segment is no affine map with parameters."""
+    head = None if problem.chain is None else problem.chain.segments[-1]
+    if problem.labels is not None or problem.examples > 1 or head is None or not (head.linear and head.paths):
+        return {}
+    sent = {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths}
+    options = {"labels": None, "tolerance": problem.tolerance, "accept": problem.matched}
+    found = read_head(head, problem.variables, sent, problem.loss, **options).candidates
+    best = sorted(found, key=lambda candidate: -candidate.residual)
+    return {candidate.victim: np.array([candidate.label]) for candidate in best}

@@ -1,0 +1,242 @@
+"""Where the recursion starts: dL/dz and the input of the last segment, and the label, from its gradient alone.
+
+With a bias (any parameter b of the last affine map with d f / d b constant and of full rank): dz solves
+(df/db)^T dz = g_b. Without: g = B(dz, x) is bilinear and of rank one, known up to x -> t x, dz -> dz / t; the scalar t
+and the label y solve t dL/dz(f(t x), y) = dz (R-GAP, arXiv 2010.07733, section 3.2, for one logistic output).
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.constraints.layer import layer_system, loss_pull
+from leakjax.models.activations import Preimage
+from leakjax.models.losses import labels_of
+from leakjax.models.reader import Arrays
+from leakjax.runtime.programs import keep
+from leakjax.segments.chain import Segment
+from leakjax.solvers.linear import LsmrSolution, solve_lsmr
+from leakjax.solvers.lsmr import lsmr
+
+
+class HeadCandidate(NamedTuple):
+    """One explanation of a head's gradient: the label, dL/dz, the segment's input x, and how far off it is.
+
+    `residual` = ||dL/dz(f(x), y) - dz|| / ||dz||.
+    """
+
+    victim: int
+    label: int
+    dz: np.ndarray
+    x: np.ndarray
+    residual: float
+
+
+class HeadReading(NamedTuple):
+    """Candidates of all victims, and the linear solutions behind them (leading axis: victims)."""
+
+    candidates: list[HeadCandidate]
+    solution: LsmrSolution
+
+
+def bias_path(segment: Segment, variables: Arrays) -> str | None:
+    """The parameter whose gradient determines dz, or the sum of a batch's, whatever x is; None if there is none.
+
+    It has a constant d f / d b of full row rank.
+    """
+    outputs = int(np.prod(segment.output.shape[1:]))
+    dtype = segment.input.dtype
+    points = [jax.random.normal(jax.random.key(k), segment.input.shape, dtype) for k in (0, 1)]
+    for path in segment.paths:
+        size = int(np.prod(variables[path].shape))
+        if not outputs <= size <= 4 * outputs:
+            continue
+
+        def at(b: Any, x: Any, path: str = path) -> Any:
+            return jnp.ravel(segment.function({**variables, path: b}, x)[0])
+
+        first, second = (np.asarray(jax.jacobian(at)(variables[path], x)).reshape(outputs, size) for x in points)
+        if np.array_equal(first, second) and np.linalg.matrix_rank(first) == outputs:
+            return path
+    return None
+
+
+def read_head(
+    segment: Segment,
+    variables: Arrays,
+    gradients: Mapping[str, Float[Any, "V ..."]],
+    loss: str,
+    *,
+    labels: np.ndarray | None,
+    tolerance: float,
+    accept: float,
+) -> HeadReading:
+    """All candidates (label, dz, x) of every victim.
+
+    Arguments: `gradients` of the last segment's parameters with a leading victim axis; `labels` (V,) if given;
+    `tolerance`, of the linear solves; `accept`, the largest `residual` with which a candidate without bias stands.
+    """
+    path = bias_path(segment, variables)
+    arrays = {p: jnp.asarray(gradients[p]) for p in segment.paths}
+    if path is not None:
+        dz, solution = _with_bias(segment, path, tolerance)(dict(variables), arrays)
+        labels_all = np.arange(labels_of(int(np.prod(segment.output.shape))))
+        off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, jnp.asarray(labels_all)))
+        candidates = []
+        for v in range(len(dz)):
+            least = float(np.min(off[v]))
+            best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
+            for label in map(int, best if labels is None else labels[v : v + 1]):
+                residual = float(off[v, label])
+                candidates.append(HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), residual))
+        return HeadReading(candidates, solution)
+    direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
+    candidates = []
+    for v in range(len(direction)):
+        given = None if labels is None else int(labels[v])
+        found = _scalar_roots(segment, variables, loss, np.asarray(direction[v]), solution.x[v], given)
+        best = min((c.residual for c in found), default=np.inf)
+        candidates += [c._replace(victim=v) for c in found if c.residual <= max(accept, 10 * best)]
+    return HeadReading(candidates, solution)
+
+
+def read_input(
+    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], tolerance: float
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(dz, x) of one gradient of a head with bias: dL/dz as it was sent, and the input, whatever factor dz has."""
+    path = bias_path(segment, variables)
+    assert path is not None, "the head has no bias"
+    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    dz, solution = _with_bias(segment, path, tolerance)(dict(variables), arrays)
+    return dz[0], solution.x[0]
+
+
+def read_ray(
+    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
+) -> tuple[Float[Array, "..."], Callable[[Array, Array], Array]]:
+    """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
+    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
+    x = solution.x[0]
+    z0 = segment.function(variables, jnp.zeros_like(x))
+    along = segment.function(variables, x) - z0
+    return direction[0], functools.partial(_ray(segment, loss), dict(variables), z0, along)
+
+
+def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
+    zeros = jnp.zeros(segment.output.shape, dtype)
+    return Preimage(zeros, zeros.astype(bool), zeros, jnp.ones_like(zeros, bool))
+
+
+def _input_from_gradient(
+    segment: Segment, variables: Arrays, dz: Array, gradient: Any, tolerance: float
+) -> LsmrSolution:
+    system = layer_system(segment, variables, _unknown_output(segment, dz.dtype), dz, gradient)
+    return solve_lsmr(system.operator, system.vector, tolerance=tolerance, max_steps=500)
+
+
+@keep(32)
+def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., Any]:
+    def solve(variables: Arrays, gradient: Arrays) -> Any:
+        zero = jnp.zeros(segment.input.shape, segment.input.dtype)
+        outputs = int(np.prod(segment.output.shape))
+
+        def output(b: Any) -> Any:
+            return jnp.ravel(segment.function({**variables, path: b}, zero))
+
+        slope = jax.jacobian(output)(variables[path]).reshape(outputs, -1)
+        dz = jnp.linalg.lstsq(slope.T, jnp.ravel(gradient[path]))[0].reshape(segment.output.shape)
+        return dz, _input_from_gradient(segment, variables, dz, gradient, tolerance)
+
+    return jax.jit(jax.vmap(solve, in_axes=(None, 0)))
+
+
+@keep(32)
+def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
+    def off(variables: Arrays, x: Array, dz: Array, labels: Array) -> Array:
+        z = segment.function(variables, x)
+        pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
+        return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
+
+    return jax.jit(jax.vmap(off, in_axes=(None, 0, 0, None)))
+
+
+@keep(32)
+def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
+    """Factors of g = B(dz, x), ||dz|| = 1, by alternating least squares: one round is exact where B is a product."""
+
+    def direction_of(variables: Arrays, x: Array, gradient: Arrays) -> Array:
+        weights = {p: variables[p] for p in segment.paths}
+        pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)[1]
+        struct = jax.ShapeDtypeStruct(segment.output.shape, x.dtype)
+        operator = lx.FunctionLinearOperator(lambda u: pull(u)[0], struct)
+        return lsmr(operator, gradient, tolerance=tolerance, max_steps=200).x
+
+    def factor(variables: Arrays, gradient: Arrays) -> Any:
+        gradient = {p: gradient[p] for p in segment.paths}
+        dz = jax.random.normal(jax.random.key(2), segment.output.shape, segment.input.dtype)
+        solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
+        dz = direction_of(variables, solution.x, gradient)
+        for _ in range(2):
+            solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
+            dz = direction_of(variables, solution.x, gradient)
+        size = jnp.linalg.norm(dz)
+        return dz / size, solution._replace(x=solution.x * size)
+
+    return jax.jit(jax.vmap(factor, in_axes=(None, 0)))
+
+
+@keep(32)
+def _ray(segment: Segment, loss: str) -> Callable[..., Any]:
+    """(variables, z0, a, t (T,), label) -> t dL/dz(z0 + t a, label), (T, K)."""
+
+    def pulls(variables: Arrays, z0: Array, a: Array, t: Array, label: Array) -> Array:
+        return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label)))(t)
+
+    return jax.jit(pulls)
+
+
+def _scalar_roots(
+    segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: Array, given: int | None
+) -> list[HeadCandidate]:
+    """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then bisection."""
+    z0 = segment.function(variables, jnp.zeros_like(x))
+    a = segment.function(variables, x) - z0
+    flat = direction.ravel()
+    ray = functools.partial(_ray(segment, loss), dict(variables), z0, a)
+    outputs = flat.size
+    sizes = np.geomspace(1e-5, 1e16, 6300)
+    candidates = []
+    for sign in (1.0, -1.0):
+        if outputs > 1 and loss != "squared_error" and np.all(flat != 0):
+            labels = [int(np.argmin(sign * flat))]  # one-hot targets: only the label's entry of dz is negative
+        else:
+            labels = list(range(labels_of(outputs)))
+        for label in labels if given is None else [given]:
+            y = jnp.asarray(label)
+
+            def excess(t: np.ndarray, y: Array = y) -> np.ndarray:
+                return np.asarray(ray(jnp.asarray(t, x.dtype), y), float) @ flat - 1.0
+
+            grid = sign * sizes
+            values = excess(grid)
+            crossings = np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0)
+            low, high = grid[crossings], grid[crossings + 1]
+            rising = values[crossings] < 0
+            padded = np.full((2, 8), sign)
+            for _ in range(70 if len(low) else 0):
+                middle = 0.5 * (low + high)
+                padded[0, : len(low)] = middle[:8]
+                below = (excess(padded[0])[: len(low)] < 0) == rising[:8]
+                low, high = np.where(below, middle, low), np.where(below, high, middle)
+            for t in 0.5 * (low + high)[:8]:
+                off = np.asarray(ray(jnp.full(8, t, x.dtype), y), float)[0] - flat
+                dz = (direction / t).astype(direction.dtype)
+                candidates.append(HeadCandidate(0, label, dz, np.asarray(x * t), float(np.linalg.norm(off))))
+    return candidates

@@ -1,0 +1,100 @@
+"""Rounding can hide on which side of a kink an entry lies, and then the layer's system does not fit: try the other."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leakjax.attacks.layerwise.layer_step import LayerState, Step, max_steps, run_steps
+from leakjax.attacks.problem import Problem
+from leakjax.segments.chain import Segment
+from leakjax.solvers.linear import LsmrSolution
+
+NOISE_FACTORS = (0.1, 10.0, 0.01, 100.0)
+MOST_KINKS, MOST_TRIALS = 4, 32  # entries moved across a kink, and tried at a time
+
+
+class Solved(NamedTuple):
+    """Solutions of several paths' systems, dL/dx of each, and the states that they came from."""
+
+    solution: LsmrSolution
+    dx: np.ndarray
+    state: LayerState
+
+
+def mend_kinks(
+    problem: Problem, segment: Segment, step: Step, size: int, victims: list[int], solved: Solved, certain: np.ndarray
+) -> Solved:
+    """`solved` with the misfits among `certain` paths replaced by better ones where a kink explains them.
+
+    A path behind a layer that was not determined is left alone: its misfit has another cause.
+    """
+
+    def run(state: LayerState, owners: np.ndarray) -> Solved:
+        return Solved(*run_steps(problem, segment, step, size, state, [victims[k] for k in owners]), state)
+
+    def misfits(solved: Solved) -> np.ndarray:
+        """Paths whose system was solved and does not fit (where a step limit was met, it is conditioning)."""
+        solution = solved.solution
+        converged = solution.steps < max_steps(segment)
+        return np.flatnonzero(certain & converged & (solution.residual > max(30 * problem.rounding, 1e-9)))
+
+    if segment.activation.has_masks:
+        for factor in NOISE_FACTORS:  # an entry near 0 was taken for the wrong side: move the level
+            bad = misfits(solved)
+            if not len(bad):
+                break
+            state = jax.tree.map(lambda a, bad=bad: a[bad], solved.state)
+            other = run(state._replace(noise=state.noise * factor), bad)
+            better = np.asarray(other.solution.residual < 0.5 * solved.solution.residual[bad])
+            solved = _replace(solved, bad[better], other, better)
+    for _ in range(MOST_KINKS):  # one entry at a time is put on the other side; the best is kept
+        trials = [(k, x) for k in misfits(solved) for x in _other_sides(problem, segment, solved.state, int(k))]
+        if not trials:
+            break
+        owners = np.array([k for k, _ in trials])
+        state = jax.tree.map(lambda a, owners=owners: a[owners], solved.state)
+        other = run(state._replace(x=np.stack([x for _, x in trials])), owners)
+        residual = other.solution.residual
+        mine = [np.flatnonzero(owners == k) for k in np.unique(owners)]
+        best = np.array([m[np.argmin(residual[m])] for m in mine])
+        best = best[residual[best] < 0.7 * solved.solution.residual[owners[best]]]
+        if not len(best):
+            break
+        solved = _replace(solved, owners[best], other, best)
+    return solved
+
+
+def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) -> list[np.ndarray]:
+    """x_{i+1} of path k with one entry moved to where the slope changes, for the entries that are nearest to it."""
+    x, noise = state.x[k].reshape(segment.output.shape), state.noise[k]
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        preimage = segment.activation.preimage(problem.variables, jnp.asarray(x), jnp.asarray(noise, x.dtype))
+        return np.asarray(preimage.slope)
+
+    here, move = slope(x), np.zeros_like(x)
+    steps = np.geomspace(1e-3, 1, 10) if segment.activation.has_masks else np.ones(1)
+    for distance in 3 * noise * steps:
+        for d in (-distance, distance):
+            there = slope(x + d)
+            kinked = np.abs(there - here) > 0.05 * np.maximum(np.abs(there), np.abs(here))
+            move = np.where((move == 0) & kinked, d, move)
+    found = []
+    for position in sorted(np.flatnonzero(move), key=lambda p: abs(move.flat[p]))[:MOST_TRIALS]:
+        moved = x.copy()
+        moved.flat[position] += move.flat[position]
+        found.append(moved.reshape(state.x[k].shape))
+    return found
+
+
+def _replace(old: Solved, where: np.ndarray, new: Solved, chosen: np.ndarray) -> Solved:
+    """`old` with its rows `where` taken from the rows `chosen` of `new`, leaf by leaf."""
+
+    def replace(old: Any, new: Any) -> Any:
+        old = np.array(old)
+        old[where] = np.asarray(new)[chosen]
+        return old
+
+    return jax.tree.map(replace, old, new)

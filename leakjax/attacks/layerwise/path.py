@@ -1,0 +1,93 @@
+"""Candidates on their way from the head to the image, and when one is dropped."""
+
+import dataclasses
+
+import numpy as np
+
+from leakjax.attacks.problem import Problem
+from leakjax.reconstruction import LayerInfo
+from leakjax.segments.chain import Segment
+
+EXACT_SHARE, NOISY_SHARE = 0.03, 0.002  # of the misfit left by the next layer, for the tolerance of this one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Anchor:
+    """A layer that waits for the ones before it: its position, what is known at its output, and behind the activations
+    inside it, as far as it is known (last first; None where it is not read in stages)."""
+
+    position: int
+    x: np.ndarray
+    dx: np.ndarray
+    noise: float
+    inside: tuple[np.ndarray, ...] | None = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Path:
+    """One candidate: labels (B,), x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
+
+    `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
+    whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
+    """
+
+    victim: int
+    labels: np.ndarray
+    x: np.ndarray
+    dx: np.ndarray
+    noise: float
+    layers: tuple[LayerInfo, ...]
+    seen: np.ndarray | None
+    anchor: Anchor | None = None
+    source: Anchor | None = None
+    weights: np.ndarray | None = None
+
+    @property
+    def certain(self) -> bool:
+        """Whether every layer so far is determined."""
+        return self.anchor is None and all(info.status in ("determined", "pulled_back") for info in self.layers)
+
+
+def noise_level(problem: Problem, x: np.ndarray, residual: float) -> float:
+    """Absolute level under which an entry of x may be rounding."""
+    return 30 * max(residual if residual < 1e-3 else 0.0, problem.rounding, 3e-12) * float(np.sqrt(np.mean(x**2)))
+
+
+def solve_tolerance(problem: Problem, residual: float) -> float:
+    """Relative tolerance of a layer's solve: well below the misfit that the layer after it left, and no lower."""
+    share = EXACT_SHARE if problem.noise < 1e-12 else NOISY_SHARE
+    return float(np.clip(share * residual, problem.tolerance, 1e-7))
+
+
+def layer_info(
+    problem: Problem, name: str, unknowns: int, rank: int | None, condition: float | None, residual: float, steps: int
+) -> LayerInfo:
+    """What a layer's own system gave, with the status that follows."""
+    fitting = "determined" if rank == unknowns else "deficient"
+    status = fitting if residual <= problem.matched else "failed"
+    deficiency = None if rank is None else rank - unknowns
+    return LayerInfo(name, unknowns, rank, deficiency, condition, residual, 0, steps, status)
+
+
+def drop_impossible(problem: Problem, segment: Segment, paths: list[Path]) -> list[Path]:
+    """Drop a victim's paths whose x_{i+1} the activation cannot give, where it has others (a head's wrong sign)."""
+    if len({path.victim for path in paths}) == len(paths):
+        return paths
+    low, high = segment.activation.reach(problem.variables, problem.dtype)
+
+    def outside(path: Path) -> bool:
+        beyond = max(low - float(path.x.min()), float(path.x.max()) - high)
+        return path.anchor is None and beyond > 1e-2 * float(np.sqrt(np.mean(path.x**2)))
+
+    good = {path.victim for path in paths if not outside(path)}
+    return [path for path in paths if path.victim not in good or not outside(path)]
+
+
+def drop_misfits(problem: Problem, paths: list[Path]) -> list[Path]:
+    """Drop a victim's paths that fit a layer far worse than its best one."""
+    kept = []
+    for path in paths:
+        best = np.nanmin([p.layers[0].residual for p in paths if p.victim == path.victim] + [np.inf])
+        if path.anchor is not None or path.layers[0].residual <= max(1e3 * best, problem.matched):
+            kept.append(path)
+    return kept

@@ -1,0 +1,229 @@
+"""The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.attacks.problem import Problem
+from leakjax.constraints.pull_back import Residual, pull_gradients, pulled_back, push_forward
+from leakjax.constraints.stages import lifted_rows, look_inside, stages_of
+from leakjax.runtime.programs import keep
+from leakjax.segments.chain import Segment
+from leakjax.solvers.descent import DIVERGED, descend
+from leakjax.solvers.full_steps import full_steps
+from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
+from leakjax.solvers.linear import LsmrSolution, solve_side
+
+OUTER, INNER, FULL_INNER = 60, 1500, 400
+DESCENT = 5000
+SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
+
+
+class PullBack(NamedTuple):
+    """u = x_j, dL/dx_j, ||r|| / size, LSMR steps, and a random right-hand side's solution with the Jacobian at u."""
+
+    x: Float[Array, "..."]
+    dx: Float[Array, "..."]
+    residual: Float[Array, ""]
+    steps: int
+    probe: LsmrSolution
+
+
+class Known(NamedTuple):
+    """What is held at the output of the last segment: x, dL/dx, the noise level of x, and whose gradient it is."""
+
+    x: np.ndarray
+    dx: np.ndarray
+    noise: float
+    victim: int
+
+
+def pull_back(
+    problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray], *, quick: bool = False
+) -> PullBack:
+    """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
+
+    From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
+    Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
+    """
+    plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
+    given = arrays(problem, segments, known)
+    tried: list[NewtonSolution] = []
+
+    def attempt(solve: Any, start: Any) -> bool:
+        tried.append(solve(*given, jnp.asarray(start)))
+        return float(tried[-1].residual) <= problem.matched
+
+    def attempt_smoothed(solve: Any, start: Any) -> bool:
+        smoothed = smooth(*given, jnp.asarray(start))
+        matched = attempt(solve, smoothed.x)
+        tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
+        return matched
+
+    for start in starts:
+        if problem.pull_back == "optax":
+            matched = attempt(_descent(tuple(segments), problem.optimizer), start)
+            if matched:
+                break
+            continue
+        if quick:
+            attempt(full, start)
+            break
+        if all(segment.linear for segment in segments):
+            matched = attempt(plain, start) or attempt_smoothed(plain, start)
+        else:
+            matched = attempt(full, start) or attempt_smoothed(full, start) or attempt(plain, start)
+        if matched:
+            break
+    found = min(tried, key=lambda trial: float(jnp.nan_to_num(trial.residual, nan=jnp.inf)))
+    steps = sum(int(trial.inner_steps) for trial in tried)
+    probe, dx = look(*given, found.x)
+    return PullBack(found.x, dx, found.residual, steps, probe)
+
+
+def meet_top(
+    problem: Problem, segments: Sequence[Segment], known: Known, inside: Sequence[np.ndarray], start: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """(u, ||r|| / size of the whole residual at u): u by the rows of the last segment alone.
+
+    Of the last segment only the stages behind the values `inside` it (`lift`) count: their rows are linear in what they
+    read, and so continuous in u where gradient rows before them jump with every kink.
+    """
+    solve = _top(tuple(segments), float(problem.tolerance))
+    x, misfit = solve(*arrays(problem, segments, known), list(inside), jnp.asarray(start))
+    return np.asarray(x), float(misfit)
+
+
+@keep(16)
+def _top(segments: tuple[Segment, ...], tolerance: float) -> Any:
+    *before, top = segments
+
+    def solve(
+        variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any, inside: Any, start: Array
+    ) -> tuple[Array, Array]:
+        given = variables, x_next, dx_next, noise, gradient
+        dz, residual = read_known(segments, *given)
+        preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
+        rows, size = lifted_rows(top, variables, look_inside(top, variables, preimage, dz, inside), gradient)
+
+        stages = stages_of(top)
+
+        def reach(u: Array) -> list[Array]:
+            for segment in before:
+                u = segment.activation.function(variables, segment.function(variables, u)).reshape(segment.output.shape)
+            values = [u.reshape(top.input.shape)]
+            for stage in stages[: len(stages) - 1 - len(inside)]:
+                assert stage.activation is not None
+                values.append(stage.activation.function(variables, stage.function(variables, values)))
+            return values
+
+        found = levenberg_marquardt(
+            lambda u: rows(reach(u)), start, size=size, tolerance=10 * tolerance, max_steps=OUTER, max_inner=INNER
+        )
+        return found.x, optax.tree.norm(residual.function(found.x, None)) / residual.size
+
+    return jax.jit(solve)
+
+
+@keep(16)
+def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformation) -> Any:
+    """The pulled-back residual's squares by first-order descent."""
+
+    def solve(*given: Any) -> NewtonSolution:
+        *known, start = given
+        _, residual = read_known(segments, *known)
+
+        def squares(u: Array) -> Array:
+            return optax.tree.norm(residual.function(u, None), squared=True) / residual.size**2
+
+        found = descend(squares, start, optimizer, steps=DESCENT)
+        left = jnp.where(found.state == DIVERGED, jnp.inf, jnp.sqrt(found.value))
+        return NewtonSolution(found.x, left, found.steps, found.steps)
+
+    return jax.jit(solve)
+
+
+def products(
+    problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
+    build = _steps(tuple(segments), float(problem.tolerance))[4]
+    given = arrays(problem, segments, known)
+    return lambda v: np.asarray(build(*given, jnp.asarray(x), jnp.asarray(v)))
+
+
+def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
+    """What the programs of this module take before u: weights, what is known at the output, and the gradients."""
+    gradient = {p: jnp.asarray(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
+    return dict(problem.variables), jnp.asarray(known.x), jnp.asarray(known.dx), jnp.asarray(known.noise), gradient
+
+
+def read_known(
+    segments: Sequence[Segment], variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any
+) -> tuple[Array, Residual]:
+    """(dz at the last segment's output, the residual on the first one's input)."""
+    top = segments[-1]
+    preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
+    dz = preimage.slope * dx_next.reshape(top.output.shape)
+    return dz, pulled_back(segments, variables, preimage, dz, gradient)
+
+
+@keep(32)
+def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
+    read = functools.partial(read_known, segments)
+
+    def unsmoothed(solver: Any, max_inner: int) -> Any:
+        def solve(*given: Any) -> Any:
+            *known, start = given
+            _, residual = read(*known)
+            options = {"tolerance": 10 * tolerance, "max_steps": OUTER, "max_inner": max_inner}
+            return solver(lambda u: residual.function(u, None), start, size=residual.size, **options)
+
+        return solve
+
+    plain, full = unsmoothed(levenberg_marquardt, INNER), unsmoothed(full_steps, FULL_INNER)
+
+    def smooth(*given: Any) -> Any:
+        *known, start = given
+        _, residual = read(*known)
+        return continuation(
+            residual.function,
+            start,
+            smoothing=SMOOTHING if all(segment.linear for segment in segments) else SMOOTHING_INSIDE,
+            sharpest=SHARPEST,
+            size=residual.size,
+            tolerance=1e-8,
+            max_steps=2 * OUTER,
+            max_inner=INNER,
+        )
+
+    def look(*given: Any) -> Any:
+        *known, x = given
+        variables = known[0]
+        dz, residual = read(*known)
+        rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        steps = int(min(4 * x.size, 6000))
+        probe = solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=steps)
+        xs, _, slopes = push_forward(segments, variables, x)
+        return probe, pull_gradients(segments, variables, xs, slopes, dz)[1]
+
+    def build(*given: Any) -> Array:
+        *known, x, v = given
+        _, residual = read(*known)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        adjoint = jax.linear_transpose(tangent, x)
+
+        def column(e: Array) -> Array:
+            return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
+
+        return jax.lax.map(column, v, batch_size=16)
+
+    return tuple(jax.jit(f) for f in (plain, full, smooth, look, build))

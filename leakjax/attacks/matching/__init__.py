@@ -1,0 +1,1 @@
+"""Attacks that match a whole gradient at once."""

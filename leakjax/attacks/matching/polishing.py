@@ -1,0 +1,147 @@
+"""The least-squares fit of a whole gradient from a first answer, and what noise does to it.
+
+min_x ||W (g(x) - s)||,    x - x* = (W J)^+ W n,    J = dg/dx at the answer
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array
+
+from leakjax.attacks.adaptive import Told, predicted
+from leakjax.attacks.certificates.residual_noise import Noise, draw_noise
+from leakjax.attacks.layerwise.ranks import NULL_SPACE
+from leakjax.attacks.matching.outcome import compare, given
+from leakjax.attacks.matching.residual import Compare, match_programs, residual_of
+from leakjax.attacks.problem import Problem
+from leakjax.client.defenses import build_defense
+from leakjax.constraints.priors import DEVIATION
+from leakjax.runtime.programs import keep
+from leakjax.solvers.linear import lsmr_condition
+from leakjax.solvers.lsmr import lsmr
+
+DRAWS = 16
+
+SMALL = 1000
+"""Unknowns up to which a fit costs little."""
+
+BENT = 0.1
+"""What a second step adds, as a share of the first, above which noise is followed by fits of its own."""
+
+_INNER = 3000
+
+
+class Polished(NamedTuple):
+    """The fit x (B, ...), ||r|| / ||s||, what is left by parameter, and whether J determines x."""
+
+    x: np.ndarray
+    residual: float
+    left: dict[str, np.ndarray]
+    determined: bool
+    condition: float
+
+
+def told_of(problem: Problem, sigma: float) -> Problem:
+    """The problem as if white noise had been told of, without a prior: what is determined needs none."""
+    return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none")
+
+
+def sent_by(problem: Problem, victim: int) -> dict[str, np.ndarray]:
+    """What a victim sent, in float64."""
+    return {p: np.asarray(g[victim], float) for p, g in problem.gradients.items()}
+
+
+def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray, *, smoothed: bool) -> Polished:
+    """The fit from x; `smoothed` by way of the network with its kinks rounded off and sharpened again, where the
+    pattern of signs at x may be another one than the fit's."""
+    solve, smooth, look, *_ = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
+    known = given(problem, told, labels, prior=told.sent.prior is not None)
+    start = jnp.asarray(x)[None]
+    solution = solve(*known, smooth(*known, start).x if smoothed else start)
+    best = np.asarray(solution.x[0])
+    best = best if np.all(np.isfinite(best)) else x
+    probe = look(*given(problem, told, labels), jnp.asarray(best))
+    sent = sent_by(problem, victim)
+    there = _prediction(predicted(problem))(dict(problem.variables), jnp.asarray(best), jnp.asarray(labels))
+    left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
+    size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
+    residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
+    determined = float(probe.lost) <= max(NULL_SPACE, 1e-3 * residual)
+    return Polished(best, residual, left, determined, lsmr_condition(probe))
+
+
+@keep(16)
+def _prediction(gradient: Any) -> Any:
+    return jax.jit(lambda variables, x, labels: gradient(variables, x, labels))
+
+
+def errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> tuple[Any, Any]:
+    """Median and deviation over draws of the noise of log10 (mean square of x - x*, as a share of the range), (B,).
+
+    The estimate is of this image's own PSNR: where a few directions hold most of the error, the logarithm's median is
+    nearer to what one draw gives than the logarithm of the mean, which rare large draws decide. Draws whose fit leaves
+    more than the draw itself would, at another pattern of kinks, are left out: no such fit is taken for an answer.
+    """
+    propagate = _propagation(compare(problem, told), float(problem.tolerance))
+    held = told.sent.prior is not None
+    known = given(problem, told, labels, prior=held)
+    rng = np.random.default_rng(0)
+    low, high = problem.limits
+    squares = []
+    for _ in range(DRAWS):
+        n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
+        unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
+        d, second = (np.asarray(a) for a in propagate(*known, jnp.asarray(x), n, unit))
+        bent = not np.linalg.norm(second) <= BENT * np.linalg.norm(d)
+        if bent and not held and x.size <= SMALL:
+            d, explained = _refit(problem, told, labels, x, x + d, n)
+            if not explained:
+                continue
+        else:
+            d = d + second
+        shares = np.mean((d / (high - low)).reshape(len(x), -1) ** 2, axis=1)
+        squares.append(np.log10(np.maximum(shares, 1e-35)))
+    if len(squares) < DRAWS / 2:
+        return np.full(len(x), np.nan), np.full(len(x), np.inf)
+    return np.median(squares, axis=0), np.std(squares, axis=0, ddof=1)
+
+
+def _refit(
+    problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, start: np.ndarray, noise: Mapping[str, Array]
+) -> tuple[np.ndarray, bool]:
+    """x' - x of the fit x' to g(x) + n: what noise does beyond the first order; whether it takes at least half as much
+    from ||W n|| as the unknowns are expected to."""
+    solve = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)[0]
+    variables, sent, tags = given(problem, told, labels)
+    there = _prediction(predicted(problem))(variables, jnp.asarray(x), tags)
+    again = sent._replace(gradient={p: g + noise[p] for p, g in there.items()})
+    solution = solve(variables, again, tags, jnp.asarray(start)[None])
+    weighted = [float(np.sum(np.square(np.asarray(sent.weights[p] * n)))) for p, n in noise.items()]
+    entries = sum(n.size for n in noise.values())
+    left = max(1.0 - 0.5 * x.size / entries, 0.0) * sum(weighted) / len(noise)
+    explained = float(solution.residual[0]) <= np.sqrt(left)
+    return np.asarray(solution.x[0]) - x, explained
+
+
+@keep(16)
+def _propagation(form: Compare, tolerance: float) -> Any:
+    """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, with what a prior adds to it, and
+    what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise reaches."""
+
+    def propagate(variables: Any, sent: Any, labels: Any, x: Array, noise: Any, unit: Array) -> Any:
+        residual = residual_of(form, variables, sent, labels)
+        here, tangent = jax.linearize(residual, x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        side = jax.tree.map(jnp.multiply, sent.weights, noise)
+        if sent.prior is not None:  # an image as likely as any has amplitudes of `DEVIATION` of the range
+            side = (side, sent.prior * DEVIATION * (form.limits[1] - form.limits[0]) * unit)
+        first = lsmr(operator, side, tolerance=1e-8, max_steps=_INNER).x
+        curved = jax.tree.map(lambda a, b, c: a + c - b, here, residual(x + first), tangent(first))
+        return first, lsmr(operator, curved, tolerance=1e-8, max_steps=_INNER).x
+
+    return jax.jit(propagate)

@@ -1,0 +1,125 @@
+"""The gradient's own residual, and the compiled programs that solve it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import optax
+from jax.flatten_util import ravel_pytree
+
+from leakjax.attacks.adaptive import Sent
+from leakjax.constraints.priors import from_natural, to_natural
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing.network import Gradient
+from leakjax.solvers.gauss_newton import continuation, levenberg_marquardt
+from leakjax.solvers.linear import solve_side
+
+OUTER, INNER = 80, 3000
+SMOOTHING, SHARPEST = 0.5, 1e-6
+
+
+class Compare(NamedTuple):
+    """How a prediction is compared, fixed when programs are compiled: the map (variables, x, labels, smoothing) to it,
+    the input range, and whether signs alone count."""
+
+    gradient: Gradient
+    limits: tuple[float, float]
+    signs: bool = False
+
+
+@keep(16)
+def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) -> Any:
+    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
+    Jacobian at x, ||r|| / size there, and J^T J v there for rows v.
+
+    `tolerance`: relative, of the rows; `forcing`: of the steps, relative to the rows that are left.
+    """
+
+    def residual(variables: Any, sent: Sent, labels: Any) -> Any:
+        return residual_of(compare, variables, sent, labels), jnp.sqrt(float(len(sent.gradient)))
+
+    def solve(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
+        function, size = residual(variables, sent, labels)
+
+        def one(start: Any) -> Any:
+            options = {"size": size, "tolerance": 10 * tolerance, "forcing": forcing}
+            return levenberg_marquardt(function, start, max_steps=OUTER, max_inner=INNER, **options)
+
+        return _over(one, starts)
+
+    def smooth(variables: Any, sent: Any, labels: Any, starts: Any) -> Any:
+        function, size = residual(variables, sent, labels)
+
+        def one(start: Any) -> Any:
+            options = {"smoothing": SMOOTHING, "sharpest": SHARPEST, "tolerance": 1e-8, "size": size}
+            return continuation(function, start, max_steps=2 * OUTER, max_inner=INNER, **options)
+
+        return _over(one, starts)
+
+    def look(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
+        rows, tangent = jax.linearize(residual(variables, sent, labels)[0], x)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return solve_side(operator, rows, jnp.asarray(True), tolerance=tolerance, max_steps=2 * INNER)
+
+    def misfit(variables: Any, sent: Any, labels: Any, x: Any) -> Any:
+        function, size = residual(variables, sent, labels)
+        return optax.tree.norm(function(x)) / size
+
+    def products(variables: Any, sent: Any, labels: Any, x: Any, v: Any) -> Any:
+        tangent = jax.linearize(residual(variables, sent, labels)[0], x)[1]
+        adjoint = jax.linear_transpose(tangent, x)
+        return jax.lax.map(lambda d: jnp.ravel(adjoint(tangent(d.reshape(x.shape)))[0]), v, batch_size=16)
+
+    return tuple(map(jax.jit, (solve, smooth, look, misfit, products)))
+
+
+def residual_of(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:
+    """r(x, smoothing), by parameter, and the amplitudes of x where the prior has a weight."""
+    rows = _sign_rows if compare.signs else _weighted_rows
+    middle = 0.5 * (compare.limits[0] + compare.limits[1])
+
+    def function(x: Any, smoothing: Any = None) -> Any:
+        found = jax.tree.map(rows, sent.weights, compare.gradient(variables, x, labels, smoothing), sent.gradient)
+        return found if sent.prior is None else (found, sent.prior * to_natural(x - middle))
+
+    return function
+
+
+def _weighted_rows(w: Any, g: Any, s: Any) -> Any:
+    return w * (g - s)
+
+
+def _sign_rows(w: Any, g: Any, s: Any) -> Any:
+    """g / ||g|| where its sign is not s."""
+    del w
+    size = jnp.linalg.norm(g)
+    return jnp.where(jnp.sign(g) == s, 0.0, g) / jnp.where(size > 0, size, 1.0)
+
+
+def _over(one: Any, starts: Any) -> Any:
+    """`one` of every start, by `vmap` where there are several."""
+    if len(starts) == 1:
+        return jax.tree.map(lambda a: a[None], one(starts[0]))
+    return jax.vmap(one)(starts)
+
+
+@keep(16)
+def dense_rows(compare: Compare) -> Any:
+    """Compiled, of (variables, sent, labels, start, u (n,)): r, (r, J^T), and with a direction d r''(d, d), all in the
+    coordinates u of x = start + from_natural(u): a damped step in them is a smooth one."""
+
+    def row(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
+        x = start + from_natural(u.reshape(start.shape))
+        return ravel_pytree(residual_of(compare, variables, sent, labels)(x))[0]
+
+    def jacobian(variables: Any, sent: Any, labels: Any, start: Any, u: Any) -> Any:
+        r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, start), u)
+        return r, jax.lax.map(tangent, jnp.eye(u.size, dtype=u.dtype), batch_size=32)
+
+    def curvature(variables: Any, sent: Any, labels: Any, start: Any, u: Any, d: Any) -> Any:
+        function = functools.partial(row, variables, sent, labels, start)
+        return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
+
+    return tuple(map(jax.jit, (row, jacobian, curvature)))

@@ -1,0 +1,231 @@
+"""What a command works on: the model, the data and the gradients that its options name."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from leakjax.arguments import LARGEST
+from leakjax.captures.capture import read_capture
+from leakjax.captures.weights import read_weights
+from leakjax.client.observation import Observation, observe
+from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
+from leakjax.errors import InputError, unknown_name
+from leakjax.interop.torch import read_torch_capture
+from leakjax.models import MODELS, build_model, load_factory
+from leakjax.models.losses import LOSSES
+from leakjax.models.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
+from leakjax.models.reader import Model, output_count, read_model
+from leakjax.runtime.memory import fits_in_memory
+
+
+class Sending(NamedTuple):
+    """How a client sends: the options of `observe` of these names."""
+
+    defense: str | None = None
+    seed: int = 0
+    local_steps: int = 1
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+
+
+_PLAINLY = Sending()
+_OPTIONS = ("--input-mean", "--input-std")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """A model with the input shape (None where only a capture can say), input range and loss that go with it."""
+
+    model: Model
+    activation: str | None
+    input_shape: tuple[int, int, int] | None
+    input_range: tuple[float, float]
+    loss: str
+    input_mean: Numbers | None = None
+    input_std: Numbers | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        activation: str | None,
+        init: str | None,
+        seed: int,
+        loss: str | None,
+        input_shape: str | None,
+        input_range: str | None,
+        weights: Path | None = None,
+        input_mean: str | None = None,
+        input_std: str | None = None,
+    ) -> "Setup":
+        """Build the model of the zoo or the user's `package.module:factory`; options as typed.
+
+        `weights`: an npz file of `weights.write_weights`, whose arrays replace those of the initialization.
+        """
+        mean, std = _normalization(input_mean, input_std)
+        if mean is not None and input_range is not None:
+            raise InputError("--input-mean and --input-std say what a pixel can be; leave out --input-range")
+        setup = cls._initialized(name, activation, init, seed, loss, input_shape, input_range)
+        if mean is not None:
+            if setup.input_shape is not None:
+                channels = setup.input_shape[-1]
+                mean, std = spread(mean, channels, _OPTIONS), spread(std, channels, _OPTIONS)
+            setup = dataclasses.replace(setup, input_range=hull(mean, std), input_mean=mean, input_std=std)
+        return setup if weights is None else dataclasses.replace(setup, model=read_weights(weights, setup.model))
+
+    @classmethod
+    def _initialized(
+        cls,
+        name: str,
+        activation: str | None,
+        init: str | None,
+        seed: int,
+        loss: str | None,
+        input_shape: str | None,
+        input_range: str | None,
+    ) -> "Setup":
+        if loss is not None and loss not in LOSSES:
+            raise unknown_name("loss", loss, LOSSES)
+        if not 0 <= seed < 2**32:
+            raise InputError(f"--seed: expected 0..{2**32 - 1}, got {seed}")
+        shape = None if input_shape is None else _shape(input_shape)
+        limits = None if input_range is None else _limits(input_range)
+        if ":" in name:
+            if init is not None:
+                raise InputError("--init goes with the models of the zoo; your factory initializes its own")
+            read = read_model(load_factory(name, seed=seed, activation=activation))
+            return cls(read, activation, shape, limits or (0.0, 1.0), loss or "softmax_cross_entropy")
+        if name not in MODELS:
+            raise unknown_name("model", name, MODELS)
+        spec = MODELS[name]
+        if shape not in (None, spec.input_shape):
+            raise InputError(f"--input-shape: model {name!r} takes {','.join(map(str, spec.input_shape))}")
+        module = build_model(name, seed=seed, activation=activation, init=init)
+        return cls(
+            read_model(module),
+            activation or spec.activation,
+            spec.input_shape,
+            limits or spec.input_range,
+            loss or spec.loss,
+        )
+
+    @property
+    def limits(self) -> Limits:
+        """(low, high) of a pixel: two numbers, or (C,) each where channels differ."""
+        if self.input_mean is None or self.input_std is None:
+            return self.input_range
+        return channel_limits(self.input_mean, self.input_std)
+
+    def observe(
+        self,
+        dataset: str,
+        index: Sequence[int],
+        images: Path | None,
+        batch_size: int,
+        dtype: str,
+        sending: Sending = _PLAINLY,
+    ) -> tuple[Observation, np.ndarray]:
+        """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
+        data = self._pictures(dataset, index, images)
+        observation = observe(
+            self.model,
+            (to_range(data.images, self.limits), data.labels),
+            loss=self.loss,
+            input_range=self.input_range if self.input_mean is None else (0.0, 1.0),
+            input_mean=self.input_mean,
+            input_std=self.input_std,
+            batch_size=batch_size,
+            dtype=dtype,
+            **sending._asdict(),
+        )
+        return observation, data.images / 255.0
+
+    def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
+        """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""
+        data = self._pictures(dataset or "samples", index, images)
+        return to_range(data.images, self.limits), data.labels
+
+    def train_and_test(self, dataset: str, limit: int | None) -> tuple[Images, Images]:
+        """Pictures to train on and to test by, at most `limit` of each."""
+        if self.input_shape is None:
+            raise InputError("--input-shape H,W,C is needed with a model of your own")
+        data, test = train_and_test(dataset, self.input_shape, limit)
+        return self._relabeled(data), self._relabeled(test)
+
+    def _pictures(self, dataset: str, index: Sequence[int], images: Path | None) -> Images:
+        """Pictures that the model takes, with labels that it has logits for."""
+        if self.input_shape is None:
+            raise InputError("--input-shape H,W,C is needed with a model of your own")
+        if images is not None:
+            data = load_npz(images, shape=(None, *self.input_shape))
+            strange = [i for i in index if not 0 <= i < len(data.images)]
+            if strange:
+                raise InputError(f"--index: {images} holds {len(data.images)} images, got {strange[0]}")
+            data = type(data)(data.images[list(index)], data.labels[list(index)])
+        else:
+            data = load_dataset(dataset, index, self.input_shape)
+        if tuple(data.images.shape[1:]) != self.input_shape:
+            raise InputError(
+                f"images have shape {tuple(data.images.shape[1:])}, the model takes {self.input_shape}; resize them"
+            )
+        return self._relabeled(data)
+
+    def _relabeled(self, data: Images) -> Images:
+        """A one-logit model's label is the class label modulo 2."""
+        assert self.input_shape is not None
+        one = output_count(self.model, self.input_shape) == 1
+        return Images(data.images, data.labels % 2) if one else data
+
+    def from_capture(
+        self, capture: Path | None, torch_capture: Path | None, truth: Path | None
+    ) -> tuple[Observation, np.ndarray | None]:
+        """The observation in a capture, and the truth beside it where a file is given."""
+        if capture is not None:
+            observation = read_capture(capture, self.model)
+        else:
+            assert torch_capture is not None
+            observation = read_torch_capture(torch_capture, self.model)
+        if len(observation.input_shape) != 3:
+            raise InputError(f"the capture's input_shape must be [H, W, C], got {list(observation.input_shape)}")
+        if truth is None:
+            return observation, None
+        expected = (observation.victims * observation.examples, *observation.input_shape)
+        return observation, load_npz(truth, "--truth", expected).images / 255.0
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        height, width, channels = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--input-shape: expected H,W,C, got {text!r}") from None
+    if min(height, width, channels) < 1:
+        raise InputError(f"--input-shape: sizes must be positive, got {text!r}")
+    if not fits_in_memory(64 * height * width * channels):
+        raise InputError(f"--input-shape: an image of {text} does not fit into memory")
+    return height, width, channels
+
+
+def _normalization(mean: str | None, std: str | None) -> tuple[Any, Any]:
+    """(mean, std) as typed, "0.485,0.456,0.406", checked."""
+    parts = [None if text is None else _numbers(name, text) for name, text in zip(_OPTIONS, (mean, std), strict=True)]
+    return check_normalization(parts[0], parts[1], _OPTIONS)
+
+
+def _numbers(option: str, text: str) -> Numbers:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"{option}: expected numbers separated by commas, got {text!r}") from None
+
+
+def _limits(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--input-range: expected LOW,HIGH, got {text!r}") from None
+    if not (-LARGEST <= low < high <= LARGEST):
+        raise InputError(f"--input-range: LOW must be below HIGH, both finite, got {text!r}")
+    return low, high

@@ -1,0 +1,272 @@
+"""What a server sees: the model, its weights, and the gradients that clients send. Never an image."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Int, Shaped
+
+from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
+from leakjax.client.defenses import CUSTOM, build_defense
+from leakjax.client.factors import check_known, factors_of
+from leakjax.client.silent import SMALLEST, ZERO, largest_entries
+from leakjax.client.update import Protection, check_decay, check_steps, client_program
+from leakjax.errors import InputError
+from leakjax.models.differentiable import check_trainable
+from leakjax.models.losses import LOSSES, labels_of
+from leakjax.models.normalization import Limits, channel_limits, check_normalization, hull, spread
+from leakjax.models.reader import Model, output_count, read_model
+from leakjax.runtime.precision import compute_in
+
+LARGEST_GRADIENT = 1e100
+"""Of an entry: the squares of such, summed, stay far from the largest number."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Observation:
+    """The gradients of V victims who share one model.
+
+    - `model`: the architecture and its weights;
+    - `gradients`: for each parameter path an array (V, *parameter shape): one gradient of the mean loss a victim;
+    - `loss`: a name of `losses.LOSSES`;
+    - `input_shape`: (H, W, C) of one example; `input_range`: (lowest, highest) value that a pixel can have;
+    - `examples`: how many examples each gradient averages over;
+    - `precision`: the floating dtype in which the client computed;
+    - `defense`: what a client did to its gradient, a specification of `defenses.DEFENSES` ("gaussian:0.001"),
+      "custom" for a transformation that the server does not know, or None;
+    - `local_steps`, `learning_rate`: the plain gradient steps that an update sums, and their rate (None for one step);
+    - `weight_decay`: lambda, where what was sent is g + lambda theta;
+    - `input_mean`, `input_std`: by channel, where the model sees (pixel - mean) / std of pixels in [0, 1];
+      `input_range` is then the least and greatest value over all channels;
+    - `interchangeable`: groups of layers of one kind and shape, which a capture from PyTorch may hold in another order
+      than the model uses them; () elsewhere;
+    - `factors`: of gradients whose factor c in c dL/dtheta, or c times what a defense made of it, is known, {checksum:
+      c} by `factors.checksum`: `observe` knows that its own have none (c = 1), and says nothing of others that take
+      their place.
+    """
+
+    model: Model
+    gradients: Mapping[str, Shaped[np.ndarray, "V ..."]]
+    loss: str
+    input_shape: tuple[int, ...]
+    input_range: tuple[float, float]
+    examples: int = 1
+    precision: str = "float64"
+    defense: str | None = None
+    local_steps: int = 1
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    input_mean: tuple[float, ...] | None = None
+    input_std: tuple[float, ...] | None = None
+    interchangeable: tuple[tuple[str, ...], ...] = ()
+    factors: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_observation(self)
+
+    @property
+    def victims(self) -> int:
+        """How many gradients there are."""
+        return len(next(iter(self.gradients.values())))
+
+    @property
+    def limits(self) -> Limits:
+        """(lowest, highest) value of a pixel: two numbers, or (C,) each where channels differ."""
+        if self.input_mean is None or self.input_std is None:
+            return self.input_range
+        return channel_limits(self.input_mean, self.input_std)
+
+
+def observe(
+    model: Any,
+    batch: tuple[Shaped[Any, "N H W C"], Int[Any, " N"]],
+    *,
+    loss: str = "softmax_cross_entropy",
+    params: Any = None,
+    input_range: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 1,
+    dtype: str = "float64",
+    defense: str | optax.GradientTransformation | None = None,
+    seed: int = 0,
+    local_steps: int = 1,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    input_mean: Sequence[float] | None = None,
+    input_std: Sequence[float] | None = None,
+) -> Observation:
+    """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
+
+    With k `local_steps` it is the update of FedAvg instead: from theta_0 the client takes k plain gradient steps, each
+    on all of its B examples, and sends (theta_0 - theta_k) / learning_rate = sum_{j < k} g(theta_j), which for k = 1 is
+    the gradient. A `defense` acts on each victim's own gradient or update; `weight_decay` adds lambda theta to that.
+
+    Arguments:
+    - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
+    - `batch`: images (N, H, W, C) in `input_range` and integer labels (N,); a one-logit model's labels are 0 or 1;
+    - `loss`: `softmax_cross_entropy`, `sigmoid_binary_cross_entropy` or `squared_error`;
+    - `batch_size`: B, examples in one gradient; the default 1 makes every image a victim of its own;
+    - `dtype`: precision of the client's computation, "float64" or "float32";
+    - `defense`: a specification `name[:value[,value..]]` of `defenses.DEFENSES`, as "gaussian:1e-3", or any
+      `optax.GradientTransformation`, from its initial state for every victim; `optax.chain` composes several;
+    - `seed`: of a defense's random numbers; every victim draws its own (a given transformation has its own key);
+    - `local_steps`, `learning_rate`: k and the rate, which several steps need;
+    - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only;
+    - `input_mean`, `input_std`: in place of `input_range`, C numbers each (or one for all channels): `images` are
+      (pixel - mean) / std of pixels in [0, 1].
+
+    A model in training mode (batch norm by the batch's own statistics) is taken as it is; `invert` remarks on it.
+
+    Returns the `Observation`; the images are not in it.
+    Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
+    defense, local steps without a rate, or weight decay with several.
+    """
+    choice("loss", loss, LOSSES)
+    seed = whole("seed", seed, 0, 2**63 - 1)
+    between = interval("input_range", input_range)
+    mean, std = check_normalization(input_mean, input_std)
+    if mean is not None and between != (0.0, 1.0):
+        raise InputError("input_mean and input_std say what a pixel can be; leave out input_range")
+    read = read_model(model, params)
+    images, labels, mean, std = _check_batch(batch, between, mean, std, batch_size)
+    between = between if mean is None else hull(mean, std)
+    steps = check_steps(local_steps, learning_rate)
+    decay = check_decay(weight_decay, steps[0])
+    protect = Protection.read(defense, seed, local_steps)
+    with compute_in(dtype) as floating:
+        read = read.astype(floating)
+        outputs = output_count(read, images.shape[1:])
+        if labels.min() < 0 or labels.max() >= labels_of(outputs):
+            raise InputError(
+                f"labels must be in 0..{labels_of(outputs) - 1} for a model with {outputs} outputs, "
+                f"got {labels.min()}..{labels.max()}"
+            )
+        groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
+        update = client_program(read.apply, loss, tuple(read.params), *steps, protect.per_example)
+        sent = []
+        for victim, (x, y) in enumerate(zip(*groups, strict=True)):
+            inputs = jnp.asarray(x, floating)
+            try:
+                g = update(read.variables, inputs, y)
+            except Exception:  # where the model is the reason, it is named
+                check_trainable(read.apply, read.params, read.buffers, inputs)
+                raise
+            g = protect.apply(g, read, inputs, victim)
+            sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
+    stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
+    told = (int(batch_size), dtype, protect.name, *steps, decay, mean, std)
+    factors = factors_of(stacked, None if protect.name == CUSTOM else 1.0)
+    return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told, factors=factors)
+
+
+def check_observation(observation: Observation) -> None:
+    """Refuse gradients that do not fit the model: missing, extra, misshapen, of the wrong dtype, or not finite."""
+    instance("observation.model", observation.model, Model, "from read_model")
+    instance("observation.gradients", observation.gradients, Mapping, "an array for each parameter path")
+    params, gradients = observation.model.params, observation.gradients
+    choice("loss", observation.loss, LOSSES)
+    sizes("input_shape", observation.input_shape)
+    between = interval("input_range", observation.input_range)
+    _check_normalized(observation, between)
+    whole("examples", observation.examples, 1)
+    _check_precision(observation.precision)
+    check_steps(observation.local_steps, observation.learning_rate)
+    check_decay(observation.weight_decay, observation.local_steps)
+    if observation.defense is not None and observation.defense != CUSTOM:
+        build_defense(observation.defense)
+    check_known(observation.factors)
+    for path in params:
+        if path not in gradients:
+            raise InputError(f"gradient of {path!r} is missing; the model has {len(params)} parameters")
+    for path, g in gradients.items():
+        if not (hasattr(g, "dtype") and hasattr(g, "shape") and np.ndim(g) > 0):
+            raise InputError(f"gradient of {path!r} must be an array (victims, *parameter shape), got {shown(g)}")
+    for path, g in gradients.items():
+        if path not in params:
+            raise InputError(f"gradient {path!r} belongs to no parameter of the model")
+        if len(g) != observation.victims or len(g) == 0:
+            raise InputError(f"gradient of {path!r} has shape {g.shape}; {observation.victims} victims come first")
+        if g.shape[1:] != tuple(params[path].shape):
+            raise InputError(f"gradient of {path!r} has shape {g.shape[1:]}, its parameter {tuple(params[path].shape)}")
+        if not np.issubdtype(g.dtype, np.floating):
+            raise InputError(f"gradient of {path!r} has dtype {g.dtype}; floating point expected")
+        if not np.all(np.isfinite(g)):
+            raise InputError(f"gradient of {path!r} holds NaN or infinite entries; nothing can be inverted from it")
+    norms = largest_entries(gradients)
+    if np.any(norms > LARGEST_GRADIENT):
+        raise InputError(
+            f"gradient of victim {int(np.argmax(norms))} holds entries of {np.max(norms):.1e}, whose squares "
+            "overflow: it is no gradient of a finite loss, or was scaled; divide it"
+        )
+    if np.all(norms < SMALLEST):
+        raise InputError(f"gradient of victim 0: {ZERO}")
+
+
+def _check_normalized(observation: Observation, between: tuple[float, float]) -> None:
+    mean, std = check_normalization(observation.input_mean, observation.input_std)
+    if mean is None:
+        return
+    channels, given = observation.input_shape[-1], (observation.input_mean or (), observation.input_std or ())
+    if {len(numbers) for numbers in given} != {channels}:
+        raise InputError(f"input_mean and input_std must hold {channels} numbers each, one a channel")
+    low, high = hull(mean, std)
+    if not np.allclose(between, (low, high), rtol=0, atol=1e-3 * (high - low)):
+        raise InputError(
+            f"input_range [{between[0]:g}, {between[1]:g}] contradicts input_mean and input_std, with which pixels lie "
+            f"in [{low:g}, {high:g}]; leave it out"
+        )
+
+
+def _check_precision(precision: Any) -> None:
+    try:
+        known = isinstance(precision, str) and jnp.issubdtype(jnp.dtype(precision), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(f"precision must be a floating dtype's name, such as 'float64', got {shown(precision)}")
+
+
+def _check_batch(
+    batch: Any, between: tuple[float, float], mean: Any, std: Any, batch_size: int
+) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+    try:
+        given, labels = batch
+    except Exception:
+        raise InputError("batch must be a pair (images, labels) of arrays") from None
+    images = array("images", given, "buif", "real numbers").astype(float)
+    labels = array("labels", labels, "iu", "integers")
+    if images.ndim < 2 or len(images) == 0:
+        raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
+    if images[0].size == 0:
+        raise InputError(f"images must hold pixels, got shape {images.shape}")
+    if labels.shape != (len(images),):
+        raise InputError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}")
+    if not np.all(np.isfinite(images)):
+        raise InputError("images hold NaN or infinite values")
+    if mean is not None:
+        channels = images.shape[-1]
+        mean, std = spread(mean, channels), spread(std, channels)
+        _check_channels(images, mean, std)
+    low, high = between if mean is None else hull(mean, std)
+    if images.min() < low - 1e-9 or images.max() > high + 1e-9:
+        raise InputError(
+            f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
+            "them or pass input_range"
+        )
+    whole("batch_size", batch_size, 1)
+    if len(images) % batch_size:
+        raise InputError(f"batch_size must divide the number of images, {len(images)}, got {batch_size}")
+    return images, labels, mean, std
+
+
+def _check_channels(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    pixels = images * np.asarray(std) + np.asarray(mean)
+    for channel in range(len(mean)):
+        least, most = pixels[..., channel].min(), pixels[..., channel].max()
+        if least < -1e-6 or most > 1 + 1e-6:
+            raise InputError(
+                f"images must be normalized, (pixel - input_mean) / input_std of pixels in [0, 1]; those of channel "
+                f"{channel} would be in [{least:.4g}, {most:.4g}]"
+            )

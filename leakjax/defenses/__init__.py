@@ -1,5 +1,0 @@
-"""Defenses by name: what a client does to its gradient before it is sent. Adding one adds a line to `DEFENSES`."""
-
-from leakjax.defenses.registry import CUSTOM, DEFENSES, Client, Defense, Parameter, Setting, build_defense
-
-__all__ = ["CUSTOM", "DEFENSES", "Client", "Defense", "Parameter", "Setting", "build_defense"]

@@ -1,0 +1,189 @@
+"""The numeric part of an audit: layers, Jacobian and noise bounds at a batch of images."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from leakjax.constraints.pull_back import push_forward
+from leakjax.errors import InputError
+from leakjax.leakage.blind import data_gradient, looked_up, rounded_front, silent, spots_of, spots_of_model, unpredicted
+from leakjax.leakage.dense import (
+    PRIOR_DEVIATION,
+    Leakage,
+    dense_leakage,
+    variance_with_prior,
+    variances,
+    with_natural_prior,
+)
+from leakjax.leakage.estimated import estimate
+from leakjax.leakage.layers import LayerLeakage, layer_leakage
+from leakjax.leakage.privacy import clipped_gradient
+from leakjax.leakage.request import Asked, Measured
+from leakjax.leakage.verdict import Doubt
+from leakjax.models.losses import LOSSES
+from leakjax.models.reader import Model
+from leakjax.report.audit.record import NoisePoint
+from leakjax.runtime.memory import fits_in_memory
+from leakjax.segments.chain import Segment
+from leakjax.segments.tracing.network import Gradient, batch_gradient, read_network
+from leakjax.segments.tracing.widening import in_one_precision
+
+LARGEST = 6000  # unknowns up to which the Jacobian's Gram matrix is dense
+LARGEST_LAYERS = 20_000  # unknowns up to which layers are probed
+
+
+def in_precision(model: Model, shape: tuple[int, ...], dtype: Any) -> tuple[Model, list[str]]:
+    """The model in `dtype`, and a remark where its own code rounds to less."""
+    wide = in_one_precision(model, shape, dtype)
+    if not wide.rounds:
+        return wide.model, []
+    own = f"the model computes in {wide.own.name} by itself"
+    if wide.reason:
+        return wide.model, [f"ranks are uncertain: {own}, and {wide.reason}"]
+    return wide.model, [f"{own}; looked at as if it did in {jnp.dtype(dtype).name}"]
+
+
+def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndarray, asked: Asked) -> Measured:
+    """Look at images x (B, *shape) with labels y (B,), `model` and its `segments` being in float64.
+
+    Arguments: `segments`, () where there are none; they are looked at for the first image alone.
+    """
+    n, shape = x.size, x.shape[1:]
+    _refuse_not_finite(model)
+    network = read_network(model, shape, len(x), jnp.float64)
+    gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
+    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    sent = gradient(*arrays)
+    _refuse_zero(sent)
+    doubt = Doubt(silent=tuple(silent(sent)))
+    spots = spots_of_model(model, asked.loss, *arrays[1:])
+    if spots:
+        return _measure_rounded(model, gradient, sent, arrays, asked, doubt._replace(spots=tuple(map(str, spots))))
+    gradient = data_gradient(gradient)
+    doubt = doubt._replace(beyond=unpredicted(network, gradient, *arrays, asked.scale))
+    layers: Sequence[LayerLeakage] = ()
+    if segments and x[:1].size <= LARGEST_LAYERS and not _stops(model, x):
+        asked.tell("looking at every layer")
+        layers = _numeric_layers(model, segments, x[:1], y[:1], asked.loss)
+    clipped = None if asked.dp_sgd is None else _clipped(model, shape, asked)
+    if not _fits(n):
+        return estimate(gradient, clipped, arrays, layers, asked)._replace(doubt=doubt)
+    asked.tell("building the Jacobian")
+    leakage = dense_leakage(gradient, *arrays, asked.scale)
+    points = tuple(
+        dataclasses.replace(point, asked=asked.asked) for point in _noise_points(leakage, x.shape, asked.noise)
+    )
+    if clipped is not None:
+        asked.tell("building the Jacobian of clipped gradients")
+        limited = dense_leakage(clipped, *arrays, asked.scale)
+        points += asked.private(_noise_points(limited, x.shape, asked.private_sigmas(len(x))))
+    return Measured(layers, leakage, points, _spectrum(leakage), leakage.map, doubt=doubt)
+
+
+def _measure_rounded(
+    model: Model, gradient: Gradient, sent: Mapping[str, Array], arrays: Any, asked: Asked, doubt: Doubt
+) -> Measured:
+    """What can be said where operations hide the images: how much leaks of what those in front leave of them.
+
+    A gradient is a function of the rounded images y, and depends on them as on any others: its first layer's is
+    dz y^T, in which no rounding is left. Nothing is said where roundings come later.
+    """
+    variables, x, labels = arrays
+    remarks = tuple(looked_up(model, sent, x))
+    front = rounded_front(model, np.asarray(x), asked.limits)
+    if front is None or not _fits(x.size):
+        return Measured(remarks=remarks, doubt=doubt)
+    behind, y = batch_gradient(front.logits, asked.loss, tuple(model.params)), jnp.asarray(front.y)
+    if spots_of(behind, variables, y, labels):
+        return Measured(remarks=remarks, doubt=doubt)
+    asked.tell("building the Jacobian behind the rounding")
+    leakage = dense_leakage(data_gradient(behind), variables, y, labels, front.slope)
+    remarks += ("ranks, map and spectrum are of the images as they are after " + " and ".join(doubt.spots),)
+    return Measured((), leakage, None, _spectrum(leakage), leakage.map, remarks, doubt._replace(picture=front.psnr))
+
+
+def _fits(n: int) -> bool:
+    return n <= LARGEST and fits_in_memory(6 * 8 * n**2)
+
+
+def _spectrum(leakage: Leakage) -> tuple[float, ...]:
+    return tuple(np.sqrt(leakage.values[::-1]).tolist())
+
+
+def _stops(model: Model, x: np.ndarray) -> bool:
+    """Whether the model stops gradients: its layers' own equations are then not those of their derivatives."""
+    structs = jax.eval_shape(lambda: dict(model.variables)), jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return "stop_gradient" in str(jax.make_jaxpr(model.apply)(*structs))
+
+
+def measure_without(
+    model: Model, x: np.ndarray, y: np.ndarray, asked: Asked, paths: Collection[str]
+) -> tuple[int, Float[np.ndarray, "B ..."]]:
+    """(the rank of the Jacobian, its map) of what a client sends without the gradients of some parameter `paths`."""
+    asked.tell("building the Jacobian without the gradients to withhold")
+    kept = tuple(path for path in model.params if path not in paths)
+    if not kept:
+        return 0, np.zeros(x.shape)
+    logits = read_network(model, x.shape[1:], len(x), jnp.float64).logits
+    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    found = dense_leakage(data_gradient(batch_gradient(logits, asked.loss, kept)), *arrays, asked.scale)
+    return found.rank, found.map
+
+
+def _refuse_not_finite(model: Model) -> None:
+    for path, array in model.variables.items():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+            raise InputError(f"the model's {path!r} holds numbers that are not finite; mend the weights")
+
+
+def _refuse_zero(gradient: dict[str, Array]) -> None:
+    """A gradient that is zero everywhere says nothing of what leaks."""
+    if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
+        raise InputError(
+            "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated "
+            "weights, or a label that is met exactly), and says nothing of others. Use other weights or images, "
+            'loss="sigmoid_binary_cross_entropy" (--loss) for a model with one logit, or shapes_only (--shapes-only)'
+        )
+
+
+def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: str) -> list[LayerLeakage]:
+    images, head = jnp.asarray(x), segments[-1]
+    z = push_forward(segments, model.variables, images)[1][-1]
+
+    def mean_loss(z: Array) -> Array:
+        logits = head.activation.function(model.variables, z)
+        return jnp.mean(jax.vmap(LOSSES[loss])(logits, jnp.asarray(y)))
+
+    return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
+
+
+def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:
+    assert asked.dp_sgd is not None
+    logits = read_network(model, shape, 1, jnp.float64).logits
+    gradient = data_gradient(batch_gradient(logits, asked.loss, tuple(model.params)))
+    return clipped_gradient(gradient, asked.dp_sgd.clip)
+
+
+def _noise_points(leakage: Leakage, shape: tuple[int, ...], noise: Sequence[float]) -> tuple[NoisePoint, ...]:
+    if not noise:
+        return ()
+    prior = with_natural_prior(leakage, shape)
+    spread = np.sqrt(leakage.values) * PRIOR_DEVIATION
+
+    def decibel(variance: float) -> float | None:
+        return None if not np.isfinite(variance) else float(-10 * np.log10(variance))
+
+    return tuple(
+        NoisePoint(
+            sigma,
+            decibel(float(np.mean(variances(leakage, sigma)))),
+            decibel(variance_with_prior(prior, sigma)),
+            int(np.sum(spread > sigma)),
+        )
+        for sigma in noise
+    )

@@ -1,0 +1,1 @@
+"""What shapes alone allow a gradient to tell, counted in microseconds."""

@@ -1,0 +1,82 @@
+"""Counts over a whole network: Chen & Campbell's index c(M), and the leaked dimensions that its shapes allow."""
+
+import itertools
+import math
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from leakjax.leakage.structural.counts import gradient_entries, live_positions, structural_count
+from leakjax.segments.geometry import Geometry
+
+MOST_SUBSETS = 4096
+
+
+def layer_weights(layers: int) -> list[float]:
+    """(d - 1 - i) / (d - 1) for each of d layers, the dense head (0) included; 1 where it is the only one."""
+    return [1.0] if layers == 1 else [(layers - 1 - i) / (layers - 1) for i in range(layers)]
+
+
+def copa_index(deficiencies: Sequence[int]) -> tuple[float, int]:
+    """(c(M), the same rounded term by term) from rank - unknowns of all layers, the head's included.
+
+        c(M) = sum_i (d - 1 - i) / (d - 1) * (rank(U_i) - n_i),  i = 0 .. d - 2
+
+    Chen & Campbell, "Understanding training-data leakage from gradients in neural networks" (arXiv 2111.10178), section
+    4; their code rounds each term, half to even, before it sums. Whether a layer's padding counts as known unknowns
+    does not matter: it adds as much to the rank as to the unknowns.
+    """
+    terms = [w * d for w, d in zip(layer_weights(len(deficiencies)), deficiencies, strict=True)]
+    return float(sum(terms)), sum(round(term) for term in terms)
+
+
+def structural_leaked(
+    geometries: Sequence[Geometry], *, shares: Sequence[float] | None = None, withheld: Collection[int] = ()
+) -> int:
+    """An upper bound, generically met, on how many numbers about the image a gradient holds.
+
+    From the last layer to the first: what is known of a layer's input is all that both of its blocks see where all it
+    needs of its output is known, and else at most what is known of its output and the entries of its own gradient,
+
+        K_i = min(live_i, min(K_(i+1), share_i rows_i) + entries_i),
+
+    over those outputs that the layers behind it read at all. `shares`: of each layer's outputs those whose activation
+    passes a change on. Of the layers `withheld` no gradient is sent.
+    """
+    known, used, whole = 0, None, False
+    for i in reversed(range(len(geometries))):
+        geometry = geometries[i]
+        used = used if used is not None and _same_axes(geometry, used) else None
+        count = structural_count(geometry, used)
+        own = 0 if i in withheld else gradient_entries(geometry)
+        if i == len(geometries) - 1:
+            known = min(own, count.live)
+        else:
+            share = 1.0 if shares is None else shares[i]
+            rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
+            complete = whole and share == 1.0 and i not in withheld
+            known = count.rank if complete else min(count.live, min(known, math.floor(share * rows)) + own)
+        whole = known >= count.live
+        used = live_positions(geometry, used) if geometry.simple and geometry.axes else None
+    return known
+
+
+def smallest_withheld(geometries: Sequence[Geometry]) -> tuple[tuple[int, ...], int] | None:
+    """(layers, leaked dimensions without their gradients): the fewest that leave the image open, and of these sets the
+    one that leaves least; None where it is open anyway. Sets of consecutive layers alone where there are very many."""
+    n, layers = geometries[0].unknowns, range(len(geometries))
+    if structural_leaked(geometries) < n:
+        return None
+    for size in range(1, len(geometries) + 1):
+        sets = itertools.combinations(layers, size)
+        if math.comb(len(geometries), size) > MOST_SUBSETS:
+            sets = (tuple(range(k, k + size)) for k in range(len(geometries) - size + 1))
+        leaked, best = min((structural_leaked(geometries, withheld=chosen), chosen) for chosen in sets)
+        if leaked < n:
+            return best, leaked
+    raise AssertionError("without any gradient nothing leaks")
+
+
+def _same_axes(geometry: Geometry, used: Sequence[np.ndarray]) -> bool:
+    """Whether the outputs of a map are laid out as what the next one reads."""
+    return [len(u) for u in used] == [(axis.after or axis.kernel).outputs for axis in geometry.axes]

@@ -1,0 +1,1 @@
+"""The record of a reconstruction, its table and its figure."""

@@ -1,0 +1,117 @@
+"""Cutting a traced model where all data flows through one value, and naming what lies between two cuts.
+
+A piece is affine, elementwise, or else nonlinear; adjacent affine pieces are one affine map, adjacent elementwise ones
+one activation, and every nonlinear piece stands for itself.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from leakjax.errors import UnreadableModelError
+from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing.derivatives import equation_flaw
+
+Kind = Literal["affine", "elementwise", "nonlinear"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    start: int
+    end: int
+    kind: Kind
+    culprit: str | None = None
+
+
+class Group(NamedTuple):
+    """Values (in, out) of a map and of the activation after it; in = out where there is none.
+
+    `nonlinearity`: the primitive, and its line, that makes the map nonlinear; None where it is affine.
+    """
+
+    map: tuple[int, int]
+    activation: tuple[int, int]
+    nonlinearity: str | None
+
+
+def read_groups(graph: jaxprs.Graph) -> list[Group]:
+    """The graph as maps with activations, first to last.
+
+    Raises `UnreadableModelError` naming the primitive and the user's line where data meets random numbers, or where a
+    nonlinear piece has no derivative that could be trusted.
+    """
+    live = graph.dependents([graph.input])
+    _refuse_random(graph, live)
+    return _merge([_classify(graph, live, *piece) for piece in _cut(graph, live)])
+
+
+def _cut(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxprs.Equation]]]:
+    """Pieces (value in, value out, equations) between the values that all data flows through."""
+    equations = [e for e in graph.needed(graph.output, []) if any(o in live for o in e.outputs)]
+    last_use = {graph.output: len(equations)}
+    for k, equation in enumerate(equations):
+        for v in equation.inputs:
+            if isinstance(v, int) and v in live:
+                last_use[v] = max(last_use.get(v, -1), k)
+    pieces, start, current, alive = [], graph.input, [], {graph.input}
+    for k, equation in enumerate(equations):
+        current.append(equation)
+        alive |= {o for o in equation.outputs if last_use.get(o, -1) > k}
+        alive = {v for v in alive if last_use[v] > k}
+        if len(alive) == 1:
+            (end,) = alive
+            if end != start:
+                pieces.append((start, end, current))
+                start, current = end, []
+    return pieces
+
+
+def _classify(
+    graph: jaxprs.Graph, live: set[int], start: int, end: int, equations: Sequence[jaxprs.Equation]
+) -> _Piece:
+    nonlinear = [e for e in equations if not jaxprs.is_linear(e, graph.structs, live)]
+    if not nonlinear:
+        return _Piece(start, end, "affine")
+    odd = [e for e in equations if not jaxprs.is_elementwise(e, graph.structs, live)]
+    if not odd:
+        return _Piece(start, end, "elementwise")
+    for equation in nonlinear:
+        flaw = equation_flaw(equation, graph.structs, live)
+        if flaw is not None:
+            raise not_invertible(f"`{equation.name}` at {equation.location}", flaw)
+    culprit = next((e for e in nonlinear if e in odd), nonlinear[0])
+    return _Piece(start, end, "nonlinear", f"`{culprit.name}` at {culprit.location}")
+
+
+def not_invertible(where: str, flaw: str) -> UnreadableModelError:
+    """The error for a part of the model that no linear solve and no derivative can invert."""
+    return UnreadableModelError(
+        f"cannot read {where}: this part of the model is neither affine nor elementwise, and it cannot be inverted by "
+        f"its derivatives ({flaw})"
+    )
+
+
+def _refuse_random(graph: jaxprs.Graph, live: set[int]) -> None:
+    random = graph.random_values()
+    for equation in graph.equations:
+        inputs = [v for v in equation.inputs if isinstance(v, int)]
+        if any(v in live for v in inputs) and any(v in random and v not in live for v in inputs):
+            raise UnreadableModelError(
+                f"random numbers meet the data in `{equation.name}` at {equation.location} (dropout in train mode?); "
+                "call model.eval() or pass deterministic=True: a server does not know the client's mask"
+            )
+
+
+def _merge(pieces: Sequence[_Piece]) -> list[Group]:
+    groups: list[Group] = []
+    open_affine = False
+    for piece in pieces:
+        if piece.kind == "elementwise":
+            last = groups.pop() if groups else Group((piece.start, piece.start), (piece.start, piece.start), None)
+            groups.append(last._replace(activation=(last.activation[0], piece.end)))
+        elif piece.kind == "affine" and open_affine:
+            groups[-1] = Group((groups[-1].map[0], piece.end), (piece.end, piece.end), None)
+        else:
+            groups.append(Group((piece.start, piece.end), (piece.end, piece.end), piece.culprit))
+        open_affine = piece.kind == "affine"
+    return groups

@@ -1,0 +1,1 @@
+"""Models as traced equations: the only room that knows jaxprs."""

@@ -1,0 +1,419 @@
+"""Tracing: a function as a flat list of equations, and the evaluation of any part of it.
+
+The only module that touches `jax.extend.core`. A traced function is flattened (every call-like primitive is inlined,
+custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Two questions about an
+equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`), and does it
+act entry by entry (`is_elementwise`). Primitives of our own are made here, too (`linear_primitive`).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jax.interpreters import ad, batching, mlir
+
+from leakjax.errors import InputError, cannot_run
+from leakjax.segments.tracing.primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE, RANDOM
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A literal or a captured array among an equation's operands."""
+
+    value: Any
+    literal: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One primitive application; `inputs` are value ids or `Constant`s, `outputs` value ids."""
+
+    primitive: Any
+    params: Mapping[str, Any]
+    inputs: tuple[int | Constant, ...]
+    outputs: tuple[int, ...]
+    location: str
+    custom: Callable[..., Sequence[Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The primitive's name, as JAX prints it."""
+        return self.primitive.name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """y = f(variables, x) as equations in execution order."""
+
+    equations: tuple[Equation, ...]
+    variables: tuple[int, ...]
+    input: int
+    output: int
+    structs: Mapping[int, jax.ShapeDtypeStruct]
+
+    def dependents(self, sources: Iterable[int]) -> set[int]:
+        """Ids of all values that depend on `sources` (themselves included)."""
+        found = set(sources)
+        for equation in self.equations:
+            if any(isinstance(v, int) and v in found for v in equation.inputs):
+                found.update(equation.outputs)
+        return found
+
+    def random_values(self) -> set[int]:
+        """Ids of all values drawn from, or computed with, a random number generator."""
+        return self.dependents(o for e in self.equations if e.name.startswith(RANDOM) for o in e.outputs)
+
+    def needed(self, target: int, given: Iterable[int]) -> tuple[Equation, ...]:
+        """The equations, in order, that compute `target` when the values `given` are at hand."""
+        wanted, stop, chosen = {target}, set(given), []
+        for equation in reversed(self.equations):
+            if any(o in wanted and o not in stop for o in equation.outputs):
+                chosen.append(equation)
+                wanted.update(v for v in equation.inputs if isinstance(v, int))
+        return tuple(reversed(chosen))
+
+
+def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inlined: Set[str] = CALLS) -> Graph:
+    """Trace `function(variables, x)`, one array out, into a flat `Graph`.
+
+    Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
+    replaced by the jaxpr they carry. Nothing is computed.
+    """
+    try:
+        flat = flatten(lambda v, x: function(v, x), (list(variables), x), inlined)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:  # the model's own code
+        raise cannot_run(x.shape, error) from error
+    if len(flat.outputs) != 1:
+        raise InputError(
+            f"model must return one array of logits, got {len(flat.outputs)} outputs; return the logits only"
+        )
+    (output,) = flat.outputs
+    if not isinstance(output, int):
+        raise InputError("model's output is a constant: it does not depend on its input")
+    graph = Graph(flat.equations, flat.inputs[:-1], flat.inputs[-1], output, flat.structs)
+    if graph.output not in graph.dependents([graph.input]):
+        raise InputError("model's logits do not depend on its input: no gradient of them says anything of an image")
+    return graph
+
+
+class Flat(NamedTuple):
+    """Any traced function: its `equations`, ids of its `inputs`, its `outputs` (ids or constants), and `structs`."""
+
+    equations: tuple[Equation, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int | Constant, ...]
+    structs: dict[int, jax.ShapeDtypeStruct]
+
+    def needed(self) -> list[Equation]:
+        """The equations, in order, on which an output depends."""
+        wanted, chosen = {v for v in self.outputs if isinstance(v, int)}, []
+        for equation in reversed(self.equations):
+            if any(o in wanted for o in equation.outputs):
+                chosen.append(equation)
+                wanted.update(v for v in equation.inputs if isinstance(v, int))
+        return chosen[::-1]
+
+
+def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set[str] = CALLS) -> Flat:
+    """Trace `function(*arguments)`, of and to any pytrees of arrays (or structs), into equations."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    structs: dict[int, jax.ShapeDtypeStruct] = {}
+    counter = itertools.count()
+    equations: list[Equation] = []
+
+    def new_id(var: Any) -> int:
+        i = next(counter)
+        structs[i] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        return i
+
+    def walk(jaxpr: Any, consts: Sequence[Any], operands: Sequence[int | Constant]) -> list[int | Constant]:
+        env: dict[Any, int | Constant] = dict(zip(jaxpr.invars, operands, strict=True))
+        env.update((v, Constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+
+        def read(atom: Any) -> int | Constant:
+            return Constant(atom.val, literal=True) if isinstance(atom, jex.Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = tuple(map(read, eqn.invars))
+            if eqn.primitive.name in inlined:
+                inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+                body, body_consts = _open(inner)
+                env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
+                continue
+            outputs = tuple(new_id(v) for v in eqn.outvars)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+            custom = _alone(jaxpr, eqn) if eqn.primitive.name in CUSTOM_DERIVATIVES else None
+            equations.append(Equation(eqn.primitive, eqn.params, inputs, outputs, _location(eqn), custom))
+        return [read(v) for v in jaxpr.outvars]
+
+    ids = [new_id(v) for v in closed.jaxpr.invars]
+    outputs = walk(closed.jaxpr, closed.consts, ids)
+    return Flat(tuple(equations), tuple(ids), tuple(outputs), structs)
+
+
+def as_function(jaxpr: Any) -> Callable[..., Sequence[Any]]:
+    """A jaxpr, closed or without constants, as a function of its operands."""
+    return jex.jaxpr_as_fun(jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ()))
+
+
+def operands_of(jaxpr: Any) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what a jaxpr takes."""
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _open(jaxpr)[0].invars]
+
+
+def evaluate(
+    equations: Iterable[Equation],
+    env: Mapping[int, Any],
+    target: int,
+    rules: Mapping[str, Callable[..., Any]],
+    replaced: Mapping[int, Callable[[Mapping[int, Any]], Any]] | None = None,
+) -> Any:
+    """Evaluate `equations` from the values in `env` and return the value `target`.
+
+    The outputs in `replaced` are computed by the function given there from all values so far. A primitive whose name
+    is in `rules` is evaluated as `rule(*operands, **params)`, its one result; every other
+    primitive is bound as it stands.
+    """
+    values = dict(env)
+    for equation in equations:
+        if replaced and equation.outputs[0] in replaced:
+            values[equation.outputs[0]] = replaced[equation.outputs[0]](values)
+            continue
+        operands = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
+        rule = rules.get(equation.name)
+        results = [rule(*operands, **equation.params)] if rule else bind(equation, operands)
+        values.update(zip(equation.outputs, results, strict=True))
+    return values[target]
+
+
+def evaluate_in(dtype: Any, equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:
+    """The value `target` with every floating number in `dtype`, whatever precision the equations were traced in.
+
+    Rounding to another precision is left out. Raises `ValueError` for a primitive that carries a jaxpr of its own
+    (a loop, a branch), which was traced for one precision.
+    """
+    values = dict(env)
+    for equation in equations:
+        if any(isinstance(v, jex.Jaxpr | jex.ClosedJaxpr) for v in equation.params.values()):
+            raise ValueError(f"{equation.name} ({equation.location}) was traced for one precision")
+        read = [v.value if isinstance(v, Constant) else values[v] for v in equation.inputs]
+        operands = [jnp.asarray(v, dtype) if jnp.issubdtype(jnp.result_type(v), jnp.floating) else v for v in read]
+        if equation.name == "reduce_precision":
+            results = operands
+        else:
+            params = {k: dtype if _is_floating_dtype(v) else v for k, v in equation.params.items()}
+            result = equation.primitive.bind(*operands, **params)
+            results = result if equation.primitive.multiple_results else [result]
+        values.update(zip(equation.outputs, results, strict=True))
+    return values[target]
+
+
+def is_linear(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether one equation is affine in its operands in `live`, jointly.
+
+    Decided by its derivative: the primitive's tangent is traced, and the equation is affine exactly where the tangent
+    does not depend on the point of linearization. A vanishing tangent (`floor`, comparisons) does not count, and
+    custom derivatives are never trusted.
+    """
+    if equation.name in CUSTOM_DERIVATIVES or not is_floating(equation, structs, live):
+        return False
+    by_point, by_direction = tangent_depends(equation, structs, live)
+    return not any(by_point) and all(by_direction)
+
+
+def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether one equation maps its live operands, all of one shape, entry by entry to outputs of that shape."""
+    shapes = {structs[v].shape for v in equation.inputs if isinstance(v, int) and v in live}
+    shapes |= {structs[o].shape for o in equation.outputs}
+    if len(shapes) != 1:
+        return False
+    if equation.name in ELEMENTWISE:
+        return True
+    if equation.name not in CUSTOM_DERIVATIVES:
+        return False
+    body, consts = _open(equation.params["call_jaxpr"])
+    (shape,) = shapes
+    return not consts and _jaxpr_is_elementwise(body, shape)
+
+
+def work(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct]) -> int:
+    """How many numbers an equation's outputs hold, a convolution's patches included."""
+    size = max(math.prod(structs[o].shape) for o in equation.outputs)
+    if equation.name != "conv_general_dilated":
+        return size
+    right = equation.inputs[1]
+    shape = structs[right].shape if isinstance(right, int) else np.shape(right.value)
+    features = structs[equation.outputs[0]].shape[equation.params["dimension_numbers"][2][1]]
+    window = math.prod(shape) // features  # (kernel window) x (input channels of a group)
+    return max(size, size // features * window * equation.params["feature_group_count"])
+
+
+def linear_primitive(
+    name: str,
+    function: Callable[[Any, Any], Any],
+    transpose: Callable[[Any, Any], Any],
+    shape: Callable[[tuple[int, ...], Any], tuple[int, ...]],
+) -> Callable[[Any, Hashable], Any]:
+    """A primitive y = function(x, static), linear in the array x, as a callable of x and a hashable `static`.
+
+    - `function`: takes any number of leading axes of x (a batch axis comes first) and keeps them and the dtype;
+    - `transpose`: maps (cotangent of y, static) to the cotangent of x;
+    - `shape`: maps (shape of x, static) to the shape of y.
+    """
+    primitive = jex.Primitive(name)
+    compiled = jax.jit(function, static_argnums=1)
+
+    def apply(x: Any, static: Hashable) -> Any:
+        return primitive.bind(x, static=static)
+
+    def pull_back(cotangent: Any, _: Any, *, static: Any) -> list[Any]:
+        return [cotangent if isinstance(cotangent, ad.Zero) else transpose(cotangent, static)]
+
+    def batch(operands: Any, axes: Any, *, static: Any) -> tuple[Any, int]:
+        return apply(jnp.moveaxis(operands[0], axes[0], 0), static), 0
+
+    primitive.def_impl(lambda x, *, static: compiled(x, static))
+    primitive.def_abstract_eval(lambda x, *, static: x.update(shape=shape(x.shape, static)))
+    ad.deflinear2(primitive, pull_back)
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, mlir.lower_fun(lambda x, *, static: function(x, static), multiple_results=False))
+    return apply
+
+
+def has_choices(graph: Graph) -> bool:
+    """Whether any value that depends on the input is chosen between others: where kinks come from."""
+    live = graph.dependents([graph.input])
+
+    def names(equation: Equation) -> set[str]:
+        body = body_of(equation.params)
+        return {equation.name} | (set() if body is None else {e.primitive.name for e in all_equations(body)})
+
+    return any(names(e) & CHOICES for e in graph.equations if any(o in live for o in e.outputs))
+
+
+def dtype_of_least_precision(graph: Graph) -> Any:
+    """The least precise floating dtype among all values of a graph."""
+    floating = [s.dtype for s in graph.structs.values() if jnp.issubdtype(s.dtype, jnp.floating)]
+    return max(floating, key=lambda d: float(jnp.finfo(d).eps))
+
+
+def is_floating(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
+    """Whether all operands in `live` and all outputs of one equation are floating point."""
+    ids = [v for v in equation.inputs if isinstance(v, int) and v in live]
+    return all(jnp.issubdtype(structs[v].dtype, jnp.floating) for v in (*ids, *equation.outputs))
+
+
+def tangent_depends(
+    equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]
+) -> tuple[list[bool], list[bool]]:
+    """Whether each output's tangent depends on the point, and on the direction, of the live operands.
+
+    Without a derivative rule: on the point, as far as we can tell, and on no direction.
+    """
+    where = [k for k, v in enumerate(equation.inputs) if isinstance(v, int) and v in live]
+    operands = [v.value if isinstance(v, Constant) else structs[v] for v in equation.inputs]
+    points = [operands[k] for k in where]
+    fixed = [v for k, v in enumerate(operands) if k not in where]
+
+    def tangent(points: Any, directions: Any, fixed: Any) -> Any:
+        def apply(*points: Any) -> Any:
+            moving, rest = dict(zip(where, points, strict=True)), iter(fixed)
+            return bind(equation, [moving[k] if k in moving else next(rest) for k in range(len(operands))])
+
+        return jax.jvp(apply, points, directions)[1]
+
+    try:
+        jaxpr = jax.make_jaxpr(tangent)(points, points, fixed).jaxpr
+    except NotImplementedError:
+        return [True], [False]
+    n = len(points)
+    return _depends(jaxpr, jaxpr.invars[:n]), _depends(jaxpr, jaxpr.invars[n : 2 * n])
+
+
+def body_of(params: Mapping[str, Any]) -> Any:
+    """The first jaxpr that an equation's parameters carry; None if there is none."""
+    kinds = (jex.Jaxpr, jex.ClosedJaxpr)
+    flat = [v for p in params.values() for v in (p if isinstance(p, tuple | list) else [p])]
+    return next((v for v in flat if isinstance(v, kinds)), None)
+
+
+def all_equations(jaxpr: Any) -> list[Any]:
+    """All equations of a jaxpr, nested ones included."""
+    inner = [(e, body_of(e.params)) for e in _open(jaxpr)[0].eqns]
+    return [e for eqn, body in inner for e in (eqn, *([] if body is None else all_equations(body)))]
+
+
+def _jaxpr_is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
+    for eqn in jaxpr.eqns:
+        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
+        if inner is not None:
+            if eqn.primitive.name not in CALLS | CUSTOM_DERIVATIVES:
+                return False
+            if not _jaxpr_is_elementwise(_open(inner)[0], shape):
+                return False
+        elif eqn.primitive.name not in ELEMENTWISE | {"broadcast_in_dim"}:
+            return False
+        if any(v.aval.shape not in ((), shape) for v in (*eqn.invars, *eqn.outvars)):
+            return False
+    return True
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
+
+
+def _depends(jaxpr: Any, sources: Iterable[Any]) -> list[bool]:
+    found = set(sources)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, jex.Literal) and v in found for v in eqn.invars):
+            found.update(eqn.outvars)
+    return [not isinstance(v, jex.Literal) and v in found for v in jaxpr.outvars]
+
+
+def bind(equation: Equation, operands: Sequence[Any]) -> Sequence[Any]:
+    """The outputs of one equation on concrete or traced operands, custom derivative and all."""
+    if equation.custom is not None:
+        return equation.custom(*(v for v, given in zip(operands, equation.inputs, strict=True) if not _literal(given)))
+    result = equation.primitive.bind(*operands, **equation.params)
+    return result if equation.primitive.multiple_results else [result]
+
+
+def _is_floating_dtype(value: Any) -> bool:
+    return isinstance(value, np.dtype) and jnp.issubdtype(value, jnp.floating)
+
+
+def _literal(operand: int | Constant) -> bool:
+    return isinstance(operand, Constant) and operand.literal
+
+
+def _alone(jaxpr: Any, eqn: Any) -> Callable[..., Sequence[Any]]:
+    """One equation of a jaxpr as a function of its non-literal operands, custom derivative and all."""
+    invars = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+    names = jaxpr.debug_info._replace(
+        arg_names=tuple(f"a{k}" for k in range(len(invars))), result_paths=tuple("" for _ in eqn.outvars)
+    )
+    alone = jaxpr.replace(constvars=[], invars=invars, outvars=list(eqn.outvars), eqns=[eqn], debug_info=names)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ()))
+
+
+def _location(eqn: Any) -> str:
+    """'file:line' of the innermost frame outside installed packages, or of the innermost one outside JAX."""
+    traceback = eqn.source_info.traceback
+    frames = list(traceback.frames) if traceback is not None else []
+    packages = ("site-packages", "dist-packages")
+    jax_home = str(jax.__path__[0])
+
+    def line(frame: Any) -> str:
+        return f"{frame.file_name}:{frame.line_num if hasattr(frame, 'line_num') else frame.start_line}"
+
+    outside = [f for f in frames if f.file_name != __file__ and not f.file_name.startswith(jax_home)]
+    users = [f for f in outside if not any(p in f.file_name for p in packages)]
+    return line((users or outside)[0]) if outside else "an unknown line"

@@ -1,0 +1,68 @@
+"""A model with its own roundings taken out: half-precision layers, softmax in float32, computed in one wide dtype."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from leakjax.errors import InputError
+from leakjax.models.reader import Arrays, Model, run_model
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing.network import read_network
+from leakjax.segments.tracing.primitives import CALLS, CUSTOM_DERIVATIVES
+
+
+class Wide(NamedTuple):
+    """A `model` in one dtype, the least dtype that its `own` code computes in, and why its roundings could not be taken
+    out (None where they could, or where there are none)."""
+
+    model: Model
+    own: Any
+    reason: str | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model's own code is less precise than the dtype asked for."""
+        asked = jnp.result_type(*(a.dtype for a in self.model.params.values()))
+        return bool(jnp.finfo(self.own).eps > jnp.finfo(asked).eps)
+
+
+def in_one_precision(model: Model, input_shape: Sequence[int], dtype: Any) -> Wide:
+    """The model in `dtype`, its own roundings (half precision, a softmax in float32) taken out where that can be."""
+    cast = model.astype(dtype)
+    found = Wide(cast, jnp.dtype(read_network(cast, input_shape, 1, dtype).precision))
+    if not found.rounds:
+        return found
+    exact = widened(model, dtype)
+    try:
+        run_model(exact, jax.ShapeDtypeStruct((1, *input_shape), dtype))
+    except InputError as error:
+        return found._replace(reason=str(error))
+    return found._replace(model=exact)
+
+
+def widened(model: Model, dtype: Any) -> Model:
+    """The model of which every floating number is computed in `dtype`, also where its code asks for another.
+
+    Running it raises `ValueError` where it has loops or branches.
+    """
+    wide = model.astype(dtype)
+    return Model(_apply(model.apply, str(jnp.dtype(dtype))), wide.params, wide.buffers)
+
+
+@keep(16)
+def _apply(apply: Any, dtype: str) -> Any:
+    def run(variables: Arrays, x: Any) -> Any:
+        paths = list(variables)
+        arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in variables.values()]
+
+        def function(leaves: Any, x: Any) -> Any:
+            return apply(dict(zip(paths, leaves, strict=True)), x)
+
+        graph = jaxprs.trace(function, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), CALLS | CUSTOM_DERIVATIVES)
+        env = {**{i: variables[p] for i, p in zip(graph.variables, paths, strict=True)}, graph.input: x}
+        return jaxprs.evaluate_in(jnp.dtype(dtype), graph.needed(graph.output, list(env)), env, graph.output)
+
+    return run

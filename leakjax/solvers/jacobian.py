@@ -1,0 +1,108 @@
+"""The Jacobian of a gradient with respect to the images behind it, as a dense Gram matrix where small; its rank.
+
+ONE rule of rank: a singular value counts where it is above t = `rank_tolerance` times the largest, s_1. A matrix (m, n)
+whose entries were rounded by relative errors e of random signs differs from the exact one by a matrix of norm about
+e (sqrt(m) + sqrt(n)) s_1 at most (Bai & Yin), hence its singular values move by no more than that (Weyl): those above
+are of the exact matrix, those below may be nothing but rounding. A derivative accumulates some tens of roundings an
+entry; the factor is 32.
+
+The eigenvalues of a Gram matrix J^T J are squares, rounded in units of eps s_1^2: of singular values below
+sqrt(eps) s_1 they say nothing. `row_space` refines what they leave unclear.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from leakjax.runtime.programs import keep
+
+ROUNDINGS = 32
+
+
+def inverse_norms(gradients: Any) -> Any:
+    """1 / ||g_p|| of every parameter; one whose gradient is rounding beside the others' counts as rounding."""
+    floor = 1e4 * jnp.finfo(jax.tree.leaves(gradients)[0].dtype).eps * optax.tree.norm(gradients)
+    return jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), floor), gradients)
+
+
+@keep(16)
+def jacobian_product(gradient: Any) -> Any:
+    """(variables, x, labels, v (k, n)) -> J^T J v by rows, J the Jacobian of the gradient's parameters, each divided by
+    its norm."""
+
+    def build(variables: Any, x: Any, labels: Any, v: Any) -> Array:
+        at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        over = inverse_norms(at_x)
+
+        def weighted(d: Array) -> Any:
+            return jax.tree.map(jnp.multiply, over, tangent(d))
+
+        adjoint = jax.linear_transpose(weighted, x)
+        return jax.lax.map(lambda d: jnp.ravel(adjoint(weighted(d.reshape(x.shape)))[0]), v, batch_size=16)
+
+    return jax.jit(build)
+
+
+def rank_tolerance(rows: int, columns: int, dtype: Any = np.float64) -> float:
+    """t = 32 (sqrt(m) + sqrt(n)) eps: singular values at or below t times the largest are rounding."""
+    return ROUNDINGS * (math.sqrt(rows) + math.sqrt(columns)) * float(jnp.finfo(dtype).eps)
+
+
+class RowSpace(NamedTuple):
+    """Eigenvalues of J^T J (n,), ascending, their vectors (n, n) as columns, and how many are above the rule of rank.
+
+    The last `rank` vectors span the row space; `share` (n,) is the diagonal of the projector onto it.
+    """
+
+    values: Float[np.ndarray, " n"]
+    vectors: Float[np.ndarray, "n n"]
+    rank: int
+
+    @property
+    def share(self) -> Float[np.ndarray, " n"]:
+        """How much of each unknown the row space holds: 1 where J determines it, 0 where J does not see it."""
+        kept = self.vectors[:, len(self.values) - self.rank :]
+        return np.clip(np.sum(kept**2, axis=1), 0.0, 1.0)
+
+
+def row_space(
+    product: Callable[[Float[np.ndarray, "k n"]], Any], rows: int, columns: int, dtype: Any = np.float64
+) -> RowSpace:
+    """The rank and row space of J (m, n) from products v -> J^T (J v) of rows v, by the rule of this module.
+
+    G = J^T J = V diag(l) V^T is formed and diagonalized. Its eigenvalues are good to some n eps l_1; what lies above
+    counts. What lies below is a subspace V_0 that the larger directions still contaminate, to first order by
+    L^-1 V_1^T G V_0. That is subtracted, with the product J^T (J V_0) formed anew, in which J V_0 is small before it is
+    squared; then V_0^T J^T J V_0, diagonalized, has the small singular values down to rounding of s_1 itself.
+
+    Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes.
+    """
+
+    def gram_of(basis: np.ndarray) -> np.ndarray:
+        image = np.asarray(product(np.ascontiguousarray(basis.T)), np.float64).reshape(basis.shape[1], columns)
+        return image.T
+
+    gram = gram_of(np.eye(columns))
+    values, vectors = np.linalg.eigh(0.5 * (gram + gram.T))
+    largest = max(float(values[-1]), 0.0)
+    if largest == 0.0:
+        return RowSpace(np.zeros(columns), vectors, 0)
+    tolerance = rank_tolerance(rows, columns, dtype)
+    resolved = max(64 * columns * float(jnp.finfo(dtype).eps), tolerance**2)
+    small = values <= resolved * largest
+    if np.any(small):
+        kept, rest = vectors[:, ~small], vectors[:, small]
+        rest = rest - kept @ ((kept.T @ gram_of(rest)) / values[~small][:, None])
+        rest = np.linalg.qr(rest)[0]
+        inner = rest.T @ gram_of(rest)
+        found, rotation = np.linalg.eigh(0.5 * (inner + inner.T))
+        values[small], vectors[:, small] = found, rest @ rotation
+    values = np.maximum(values, 0.0)
+    rank = int(np.sum(values > tolerance**2 * largest))
+    return RowSpace(values, vectors, rank)
