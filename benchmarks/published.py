@@ -46,15 +46,15 @@ PUBLISHED: tuple[Published, ...] = (
     Published("cnn3_c2", "hybrid", "12.9", f"{_COPA}, 367 CPU s"),
     Published("cnn3_c3", "hybrid", "31.5", f"{_COPA}, 3242 CPU s"),
     Published("cnn4_c1", "hybrid", "11.6", f"{_COPA}, 1417 CPU s"),
-    Published("rconv_lenet", "rconv", from_mse(1.4e-15), _RCONV, "relu"),
+    Published(model="rconv_lenet", attack="rconv", psnr=from_mse(1.4e-15), source=_RCONV, activation="relu"),
     Published("rconv_lenet_o", "rconv", from_mse(1.1e-18), _RCONV),
     Published("rconv_cnn6", "rconv", from_mse(4.4e-18), _RCONV),
     Published("rconv_4relu", "rconv", from_mse(2.3e-22), _RCONV),
     Published("rconv_relu", "rconv", from_mse(1.2e-25), _RCONV),
-    Published("rconv_lenet", "rconv", "172 to 207", _RCONV_CODE, "relu"),
-    Published("rconv_lenet", "rconv", "187 to 217", _RCONV_CODE, "leaky_relu:0.2"),
-    Published("rconv_lenet", "rconv", "129 to 168", _RCONV_CODE, "tanh"),
-    Published("rconv_lenet", "rconv", "150 to 178", _RCONV_CODE, "sigmoid"),
+    Published(model="rconv_lenet", attack="rconv", psnr="172 to 207", source=_RCONV_CODE, activation="relu"),
+    Published(model="rconv_lenet", attack="rconv", psnr="187 to 217", source=_RCONV_CODE, activation="leaky_relu:0.2"),
+    Published(model="rconv_lenet", attack="rconv", psnr="129 to 168", source=_RCONV_CODE, activation="tanh"),
+    Published(model="rconv_lenet", attack="rconv", psnr="150 to 178", source=_RCONV_CODE, activation="sigmoid"),
 )
 
 

@@ -23,7 +23,9 @@ def spread_of(values: Sequence[float]) -> Spread:
     a = np.asarray(values, float)
     drawn = np.random.default_rng(0).choice(a, (DRAWS, len(a)))
     low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return Spread(float(np.median(a)), float(low), float(high), float(np.mean(a)), float(np.min(a)))
+    return Spread(
+        median=float(np.median(a)), low=float(low), high=float(high), mean=float(np.mean(a)), least=float(np.min(a))
+    )
 
 
 class Exponent(NamedTuple):

@@ -85,7 +85,15 @@ def architecture(number: int) -> Net:
     loss = "sigmoid_binary_cross_entropy" if outputs == 1 else "softmax_cross_entropy"
     apply, shapes = _BUILDERS[form](ACTIVATIONS[activation], rng, channels, outputs)
     return Net(
-        number, activation, form, apply, shapes, channels, (-1.0, 1.0) if symmetric else (0.0, 1.0), loss, outputs
+        number=number,
+        activation=activation,
+        form=form,
+        apply=apply,
+        shapes=shapes,
+        channels=channels,
+        input_range=(-1.0, 1.0) if symmetric else (0.0, 1.0),
+        loss=loss,
+        outputs=outputs,
     )
 
 

@@ -146,25 +146,25 @@ def invert(
         precision = float(np.max(amplified)) * max(own, stored)
         gradients = {p: np.asarray(g, floating) for p, g in sent.items()}
         problem = Problem(
-            chain,
-            network,
-            model.variables,
-            gradients,
-            observation.loss,
-            tuple(observation.input_shape),
-            observation.input_range,
-            _check_labels(labels, observation, logits.shape[-1]),
-            floating,
-            precision,
-            chunk or (1 if jax.default_backend() == "cpu" else 64),
-            solver,
-            pull_back,
-            descent,
-            observation.examples,
-            starts,
-            prior,
-            steps,
-            seed,
+            chain=chain,
+            network=network,
+            variables=model.variables,
+            gradients=gradients,
+            loss=observation.loss,
+            input_shape=tuple(observation.input_shape),
+            input_range=observation.input_range,
+            labels=_check_labels(labels, observation, logits.shape[-1]),
+            dtype=floating,
+            noise=precision,
+            chunk=chunk or (1 if jax.default_backend() == "cpu" else 64),
+            solver=solver,
+            pull_back=pull_back,
+            optimizer=descent,
+            examples=observation.examples,
+            starts=starts,
+            prior=prior,
+            steps=steps,
+            seed=seed,
             devices=_check_devices(devices),
             defense=_told(observation, adaptive and not chosen.layerwise, gradient_noise),
             local_steps=observation.local_steps,
@@ -246,7 +246,14 @@ def _reckoned_with(problem: Problem, defense: str) -> bool:
 
 def _defended(certificate: Certificate) -> Certificate:
     words = "a defense changed the gradient, and the attack was not told or cannot undo it: try attack='match'"
-    return Certificate("failed", None, certificate.unknowns, certificate.condition, "defense", reason=words)
+    return Certificate(
+        status="failed",
+        leaked_dimensions=None,
+        unknowns=certificate.unknowns,
+        condition=certificate.condition,
+        layer="defense",
+        reason=words,
+    )
 
 
 def _with_reason(outcome: Outcome, reason: str | None) -> Outcome:
@@ -355,22 +362,22 @@ def _assemble(
         shares = None if certificate.status == "failed" else agreed(outcome, high - low)
         determined.append(np.zeros(shape) if shares is None else shares)
     return Reconstruction(
-        attack,
-        dtype,
-        np.stack(images).astype(dtype),
-        np.asarray(labels),
-        "given" if given else "recovered",
-        np.stack(determined).astype(float),
-        np.asarray(residuals),
-        tuple(certificates),
-        tuple(outcome.layers for outcome in outcomes),
-        tuple(outcome.candidates for outcome in outcomes),
-        {
+        attack=attack,
+        dtype=dtype,
+        images=np.stack(images).astype(dtype),
+        labels=np.asarray(labels),
+        label_source="given" if given else "recovered",
+        determined=np.stack(determined).astype(float),
+        gradient_residual=np.asarray(residuals),
+        certificates=tuple(certificates),
+        layers=tuple(outcome.layers for outcome in outcomes),
+        candidates=tuple(outcome.candidates for outcome in outcomes),
+        seconds={
             "trace": monitor.trace,
             "compile": monitor.compile,
             "solve": monitor.solve,
             "total": time.perf_counter() - start,
         },
-        np.asarray([outcome.scale for outcome in outcomes]),
-        tuple(outcome.target for outcome in outcomes),
+        gradient_scale=np.asarray([outcome.scale for outcome in outcomes]),
+        targets=tuple(outcome.target for outcome in outcomes),
     )

@@ -34,22 +34,24 @@ PARAMS = {"w": np.float32(DRAW.normal(size=(16, 8))), "v": np.float32(DRAW.norma
 MODEL = leakjax.read_model(apply, PARAMS)
 IMAGES, LABELS = DRAW.uniform(size=(2, 4, 4, 1)), np.array([0, 2])
 GRADIENTS = {path: DRAW.normal(size=(2, *a.shape)) for path, a in PARAMS.items()}
-OBSERVATION = Observation(MODEL, GRADIENTS, "softmax_cross_entropy", (4, 4, 1), (0.0, 1.0))
+OBSERVATION = Observation(
+    model=MODEL, gradients=GRADIENTS, loss="softmax_cross_entropy", input_shape=(4, 4, 1), input_range=(0.0, 1.0)
+)
 NOTHING = Certificate("failed", None, 16, None)
 RECONSTRUCTION = Reconstruction(
-    "rgap",
-    "float64",
-    IMAGES,
-    LABELS,
-    "given",
-    IMAGES,
-    np.zeros(2),
-    (NOTHING,) * 2,
-    ((), ()),
-    ((), ()),
-    {},
-    np.ones(2),
-    (None, None),
+    attack="rgap",
+    dtype="float64",
+    images=IMAGES,
+    labels=LABELS,
+    label_source="given",
+    determined=IMAGES,
+    gradient_residual=np.zeros(2),
+    certificates=(NOTHING,) * 2,
+    layers=((), ()),
+    candidates=((), ()),
+    seconds={},
+    gradient_scale=np.ones(2),
+    targets=(None, None),
 )
 
 JUNK = (object(), Hostile(), lambda: 0, {"a": 1}, b"bytes", 1j)

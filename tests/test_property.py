@@ -97,7 +97,15 @@ def convolutions(draw, shape):
         side_after(shape[a], kernel[a], strides[a], dilations[a], padding if isinstance(padding, str) else padding[a])
         for a in (0, 1)
     )
-    return ConvSpec(filters, kernel, strides, padding, dilations, groups, draw(st.booleans())), (*sides, filters)
+    return ConvSpec(
+        filters=filters,
+        kernel=kernel,
+        strides=strides,
+        padding=padding,
+        dilation=dilations,
+        groups=groups,
+        bias=draw(st.booleans()),
+    ), (*sides, filters)
 
 
 @st.composite
@@ -115,13 +123,29 @@ def nets(draw, deepest):
         if len(shape) == 3 and draw(st.sampled_from([False, False, False, False, True])):
             pool = tuple(draw(st.integers(1, min(2, s))) for s in shape[:2])
         after = draw(st.sampled_from([False, False, False, True]))
-        blocks.append(BlockSpec(before, layer, after, draw(st.sampled_from(sorted(ACTIVATIONS))), pool))
+        blocks.append(
+            BlockSpec(
+                before=before,
+                layer=layer,
+                after=after,
+                activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+                pool=pool,
+            )
+        )
         if pool:
             shape = (shape[0] - pool[0] + 1, shape[1] - pool[1] + 1, shape[2])
     outputs = draw(st.integers(2, 5))
     loss = draw(st.sampled_from(sorted(LOSSES)))
     label, seed = draw(st.integers(0, outputs - 1)), draw(st.integers(0, 2**16))
-    return NetSpec(input_shape, tuple(blocks), outputs, draw(st.booleans()), loss, label, seed)
+    return NetSpec(
+        input_shape=input_shape,
+        blocks=tuple(blocks),
+        outputs=outputs,
+        head_bias=draw(st.booleans()),
+        loss=loss,
+        label=label,
+        seed=seed,
+    )
 
 
 class NnxNet(nnx.Module):

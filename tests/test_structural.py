@@ -164,7 +164,16 @@ def random_geometry(rng):
         return random_geometry(rng)
     groups, channels, features = int(rng.integers(1, 3)), int(rng.integers(1, 4)), int(rng.integers(1, 7))
     unknowns = groups * channels * math.prod(axis.positions for axis in axes)
-    return Geometry(unknowns, 0, 0, True, tuple(axes), groups * channels, groups * features, groups)
+    return Geometry(
+        unknowns=unknowns,
+        rows=0,
+        parameters=0,
+        simple=True,
+        axes=tuple(axes),
+        channels=groups * channels,
+        features=groups * features,
+        groups=groups,
+    )
 
 
 def study(seeds):
@@ -203,8 +212,8 @@ def test_a_map_is_read_with_groups_padding_norm_and_pooling():
     )
     assert first.simple
     assert (first.channels, first.features, first.groups, first.scales) == (4, 6, 2, 6)
-    assert first.axes[0] == Axis(12, Window(3, 2, 1, 3, 1, 0), Window(2, 2, 0, 6))
-    assert first.axes[1] == Axis(12, Window(2, 1, 0, 6, 1, 1), Window(2, 2, 0, 6))
+    assert first.axes[0] == Axis(12, Window(size=3, stride=2, low=1, outputs=3, dilation=1, high=0), Window(2, 2, 0, 6))
+    assert first.axes[1] == Axis(12, Window(size=2, stride=1, low=0, outputs=6, dilation=1, high=1), Window(2, 2, 0, 6))
     assert head.simple
     assert structural_count(head).rank == 6
 

@@ -181,3 +181,31 @@ def test_nothing_is_configured_or_seeded_globally(path):
     if name_of(path) not in ("cli.py", "__main__.py") and not name_of(path).startswith("cli/"):
         assert "jax.config.update" not in calls
         assert "print" not in calls or under(path, "report") or "/_make" in name_of(path)
+
+
+def records():
+    """By module, the records that it defines or imports: {name: fields}."""
+    own, seen = {}, {}
+    for module, path in modules().items():
+        tree = ast.parse(path.read_text())
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+        own[module] = {n.name: [b for b in n.body if isinstance(b, ast.AnnAssign)] for n in classes}
+        seen[module] = tree
+    for module, tree in seen.items():
+        found = dict(own[module])
+        for n in ast.walk(tree):
+            if isinstance(n, ast.ImportFrom) and n.module in own:
+                found |= {a.asname or a.name: own[n.module][a.name] for a in n.names if a.name in own[n.module]}
+        yield module, tree, {name for name, fields in found.items() if len(fields) > 4}
+
+
+def test_records_of_many_fields_are_built_by_keyword():
+    """Nobody counts arguments: whoever builds a record of more than four fields from more than four names them."""
+    found, many = 0, []
+    for module, tree, names in records():
+        for n in ast.walk(tree):
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names:
+                found += 1
+                many += [f"{module}:{n.lineno}"] if len(n.args) > 4 else []
+    assert found > 50
+    assert not many

@@ -123,19 +123,19 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
     between = meta["input_range"] if mean is None or "input_range" in meta else hull(mean, std)
     precision = max((g.dtype for g in gradients.values()), key=lambda d: np.finfo(d).eps if d.kind == "f" else 0)
     return Observation(
-        model,
-        gradients,
-        meta["loss"],
-        tuple(int(s) for s in meta["input_shape"]),
-        (float(between[0]), float(between[1])),
-        int(meta.get("examples", 1)),
-        str(precision),
-        meta.get("defense"),
-        int(meta.get("local_steps", 1)),
-        meta.get("learning_rate"),
-        float(meta.get("weight_decay", 0.0)),
-        mean,
-        std,
+        model=model,
+        gradients=gradients,
+        loss=meta["loss"],
+        input_shape=tuple(int(s) for s in meta["input_shape"]),
+        input_range=(float(between[0]), float(between[1])),
+        examples=int(meta.get("examples", 1)),
+        precision=str(precision),
+        defense=meta.get("defense"),
+        local_steps=int(meta.get("local_steps", 1)),
+        learning_rate=meta.get("learning_rate"),
+        weight_decay=float(meta.get("weight_decay", 0.0)),
+        input_mean=mean,
+        input_std=std,
         factors=factors_of(gradients, meta.get("gradient_scale")),
     )
 

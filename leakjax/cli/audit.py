@@ -104,7 +104,7 @@ def audit(
         dp_sgd = None
         if clip is not None and noise_multiplier is not None:
             multipliers = tuple(numbers("--noise-multiplier", noise_multiplier))
-            dp_sgd = DPSGD(clip, multipliers, sampling_rate, steps, delta)
+            dp_sgd = DPSGD(clip, multipliers, sampling_rate=sampling_rate, steps=steps, delta=delta)
         sigmas = SIGMAS if noise is None else numbers("--noise", noise)
         directory = writable(out)
         setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)

@@ -62,7 +62,13 @@ def capture(
         directory = writable(out)
         told = (loss, input_shape, input_range, weights, input_mean, input_std)
         setup = Setup.load(model, activation, init, seed, *told)
-        sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
+        sending = Sending(
+            defense=defense,
+            seed=seed,
+            local_steps=local_steps,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay or 0.0,
+        )
         observation, _ = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         path = directory / "capture.npz"
         write_capture(observation, path)

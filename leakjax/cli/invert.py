@@ -131,7 +131,13 @@ def invert(
             _agree_by_channel("--input-mean", setup.input_mean, observation.input_mean, observation.input_shape[-1])
             _agree_by_channel("--input-std", setup.input_std, observation.input_std, observation.input_shape[-1])
         else:
-            sending = Sending(defense, seed, local_steps, learning_rate, weight_decay or 0.0)
+            sending = Sending(
+                defense=defense,
+                seed=seed,
+                local_steps=local_steps,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay or 0.0,
+            )
             observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
         given = None if labels is None else integers("--labels", labels)
         with progress(console) as tell:

@@ -156,9 +156,22 @@ def observe(
             g = protect.apply(g, read, inputs, victim)
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
-    told = (int(batch_size), dtype, protect.name, *steps, decay, mean, std)
-    factors = factors_of(stacked, None if protect.name == CUSTOM else 1.0)
-    return Observation(read, stacked, loss, tuple(images.shape[1:]), between, *told, factors=factors)
+    return Observation(
+        model=read,
+        gradients=stacked,
+        loss=loss,
+        input_shape=tuple(images.shape[1:]),
+        input_range=between,
+        examples=int(batch_size),
+        precision=dtype,
+        defense=protect.name,
+        local_steps=steps[0],
+        learning_rate=steps[1],
+        weight_decay=decay,
+        input_mean=mean,
+        input_std=std,
+        factors=factors_of(stacked, None if protect.name == CUSTOM else 1.0),
+    )
 
 
 def check_observation(observation: Observation) -> None:

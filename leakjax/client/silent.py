@@ -73,7 +73,14 @@ def with_silent(
         return tuple(values[k] if k >= 0 else missing for k in source)
 
     failed = [
-        Certificate("failed", None, int(np.prod(shape)), None, "head", reason=silent.get(k // size))
+        Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=int(np.prod(shape)),
+            condition=None,
+            layer="head",
+            reason=silent.get(k // size),
+        )
         for k in range(len(source))
     ]
     return dataclasses.replace(

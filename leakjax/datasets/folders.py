@@ -111,7 +111,7 @@ def prepare_folder(folder: str, size: str | None, name: str | None, data_dir: Pa
     features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=classes)}
     generators = {split: partial(examples, files) for split, files in splits.items()}
     written = write_set(name, "1.0.0", f"The photos in {folder}", features, generators, home)
-    return Prepared(name, written, counts, True, {})
+    return Prepared(name=name, folder=written, splits=counts, written=True, missing={})
 
 
 def _folders(place: Path) -> list[Path]:

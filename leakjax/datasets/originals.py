@@ -39,7 +39,9 @@ def _idx_set(url: str, names: tuple[str, ...] | None = None) -> Original:
         for split, prefix, count in (("train", "train", 60000), ("test", "t10k", 10000))
     }
     named = {"label": names} if names else {}
-    return Original("3.0.1", url, (28, 28, 1), splits, {"label": 10}, records.idx, named)
+    return Original(
+        version="3.0.1", url=url, shape=(28, 28, 1), splits=splits, labels={"label": 10}, read=records.idx, named=named
+    )
 
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
@@ -47,43 +49,43 @@ _CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ank
 
 ORIGINALS: Mapping[str, Original] = {
     "cifar10": Original(
-        "3.0.2",
-        _CIFAR + "cifar-10-binary.tar.gz",
-        (32, 32, 3),
-        {
+        version="3.0.2",
+        url=_CIFAR + "cifar-10-binary.tar.gz",
+        shape=(32, 32, 3),
+        splits={
             "train": (tuple(f"data_batch_{k}.bin" for k in range(1, 6)), 50000),
             "test": (("test_batch.bin",), 10000),
         },
-        {"label": 10},
-        records.cifar,
-        {"label": "batches.meta.txt"},
-        5,
+        labels={"label": 10},
+        read=records.cifar,
+        named={"label": "batches.meta.txt"},
+        digits=5,
     ),
     "cifar100": Original(
-        "3.0.2",
-        _CIFAR + "cifar-100-binary.tar.gz",
-        (32, 32, 3),
-        {"train": (("train.bin",), 50000), "test": (("test.bin",), 10000)},
-        {"coarse_label": 20, "label": 100},
-        records.cifar,
-        {"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
-        5,
+        version="3.0.2",
+        url=_CIFAR + "cifar-100-binary.tar.gz",
+        shape=(32, 32, 3),
+        splits={"train": (("train.bin",), 50000), "test": (("test.bin",), 10000)},
+        labels={"coarse_label": 20, "label": 100},
+        read=records.cifar,
+        named={"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"},
+        digits=5,
     ),
     "mnist": _idx_set("https://storage.googleapis.com/cvdf-datasets/mnist/"),
     "fashion_mnist": _idx_set("https://github.com/zalandoresearch/fashion-mnist", tuple(_CLOTHES.split(","))),
     "svhn_cropped": Original(
-        "3.1.0",
-        "http://ufldl.stanford.edu/housenumbers/",
-        (32, 32, 3),
-        {
+        version="3.1.0",
+        url="http://ufldl.stanford.edu/housenumbers/",
+        shape=(32, 32, 3),
+        splits={
             "train": (("train_32x32.mat",), 73257),
             "test": (("test_32x32.mat",), 26032),
             "extra": (("extra_32x32.mat",), 531131),
         },
-        {"label": 10},
-        records.mat,
-        {},
-        6,
+        labels={"label": 10},
+        read=records.mat,
+        named={},
+        digits=6,
     ),
 }
 

@@ -112,7 +112,7 @@ def _report(name: str, builder: Any, written: bool) -> Prepared:
     splits = {split: int(info.num_examples) for split, info in builder.info.splits.items()}
     published = {split: count for split, (_, count) in ORIGINALS[name].splits.items() if split != "extra"}
     missing = {split: count for split, count in published.items() if splits.get(split, 0) != count}
-    return Prepared(name, Path(builder.data_dir), splits, written, missing)
+    return Prepared(name=name, folder=Path(builder.data_dir), splits=splits, written=written, missing=missing)
 
 
 def _download(name: str, original: Original, home: Path) -> None:

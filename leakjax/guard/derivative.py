@@ -42,7 +42,9 @@ def linearize_update(update: Callable[[Any], Any], images: Float[Array, "B ..."]
     sizes = [jnp.broadcast_to(w, a.shape) for w, a in zip(inverse_norms(at_x), at_x, strict=True)]
     weights = _ravel(sizes, start.dtype)
     weights = jnp.where(jnp.isfinite(weights), weights, 1.0)
-    return Derivative(forward, lambda c: transposed(c)[0], weights, start, images.shape[0])
+    return Derivative(
+        forward=forward, adjoint=lambda c: transposed(c)[0], weights=weights, start=start, examples=images.shape[0]
+    )
 
 
 def each(function: Callable[[Array], Array], rows: Shaped[Array, "k ..."], passes: int = 1) -> Array:

@@ -162,7 +162,19 @@ def _transformation(score: Callable[[Any, Any, Any], Score]) -> optax.GradientTr
     def init(params: Any) -> GuardState:
         del params
         none, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        return GuardState(Score(none, none, none, none, none, jnp.ones((), bool), count), count, count)
+        return GuardState(
+            Score(
+                leaked_dimensions=none,
+                leaked_fraction=none,
+                predicted_psnr=none,
+                worst_leaked_fraction=none,
+                worst_psnr=none,
+                allowed=jnp.ones((), bool),
+                reason=count,
+            ),
+            count,
+            count,
+        )
 
     def update(
         updates: Any, state: Any, params: Any = None, *, images: Any, labels: Any, **extra_args: Any

@@ -163,7 +163,15 @@ def score_of(
         jnp.where(lost, most, value) for most, value in zip((1.0, PSNR_CAP) * 2, (*means, *worsts), strict=True)
     )
     dimensions = jnp.where(lost, float(pixels), leak.dimensions.astype(jnp.float32))
-    return Score(dimensions, share, psnr, worst_share, worst_psnr, reason == 0, reason)
+    return Score(
+        leaked_dimensions=dimensions,
+        leaked_fraction=share,
+        predicted_psnr=psnr,
+        worst_leaked_fraction=worst_share,
+        worst_psnr=worst_psnr,
+        allowed=reason == 0,
+        reason=reason,
+    )
 
 
 def _psnr(error: Array, prior: float) -> Array:

@@ -92,7 +92,19 @@ def audit(
         withheld = [] if chosen is None else [Withheld(tuple(names[i] for i in chosen[0]), chosen[1])]
         if not shapes_only:
             x, y = batch_of(read, shape, images, labels, limits, seed)
-            batch, asked = len(x), Asked(loss, limits, sigmas, dp_sgd, epsilons, seed, tell, noise is not SIGMAS)
+            batch, asked = (
+                len(x),
+                Asked(
+                    loss=loss,
+                    limits=limits,
+                    noise=sigmas,
+                    dp_sgd=dp_sgd,
+                    epsilons=epsilons,
+                    seed=seed,
+                    tell=tell,
+                    asked=noise is not SIGMAS,
+                ),
+            )
             found = measure(read, segments, x, y, asked)
             if chosen is not None and segments and found.leakage is not None and not found.doubt.spots:
                 paths = {path for i in chosen[0] for path in segments[i].paths}

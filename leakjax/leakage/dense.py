@@ -40,7 +40,13 @@ def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: flo
     rows = sum(int(a.size) for a in jax.tree.leaves(jax.eval_shape(gradient, variables, x, labels)))
     found = row_space(lambda v: program(variables, x, labels, v), rows, x.size, x.dtype)
     values, vectors = scale**2 * found.values, found.vectors
-    return Leakage((vectors * values) @ vectors.T, values, vectors, found.rank, found.share.reshape(x.shape))
+    return Leakage(
+        gram=(vectors * values) @ vectors.T,
+        values=values,
+        vectors=vectors,
+        rank=found.rank,
+        map=found.share.reshape(x.shape),
+    )
 
 
 def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:

@@ -36,7 +36,7 @@ def estimate(
         points = asked.private(_points(sigmas, private))
     if found is None:
         remark += "no spectrum, map or bound without noise levels"
-        return Measured(layers, None, points, None, None, (remark,))
+        return Measured(layers=layers, leakage=None, points=points, spectrum=None, map=None, remarks=(remark,))
     plain = (dataclasses.replace(point, asked=asked.asked) for point in _points(asked.noise, found))
     points = (*plain, *points)
     spectrum = tuple((asked.scale * found.singular_values).tolist())
@@ -44,15 +44,24 @@ def estimate(
     reached = [f for f in floors if found.singular_values[:1].max(initial=0.0) <= MAP_STEPS * f]
     if not reached:
         remark += " and no map (name a higher noise level for one)"
-        return Measured(layers, None, points, spectrum, None, (remark,))
+        return Measured(layers=layers, leakage=None, points=points, spectrum=spectrum, map=None, remarks=(remark,))
     asked.tell("estimating the map")
     options = {"probes": MAP_PROBES, "steps": MAP_STEPS, "block": MAP_BLOCK, "seed": asked.seed}
     drawn = estimate_map(gradient, *arrays, floor=min(reached), **options)
     error = float(np.sqrt(np.mean(drawn.standard_error**2)))
     remark += f"; the map is of blocks of {MAP_BLOCK} at noise {min(reached) * unit:g}, standard error {error:.2f}"
-    return Measured(layers, None, points, spectrum, drawn.map, (remark,))
+    return Measured(layers=layers, leakage=None, points=points, spectrum=spectrum, map=drawn.map, remarks=(remark,))
 
 
 def _points(sigmas: Sequence[float], found: SpectrumEstimate) -> tuple[NoisePoint, ...]:
     rows = zip(sigmas, found.counts.tolist(), found.counts_error.tolist(), strict=True)
-    return tuple(NoisePoint(sigma, None, None, count, error) for sigma, count, error in rows)
+    return tuple(
+        NoisePoint(
+            sigma=sigma,
+            psnr_bound=None,
+            psnr_estimate_prior=None,
+            effective_dimensions=count,
+            effective_dimensions_error=error,
+        )
+        for sigma, count, error in rows
+    )

@@ -64,7 +64,11 @@ def layer_leakage(
             if full:
                 depth = back
                 break
-        found.append(LayerLeakage(rank, condition, known, passing, depth))
+        found.append(
+            LayerLeakage(
+                rank=rank, condition=condition, known_share=known, passing_share=passing, pull_back_depth=depth
+            )
+        )
     return found
 
 

@@ -82,7 +82,9 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
         asked.tell("building the Jacobian of clipped gradients")
         limited = dense_leakage(clipped, *arrays, asked.scale)
         points += asked.private(_noise_points(limited, x.shape, asked.private_sigmas(len(x))))
-    return Measured(layers, leakage, points, _spectrum(leakage), leakage.map, doubt=doubt)
+    return Measured(
+        layers=layers, leakage=leakage, points=points, spectrum=_spectrum(leakage), map=leakage.map, doubt=doubt
+    )
 
 
 def _measure_rounded(
@@ -104,7 +106,15 @@ def _measure_rounded(
     asked.tell("building the Jacobian behind the rounding")
     leakage = dense_leakage(data_gradient(behind), variables, y, labels, front.slope)
     remarks += ("ranks, map and spectrum are of the images as they are after " + " and ".join(doubt.spots),)
-    return Measured((), leakage, None, _spectrum(leakage), leakage.map, remarks, doubt._replace(picture=front.psnr))
+    return Measured(
+        layers=(),
+        leakage=leakage,
+        points=None,
+        spectrum=_spectrum(leakage),
+        map=leakage.map,
+        remarks=remarks,
+        doubt=doubt._replace(picture=front.psnr),
+    )
 
 
 def _fits(n: int) -> bool:

@@ -71,14 +71,18 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
     "identity": ActivationKind(lambda z, _: z, lambda x, _: x, _whole),
     "relu": ActivationKind(lambda z, _: jax.nn.relu(z), lambda x, _: x, _above(0.0)),
     "leaky_relu": ActivationKind(
-        lambda z, a: jax.nn.leaky_relu(z, a), lambda x, a: jnp.where(x >= 0, x, x / a), _whole, 0.2, lambda f: -f(-1.0)
+        function=lambda z, a: jax.nn.leaky_relu(z, a),
+        inverse=lambda x, a: jnp.where(x >= 0, x, x / a),
+        domain=_whole,
+        default=0.2,
+        fit=lambda f: -f(-1.0),
     ),
     "elu": ActivationKind(
-        lambda z, a: jax.nn.elu(z, a),
-        lambda x, a: jnp.where(x > 0, x, jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
-        lambda a: (-a, np.inf),
-        1.0,
-        lambda f: -f(-1e3),
+        function=lambda z, a: jax.nn.elu(z, a),
+        inverse=lambda x, a: jnp.where(x > 0, x, jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
+        domain=lambda a: (-a, np.inf),
+        default=1.0,
+        fit=lambda f: -f(-1e3),
     ),
     "selu": ActivationKind(
         _selu,
@@ -88,11 +92,11 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
         lambda _: (-_SELU_SCALE * _SELU_ALPHA, np.inf),
     ),
     "celu": ActivationKind(
-        lambda z, a: jax.nn.celu(z, a),
-        lambda x, a: jnp.where(x > 0, x, a * jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
-        lambda a: (-a, np.inf),
-        1.0,
-        lambda f: -f(-1e6),
+        function=lambda z, a: jax.nn.celu(z, a),
+        inverse=lambda x, a: jnp.where(x > 0, x, a * jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
+        domain=lambda a: (-a, np.inf),
+        default=1.0,
+        fit=lambda f: -f(-1e6),
     ),
     "softplus": ActivationKind(lambda z, _: jax.nn.softplus(z), lambda x, _: x + jnp.log(-jnp.expm1(-x)), _above(0.0)),
     "sigmoid": ActivationKind(
@@ -221,7 +225,14 @@ def build_activation(
         reference = np.asarray(kind.function(jnp.asarray(grid, dtype), p), float)
         if np.all(np.abs(reference - values) <= tolerance * np.maximum(1e-3, np.abs(values))):
             return Activation(name if p is None else f"{name}:{p:.6g}", function, kind, p)
-    return Activation("elementwise", function, None, None, _monotone_pieces(apply, dtype), parametric)
+    return Activation(
+        name="elementwise",
+        function=function,
+        kind=None,
+        parameter=None,
+        pieces=_monotone_pieces(apply, dtype),
+        parametric=parametric,
+    )
 
 
 def parse_activation(text: str) -> Function:

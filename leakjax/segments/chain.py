@@ -155,16 +155,16 @@ def _segment(
 
     owned = tuple(path for path in used if path in model.params)
     segment = Segment(
-        _name(owned, group) or f"segment{position + 1}",
-        owned,
-        graph.structs[group.map[0]],
-        graph.structs[group.map[1]],
-        apply,
-        activation(*group.activation),
-        max((jaxprs.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
-        read_geometry(graph, start, end, {v for v, path in names.items() if path in model.params}),
-        group.nonlinearity,
-        read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
+        name=_name(owned, group) or f"segment{position + 1}",
+        paths=owned,
+        input=graph.structs[group.map[0]],
+        output=graph.structs[group.map[1]],
+        function=apply,
+        activation=activation(*group.activation),
+        work=max((jaxprs.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
+        geometry=read_geometry(graph, start, end, {v for v, path in names.items() if path in model.params}),
+        nonlinearity=group.nonlinearity,
+        stages=read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
     )
     if checked and not segment.linear:
         weights = {path: model.variables[path] for path in used}

@@ -152,11 +152,20 @@ def _pools(equations: Sequence[jaxprs.Equation], graph: jaxprs.Graph) -> list[_S
         elif e.name == "reduce_window_sum" and all(d == 1 for d in e.params["base_dilation"]):
             p = e.params
             rows = zip(p["window_dimensions"], p["window_strides"], p["padding"], p["window_dilation"], strict=True)
-            windows = {d: Window(w, s, low, out[d], dil, high) for d, (w, s, (low, high), dil) in enumerate(rows)}
+            windows = {
+                d: Window(size=w, stride=s, low=low, outputs=out[d], dilation=dil, high=high)
+                for d, (w, s, (low, high), dil) in enumerate(rows)
+            }
             steps.append({d: w for d, w in windows.items() if w != Window(1, 1, 0, out[d])})
         elif e.name == "pad" and all(inside == 0 and low >= 0 for low, _, inside in e.params["padding_config"]):
             config = enumerate(e.params["padding_config"])
-            steps.append({d: Window(1, 1, low, out[d], 1, high) for d, (low, high, _) in config if low or high})
+            steps.append(
+                {
+                    d: Window(size=1, stride=1, low=low, outputs=out[d], dilation=1, high=high)
+                    for d, (low, high, _) in config
+                    if low or high
+                }
+            )
         else:
             return None
     return steps
@@ -175,7 +184,14 @@ def _convolution(e: jaxprs.Equation, graph: jaxprs.Graph, live: set[int]) -> _Si
     axes = []
     for k, d in enumerate(numbers.lhs_spec[2:]):
         (low, high), stride, dilation = (e.params[p][k] for p in ("padding", "window_strides", "rhs_dilation"))
-        window = Window(kernel[numbers.rhs_spec[2 + k]], stride, low, out[numbers.out_spec[2 + k]], dilation, high)
+        window = Window(
+            size=kernel[numbers.rhs_spec[2 + k]],
+            stride=stride,
+            low=low,
+            outputs=out[numbers.out_spec[2 + k]],
+            dilation=dilation,
+            high=high,
+        )
         axes.append((d, Axis(shape[d], window)))
     features = kernel[numbers.rhs_spec[0]]
     return tuple(axes), shape[numbers.lhs_spec[1]], features, e.params["feature_group_count"]

@@ -69,13 +69,28 @@ def descend(
         updates, state = optimizer.update(grad, s.optimizer, s.x, value=value, grad=grad, value_fn=objective)
         idle, mark = jnp.where(gained, 0, s.idle + 1), jnp.where(gained, lowest, s.mark)
         x: Any = optax.apply_updates(s.x, updates)
-        return _State(x, state, best, lowest, mark, idle, s.steps + 1, finite)
+        return _State(
+            x=x, optimizer=state, best=best, value=lowest, mark=mark, idle=idle, steps=s.steps + 1, finite=finite
+        )
 
     def going(s: _State) -> Array:
         return s.finite & (s.steps <= steps) & (s.idle < patience)
 
     zero, unknown = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, jax.tree.leaves(start)[0].dtype)
-    end = jax.lax.while_loop(going, step, _State(start, first, start, unknown, unknown, zero, zero, jnp.ones((), bool)))
+    end = jax.lax.while_loop(
+        going,
+        step,
+        _State(
+            x=start,
+            optimizer=first,
+            best=start,
+            value=unknown,
+            mark=unknown,
+            idle=zero,
+            steps=zero,
+            finite=jnp.ones((), bool),
+        ),
+    )
     state = jnp.where(end.idle >= patience, CONVERGED, OUT_OF_STEPS)
     return Descent(end.best, end.value, jnp.maximum(end.steps - 1, 0), jnp.where(end.finite, state, DIVERGED))
 

@@ -51,12 +51,12 @@ def full_steps(
         norm = optax.tree.norm(residual(new))
         better = norm < 0.9 * s.least
         return _State(
-            new,
-            jnp.where(norm < s.least, new, s.best),
-            jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), s.least),
-            jnp.where(better, 0, s.waited + 1),
-            s.steps + 1,
-            s.inner_steps + inner_steps,
+            x=new,
+            best=jnp.where(norm < s.least, new, s.best),
+            least=jnp.minimum(jnp.where(jnp.isnan(norm), jnp.inf, norm), s.least),
+            waited=jnp.where(better, 0, s.waited + 1),
+            steps=s.steps + 1,
+            inner_steps=s.inner_steps + inner_steps,
         )
 
     def going(s: _State) -> Array:
@@ -64,6 +64,6 @@ def full_steps(
         return (s.least > tolerance * size) & (s.waited < _PATIENCE) & (s.steps < max_steps) & finite
 
     zero = jnp.zeros((), jnp.int32)
-    start = _State(x, x, optax.tree.norm(residual(x)), zero, zero, zero)
+    start = _State(x=x, best=x, least=optax.tree.norm(residual(x)), waited=zero, steps=zero, inner_steps=zero)
     end = jax.lax.while_loop(going, step, start)
     return NewtonSolution(end.best, end.least / size, end.steps, end.inner_steps)

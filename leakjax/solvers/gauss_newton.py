@@ -147,7 +147,15 @@ def _minimize(
             new_cost = jnp.where(settled, cost_at(new_x, sharper), new_cost)
             new_damping = jnp.where(settled, jnp.minimum(new_damping, damping), new_damping)
             stalled = jnp.where(settled, 0, stalled)
-        return _State(new_x, new_cost, new_damping, sharper, stalled, s.steps + 1, s.inner_steps + inner_steps)
+        return _State(
+            x=new_x,
+            cost=new_cost,
+            damping=new_damping,
+            smoothing=sharper,
+            stalled=stalled,
+            steps=s.steps + 1,
+            inner_steps=s.inner_steps + inner_steps,
+        )
 
     def going(s: _State) -> Array:
         short = jnp.sqrt(2 * s.cost) > tolerance * size
@@ -156,6 +164,14 @@ def _minimize(
 
     zero = jnp.zeros((), jnp.int32)
     level = jnp.asarray(smoothing if smooth else 0.0, x.dtype)
-    start = _State(x, cost_at(x, level), jnp.asarray(damping, x.dtype), level, zero, zero, zero)
+    start = _State(
+        x=x,
+        cost=cost_at(x, level),
+        damping=jnp.asarray(damping, x.dtype),
+        smoothing=level,
+        stalled=zero,
+        steps=zero,
+        inner_steps=zero,
+    )
     end = jax.lax.while_loop(going, step, start)
     return NewtonSolution(end.x, jnp.sqrt(2 * end.cost) / size, end.steps, end.inner_steps)

@@ -69,7 +69,14 @@ def solve_side(
         correction = solve(optax.tree.sub(side, operator.mv(x)), probe - x)
         x, steps = x + correction.x, steps + correction.steps
     lost = jnp.linalg.norm(x - probe) / size
-    return LsmrSolution(x, relative_residual(operator, side, x), lost, steps, first.alphas, first.betas)
+    return LsmrSolution(
+        x=x,
+        residual=relative_residual(operator, side, x),
+        lost=lost,
+        steps=steps,
+        alphas=first.alphas,
+        betas=first.betas,
+    )
 
 
 def solve_lsmr(
@@ -119,9 +126,21 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     """
     matrix, vector = np.asarray(matrix, np.float64), np.asarray(vector, np.float64)
     if not np.all(np.isfinite(matrix)) or not np.all(np.isfinite(vector)):
-        return DenseSolution(np.zeros(matrix.shape[1]), float("inf"), 0, float("inf"), np.zeros(matrix.shape[1]))
+        return DenseSolution(
+            x=np.zeros(matrix.shape[1]),
+            residual=float("inf"),
+            rank=0,
+            condition=float("inf"),
+            seen=np.zeros(matrix.shape[1]),
+        )
     if not np.any(matrix):
-        return DenseSolution(np.zeros(matrix.shape[1]), float(np.any(vector)), 0, 1.0, np.zeros(matrix.shape[1]))
+        return DenseSolution(
+            x=np.zeros(matrix.shape[1]),
+            residual=float(np.any(vector)),
+            rank=0,
+            condition=1.0,
+            seen=np.zeros(matrix.shape[1]),
+        )
     u, s, vt = _gram_svd(matrix) if min(matrix.shape) > _SMALL else np.linalg.svd(matrix, full_matrices=False)
     if min(matrix.shape) > _SMALL:
         if np.any((s > 1e-7 * s[0]) & (s < 1e-5 * s[0])):
@@ -135,7 +154,7 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     size = float(np.linalg.norm(vector))
     residual = float(np.linalg.norm(matrix @ x - vector)) / (size if size > 0 else 1.0)
     seen = np.clip(np.sum(vt**2, axis=0), 0.0, 1.0)
-    return DenseSolution(x, residual, len(s), float(s[0] / s[-1]), seen)
+    return DenseSolution(x=x, residual=residual, rank=len(s), condition=float(s[0] / s[-1]), seen=seen)
 
 
 def _gram_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -72,18 +72,18 @@ def lsmr(
     scalars = (alpha, alpha, one, one, one, zero, zero, alpha * beta, beta, zero, one, zero, zero)
     record = jnp.zeros(max_steps + 1, dtype)
     start = _State(
-        jnp.zeros((), jnp.int32),
-        jax.tree.map(jnp.zeros_like, v),
-        u,
-        v,
-        v,
-        jax.tree.map(jnp.zeros_like, v),
-        scalars,
-        alpha**2,
-        beta,
-        (alpha * beta) == 0,
-        record.at[0].set(alpha),
-        record,
+        k=jnp.zeros((), jnp.int32),
+        x=jax.tree.map(jnp.zeros_like, v),
+        u=u,
+        v=v,
+        h=v,
+        hbar=jax.tree.map(jnp.zeros_like, v),
+        scalars=scalars,
+        norm_a2=alpha**2,
+        norm_r=beta,
+        done=(alpha * beta) == 0,
+        alphas=record.at[0].set(alpha),
+        betas=record,
     )
 
     def step(s: _State) -> _State:
@@ -118,12 +118,12 @@ def lsmr(
         )  # fmt: skip
         done = solved | least | enough(x) | (alpha == 0) | (beta == 0) | (k >= max_steps)
         return _State(
-            k, x, u, v, h, hbar, scalars, norm_a2 + alpha**2, norm_r, done,
-            s.alphas.at[k].set(alpha), s.betas.at[k - 1].set(beta),
+            k=k, x=x, u=u, v=v, h=h, hbar=hbar, scalars=scalars, norm_a2=norm_a2 + alpha**2, norm_r=norm_r, done=done,
+            alphas=s.alphas.at[k].set(alpha), betas=s.betas.at[k - 1].set(beta),
         )  # fmt: skip
 
     end = jax.lax.while_loop(lambda s: ~s.done, step, start)
-    return Lsmr(end.x, end.k, end.norm_r / _nonzero(norm_b), end.alphas, end.betas)
+    return Lsmr(x=end.x, steps=end.k, residual=end.norm_r / _nonzero(norm_b), alphas=end.alphas, betas=end.betas)
 
 
 def extreme_singular_values(alphas: np.ndarray, betas: np.ndarray, steps: int) -> tuple[float, float]:

@@ -52,10 +52,12 @@ def null_projection(matrix: np.ndarray, guess: int) -> NullProjection | None:
         gram[np.diag_indices(len(gram))] += max(_SHIFT * np.trace(gram), np.finfo(float).tiny)
         factor = scipy.linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
         basis = scipy.linalg.solve_triangular(factor, rows, lower=True, check_finite=False)
-        return NullProjection(basis, False, used, factor, basis)
+        return NullProjection(basis=basis, null=False, used=used, factor=factor, rows=basis)
     null = null_space(rows, guess)
     if null is None or null.shape[1] == 0:
         return None
     gram = rows.T @ rows
     gram += (np.trace(gram) / len(gram)) * (null @ null.T)
-    return NullProjection(null.T.copy(), True, used, scipy.linalg.cholesky(gram, lower=True), rows)
+    return NullProjection(
+        basis=null.T.copy(), null=True, used=used, factor=scipy.linalg.cholesky(gram, lower=True), rows=rows
+    )

@@ -60,16 +60,46 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     nothing is certified, nor where the only answer leaves the input range.
     """
     if not outcome.candidates:
-        return Certificate("failed", None, unknowns, None, "head", reason=outcome.reason or _HEAD)
+        return Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=unknowns,
+            condition=None,
+            layer="head",
+            reason=outcome.reason or _HEAD,
+        )
     layers = outcome.layers
     unknowns = layers[0].unknowns
     condition = layers[0].condition
     if outcome.multiples and (outcome.psnr_estimate is not None or problem.rounding > HALF):
-        return Certificate("ambiguous", 0, unknowns, condition, None, "local", outcome.symmetry, reason=_RAY)
+        return Certificate(
+            status="ambiguous",
+            leaked_dimensions=0,
+            unknowns=unknowns,
+            condition=condition,
+            layer=None,
+            proof="local",
+            symmetry=outcome.symmetry,
+            reason=_RAY,
+        )
     if outcome.refuted:
-        return Certificate("failed", None, unknowns, condition, "network", reason=outcome.reason)
+        return Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=unknowns,
+            condition=condition,
+            layer="network",
+            reason=outcome.reason,
+        )
     if outcome.psnr_estimate is not None and not _within(problem, outcome):
-        return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
+        return Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=unknowns,
+            condition=condition,
+            layer=layers[0].name,
+            reason=_OUTSIDE,
+        )
     if outcome.psnr_estimate is not None:
         words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual, spread=outcome.psnr_spread)
         estimate = outcome.psnr_estimate
@@ -77,20 +107,50 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     found = _flaw(problem, outcome)
     if found is not None:
         layer, reason = found
-        return Certificate("failed", None, unknowns, condition, layer, reason=outcome.reason or reason)
+        return Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=unknowns,
+            condition=condition,
+            layer=layer,
+            reason=outcome.reason or reason,
+        )
     whole = layers[0].status in SOLVED
     several = len(outcome.candidates) > 1 or outcome.symmetry is not None or outcome.curved
     proof = outcome.proof or "local"
     if problem.rounding > HALF:
-        return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_COARSE)
+        return Certificate(
+            status="failed",
+            leaked_dimensions=None,
+            unknowns=unknowns,
+            condition=condition,
+            layer=layers[0].name,
+            reason=_COARSE,
+        )
     if whole and not several:
         if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
-            return Certificate("failed", None, unknowns, condition, layers[0].name, reason=_OUTSIDE)
+            return Certificate(
+                status="failed",
+                leaked_dimensions=None,
+                unknowns=unknowns,
+                condition=condition,
+                layer=layers[0].name,
+                reason=_OUTSIDE,
+            )
         return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
     rank = 0 if outcome.curved or (several and proof == "local") else layers[0].rank
     rank = rank - 1 if rank and outcome.multiples else rank
     reason = _open_words(outcome, whole)
-    return Certificate("ambiguous", rank, unknowns, condition, None, proof, outcome.symmetry, reason=reason)
+    return Certificate(
+        status="ambiguous",
+        leaked_dimensions=rank,
+        unknowns=unknowns,
+        condition=condition,
+        layer=None,
+        proof=proof,
+        symmetry=outcome.symmetry,
+        reason=reason,
+    )
 
 
 def _within(problem: Problem, outcome: Outcome) -> bool:

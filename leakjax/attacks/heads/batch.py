@@ -99,7 +99,9 @@ def read_dense_head(segment: Segment, variables: Arrays, loss: str) -> DenseHead
     labels = jnp.arange(2 * outputs) % outputs
     pulls = jax.vmap(lambda z, y: loss_pull(segment, variables, loss, z, jnp.full(examples, y)))(z, labels)
     freedom = int(np.linalg.matrix_rank(np.asarray(pulls).reshape(-1, outputs), rtol=1e-5))
-    return DenseHead(segment, *entries, bias_path(segment, variables), origin, freedom)
+    kernel, where = entries
+    bias = bias_path(segment, variables)
+    return DenseHead(segment=segment, kernel=kernel, where=where, bias=bias, origin=origin, freedom=freedom)
 
 
 def fits(head: DenseHead) -> bool:
@@ -134,7 +136,9 @@ def separate_examples(
     total = None if head.bias is None else _sum_of_pulls(segment, variables, head.bias, gradients[head.bias])
     basis = (s[:, None] * vt).reshape(segment.input.shape).astype(segment.input.dtype)
     seen = segment.function(variables, jnp.asarray(basis)) - head.origin
-    equations = _Equations(dict(variables), head.origin, seen, jnp.asarray(u, basis.dtype), total)
+    equations = _Equations(
+        variables=dict(variables), origin=head.origin, seen=seen, u=jnp.asarray(u, basis.dtype), total=total
+    )
     limit = min(_ENOUGH * rounding * s[0] / s[-1], accept)
 
     def attempt(labels: np.ndarray, steps: int, weighted: bool) -> tuple[np.ndarray, Any]:
@@ -161,7 +165,7 @@ def separate_examples(
             )
             condition = _condition(np.asarray(jacobian), c, s)
             x = np.tensordot(c, basis, axes=1)
-            one = BatchHead(labels, dz, x, float(residual), condition, w)
+            one = BatchHead(labels=labels, dz=dz, x=x, residual=float(residual), condition=condition, weights=w)
             if not any(_same(one, other) for other in found):
                 found.append(one)
     return found

@@ -94,7 +94,11 @@ def read_head(
             best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
             for label in map(int, best if labels is None else labels[v : v + 1]):
                 residual = float(off[v, label])
-                candidates.append(HeadCandidate(v, label, np.asarray(dz[v]), np.asarray(solution.x[v]), residual))
+                candidates.append(
+                    HeadCandidate(
+                        victim=v, label=label, dz=np.asarray(dz[v]), x=np.asarray(solution.x[v]), residual=residual
+                    )
+                )
         return HeadReading(candidates, solution)
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
     candidates = []
@@ -238,5 +242,9 @@ def _scalar_roots(
             for t in 0.5 * (low + high)[:8]:
                 off = np.asarray(ray(jnp.full(8, t, x.dtype), y), float)[0] - flat
                 dz = (direction / t).astype(direction.dtype)
-                candidates.append(HeadCandidate(0, label, dz, np.asarray(x * t), float(np.linalg.norm(off))))
+                candidates.append(
+                    HeadCandidate(
+                        victim=0, label=label, dz=dz, x=np.asarray(x * t), residual=float(np.linalg.norm(off))
+                    )
+                )
     return candidates

@@ -76,7 +76,7 @@ def _by_range(origin: np.ndarray, null: np.ndarray, low: float, high: float, noi
     whole = is_pinned(active)
     s = np.linalg.svd(active, compute_uv=False) if whole else np.ones(1)
     x = np.where(at_low, low, np.where(at_high, high, x))
-    return Closed(x, found.residual / size, float(s[0] / s[-1]), found.steps, whole)
+    return Closed(x=x, residual=found.residual / size, condition=float(s[0] / s[-1]), steps=found.steps, whole=whole)
 
 
 def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np.ndarray) -> Closed | None:
@@ -97,7 +97,9 @@ def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np
     s = np.linalg.svd(found.jacobian, compute_uv=False)
     whole = len(across.T) >= len(c) and bool(s[-1] > _RANK * s[0])
     condition = float(s[0] / s[-1]) if whole else float("inf")
-    return Closed(origin + null @ found.c, found.residual / size, condition, found.steps, whole)
+    return Closed(
+        x=origin + null @ found.c, residual=found.residual / size, condition=condition, steps=found.steps, whole=whole
+    )
 
 
 @keep(32)

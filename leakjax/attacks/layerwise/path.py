@@ -66,7 +66,17 @@ def layer_info(
     fitting = "determined" if rank == unknowns else "deficient"
     status = fitting if residual <= problem.matched else "failed"
     deficiency = None if rank is None else rank - unknowns
-    return LayerInfo(name, unknowns, rank, deficiency, condition, residual, 0, steps, status)
+    return LayerInfo(
+        name=name,
+        unknowns=unknowns,
+        rank=rank,
+        rank_deficiency=deficiency,
+        condition=condition,
+        residual=residual,
+        pull_back_depth=0,
+        steps=steps,
+        status=status,
+    )
 
 
 def drop_impossible(problem: Problem, segment: Segment, paths: list[Path]) -> list[Path]:

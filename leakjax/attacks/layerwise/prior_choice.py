@@ -144,11 +144,11 @@ def _surface(problem: Problem, segments: tuple[Segment, ...], known: Known, weig
     programs = _programs(segments, problem.input_shape, problem.input_range, problem.prior, problem.optimizer)
     residual, jacobian, prior, fall, shown = programs
     return _Surface(
-        lambda x: np.asarray(residual(given, x)),
-        lambda x: np.asarray(jacobian(given, x)),
-        lambda x: float(prior(given, x, weight)),
-        lambda x, space: np.asarray(fall(given, x, weight, space.basis, space.null)),
-        lambda x: float(shown(given, x)),
+        residual=lambda x: np.asarray(residual(given, x)),
+        jacobian=lambda x: np.asarray(jacobian(given, x)),
+        prior=lambda x: float(prior(given, x, weight)),
+        fall=lambda x, space: np.asarray(fall(given, x, weight, space.basis, space.null)),
+        shown=lambda x: float(shown(given, x)),
     )
 
 

@@ -53,7 +53,8 @@ def pull_back(
     From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
     Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
     """
-    plain, full, smooth, look, _ = _steps(tuple(segments), float(problem.tolerance))
+    programs = _programs(tuple(segments), float(problem.tolerance))
+    plain, full = programs.plain, programs.full
     given = arrays(problem, segments, known)
     tried: list[NewtonSolution] = []
 
@@ -62,7 +63,7 @@ def pull_back(
         return float(tried[-1].residual) <= problem.matched
 
     def attempt_smoothed(solve: Any, start: Any) -> bool:
-        smoothed = smooth(*given, jnp.asarray(start))
+        smoothed = programs.smooth(*given, jnp.asarray(start))
         matched = attempt(solve, smoothed.x)
         tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
         return matched
@@ -84,8 +85,8 @@ def pull_back(
             break
     found = min(tried, key=lambda trial: float(jnp.nan_to_num(trial.residual, nan=jnp.inf)))
     steps = sum(int(trial.inner_steps) for trial in tried)
-    probe, dx = look(*given, found.x)
-    return PullBack(found.x, dx, found.residual, steps, probe)
+    probe, dx = programs.look(*given, found.x)
+    return PullBack(x=found.x, dx=dx, residual=found.residual, steps=steps, probe=probe)
 
 
 def meet_top(
@@ -154,9 +155,9 @@ def products(
     problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
-    build = _steps(tuple(segments), float(problem.tolerance))[4]
+    programs = _programs(tuple(segments), float(problem.tolerance))
     given = arrays(problem, segments, known)
-    return lambda v: np.asarray(build(*given, jnp.asarray(x), jnp.asarray(v)))
+    return lambda v: np.asarray(programs.products(*given, jnp.asarray(x), jnp.asarray(v)))
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
@@ -175,8 +176,19 @@ def read_known(
     return dz, pulled_back(segments, variables, preimage, dz, gradient)
 
 
+class _Programs(NamedTuple):
+    """Compiled, each of (*arrays, u): Levenberg-Marquardt and full Gauss-Newton steps from u, continuation from
+    smoothed activations, the probe of the Jacobian at u with dL/du, and of (*arrays, u, v) the rows J^T J v."""
+
+    plain: Callable[..., NewtonSolution]
+    full: Callable[..., NewtonSolution]
+    smooth: Callable[..., NewtonSolution]
+    look: Callable[..., Any]
+    products: Callable[..., Array]
+
+
 @keep(32)
-def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
+def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
     read = functools.partial(read_known, segments)
 
     def unsmoothed(solver: Any, max_inner: int) -> Any:
@@ -215,7 +227,7 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
         xs, _, slopes = push_forward(segments, variables, x)
         return probe, pull_gradients(segments, variables, xs, slopes, dz)[1]
 
-    def build(*given: Any) -> Array:
+    def products(*given: Any) -> Array:
         *known, x, v = given
         _, residual = read(*known)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
@@ -226,4 +238,4 @@ def _steps(segments: tuple[Segment, ...], tolerance: float) -> Any:
 
         return jax.lax.map(column, v, batch_size=16)
 
-    return tuple(jax.jit(f) for f in (plain, full, smooth, look, build))
+    return _Programs(*map(jax.jit, (plain, full, smooth, look, products)))

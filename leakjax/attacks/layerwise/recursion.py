@@ -6,6 +6,7 @@ Candidates of the head (two roots, two signs) are followed side by side and drop
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -127,37 +128,80 @@ def _advance(problem: Problem, position: int, step: Step, size: int, paths: list
 
 
 def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool, nulls: Nulls) -> Path:
-    segment, (solution, dx, state) = problem.segments[position], solved
-    n = int(np.prod(segment.input.shape))
-    x, pulled, residual = np.asarray(solution.x[k]), dx[k], float(solution.residual[k])
-    seen: np.ndarray | None = np.ones(segment.input.shape)
-    rank: int | None = n
-    condition: float | None = lsmr_condition(solution, k)
-    anchor = path.anchor
-    deficient = solution.lost[k] > NULL_SPACE
+    """The path one layer further: closed by the activation before it, waiting, or with the layer's own answer."""
+    segment, state = problem.segments[position], solved.state
+    deficient = bool(solved.solution.lost[k] > NULL_SPACE)
     if waiting and deficient and path.certain:
         closed = close(problem, position, solved, k, path, nulls)
         if closed is not None:
             return closed
+    answer, anchor = _by_lsmr(segment, solved, k), path.anchor
+    here = Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     if anchor is not None or (waiting and deficient):
-        rank, seen = (None, None) if deficient else (n, seen)
-        anchor = anchor or Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
-    elif problem.solver == "dense" or not (solution.lost[k] <= NULL_SPACE and condition < ILL_CONDITIONED):
-        dense = solve_layer_densely(problem, segment, state, k, path.victim)
-        if dense is None:
-            rank, seen = (n, seen) if solution.lost[k] <= NULL_SPACE else (None, None)
-        else:
-            dz, answer = dense
-            rank, condition, seen = answer.rank, answer.condition, answer.seen.reshape(segment.input.shape)
-            if problem.solver == "dense" or answer.residual <= max(2 * residual, 1e-12) or rank == n:
-                x, residual = answer.x.reshape(segment.input.shape).astype(x.dtype), answer.residual
-                pulled = pull_back_cotangent(segment, problem.variables, x, dz)
-    info = layer_info(problem, segment.name, n, rank, condition, residual, int(solution.steps[k]))
-    noise = noise_level(problem, x, residual)
-    source = Anchor(0, state.x[k], state.dx[k], float(state.noise[k])) if position == 0 and anchor is None else None
-    return dataclasses.replace(
-        path, x=x, dx=pulled, noise=noise, layers=(info, *path.layers), seen=seen, anchor=anchor, source=source
+        anchor = anchor or here
+    elif problem.solver == "dense" or answer.rank is None or not answer.condition < ILL_CONDITIONED:
+        answer = _by_singular_values(problem, segment, solved, k, path.victim, answer)
+    info = layer_info(
+        problem,
+        segment.name,
+        answer.x.size,
+        answer.rank,
+        answer.condition,
+        answer.residual,
+        int(solved.solution.steps[k]),
     )
+    return dataclasses.replace(
+        path,
+        x=answer.x,
+        dx=answer.dx,
+        noise=noise_level(problem, answer.x, answer.residual),
+        layers=(info, *path.layers),
+        seen=answer.seen,
+        anchor=anchor,
+        source=dataclasses.replace(here, position=0) if position == 0 and anchor is None else None,
+    )
+
+
+class _Answer(NamedTuple):
+    """A layer's input by its own system: x and dL/dx, relative residual, condition, rank and row-space shares, the last
+    two None where they are not known."""
+
+    x: np.ndarray
+    dx: np.ndarray
+    residual: float
+    condition: float
+    rank: int | None
+    seen: np.ndarray | None
+
+
+def _by_lsmr(segment: Segment, solved: Solved, k: int) -> _Answer:
+    """What LSMR found; of full rank where it lost nothing of a random right-hand side."""
+    solution, x = solved.solution, np.asarray(solved.solution.x[k])
+    whole = bool(solution.lost[k] <= NULL_SPACE)
+    return _Answer(
+        x=x,
+        dx=solved.dx[k],
+        residual=float(solution.residual[k]),
+        condition=lsmr_condition(solution, k),
+        rank=x.size if whole else None,
+        seen=np.ones(segment.input.shape) if whole else None,
+    )
+
+
+def _by_singular_values(
+    problem: Problem, segment: Segment, solved: Solved, k: int, victim: int, answer: _Answer
+) -> _Answer:
+    """LSMR's answer, with the rank of the layer's matrix where that is small enough, and its solution where it fits."""
+    found = solve_layer_densely(problem, segment, solved.state, k, victim)
+    if found is None:
+        return answer
+    dz, dense = found
+    ranked = answer._replace(rank=dense.rank, condition=dense.condition, seen=dense.seen.reshape(segment.input.shape))
+    better = dense.residual <= max(2 * answer.residual, 1e-12) or dense.rank == answer.x.size
+    if problem.solver != "dense" and not better:
+        return ranked
+    x = dense.x.reshape(segment.input.shape).astype(answer.x.dtype)
+    return ranked._replace(x=x, dx=pull_back_cotangent(segment, problem.variables, x, dz), residual=dense.residual)
 
 
 def _check_memory(problem: Problem, size: int) -> None:

@@ -75,7 +75,7 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         noise = noise_level(problem, candidate.x, residual)
         target = problem.target(first + v)
         tags = np.array([candidate.label]) if target is None else target[None]
-        paths.append(Path(first + v, tags, candidate.x, dx, noise, (info,), seen))
+        paths.append(Path(victim=first + v, labels=tags, x=candidate.x, dx=dx, noise=noise, layers=(info,), seen=seen))
     return paths
 
 
@@ -112,7 +112,18 @@ def _of_batches(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]
             dx = pull_back_cotangent(head, problem.variables, x, dz)
             noise = noise_level(problem, x, one.condition * one.residual)
             weights = None if np.all(one.weights == 1.0) else one.weights
-            paths.append(Path(v, one.labels, x, dx, noise, (info,), np.ones(x.shape), weights=weights))
+            paths.append(
+                Path(
+                    victim=v,
+                    labels=one.labels,
+                    x=x,
+                    dx=dx,
+                    noise=noise,
+                    layers=(info,),
+                    seen=np.ones(x.shape),
+                    weights=weights,
+                )
+            )
     if not separable:
         raise InputError(
             f"the last layer's gradient does not separate the {problem.examples} examples behind it: it has {outputs} "

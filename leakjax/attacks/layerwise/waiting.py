@@ -1,35 +1,115 @@
-"""Paths with a waiting layer: its constraints pulled back, and what became of the layers in between."""
+"""Paths with a waiting layer: its constraints pulled back, and what became of the layers in between.
+
+A layer that its own equations leave open waits. At each segment before it the same three steps are taken:
+
+    Waiting -> lift | meet the top -> Newton -> Determined | StillOpen | Failed
+
+*Lift*, at the layer itself where it is nonlinear: its stages are solved one after another, last stage first. *Meet the
+top*, at segments further down: the last segment's rows alone, where these determine the input that is sought. *Newton*:
+the pulled-back residual of all segments from every start that there is. What is still open waits one segment deeper.
+"""
 
 import dataclasses
-import itertools
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.layerwise.lifted import lift
 from leakjax.attacks.layerwise.path import Anchor, Path, noise_level
 from leakjax.attacks.layerwise.pull_back import Known, PullBack, meet_top, pull_back
 from leakjax.attacks.layerwise.ranks import NULL_SPACE, pulled_rank
-from leakjax.attacks.layerwise.starts import input_limits, starts
+from leakjax.attacks.layerwise.roots import all_roots, near
+from leakjax.attacks.layerwise.starts import starts
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.reconstruction import LayerInfo
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import lsmr_condition
 
-MORE = 12  # starts beyond the first few, where the first solution leaves the range
-SPARE = 2.0  # equations for every unknown, from which on a second solution would be a coincidence
-SLACK = 5e-3  # of the range, for rounding
-ALIKE = 1e-6  # relative difference of two solutions that count as one
 _ANY = np.ones(1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Waiting:
+    """The layer that `path` waits with (`anchor`), as the segment at `position` meets it."""
+
+    problem: Problem
+    position: int
+    path: Path
+    anchor: Anchor
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """From the one whose input is sought to the one that waits."""
+        return self.problem.segments[self.position : self.anchor.position + 1]
+
+    @property
+    def known(self) -> Known:
+        """What is held at the output of the layer that waits."""
+        return Known(self.anchor.x, self.anchor.dx, self.anchor.noise, self.path.victim)
+
+    @property
+    def linear(self) -> bool:
+        """Whether every segment is affine in its input."""
+        return all(segment.linear for segment in self.segments)
+
+    @functools.cached_property
+    def own_starts(self) -> list[np.ndarray]:
+        """Where Newton's method begins when nothing better is known; none where the path's answer serves."""
+        guess = [] if self.linear else [near(self.problem, self.position, self.path)]
+        return [start for x in guess for start in starts(self.problem, self.position, x)]
+
+    def matches(self, residual: Any) -> bool:
+        """Whether a relative residual is rounding."""
+        return float(residual) <= self.problem.matched
+
+
+class Begin(NamedTuple):
+    """Newton's method may begin: from these guesses, best first; `alone`: whether the answer is the only one."""
+
+    anchor: Anchor
+    guesses: Sequence[np.ndarray]
+    alone: bool = False
+
+
+class StillOpen(NamedTuple):
+    """Directions are open: the layer waits one segment deeper, from here."""
+
+    anchor: Anchor
+    x: np.ndarray
+    dx: np.ndarray
+
+
+class Determined(NamedTuple):
+    """The input is found: the only one near, or, for the image, with the `rank` and row-space shares that there are."""
+
+    found: PullBack
+    rank: int | None
+    seen: np.ndarray | None
+
+
+class Failed(NamedTuple):
+    """The image is reached, and nothing matches."""
+
+    found: PullBack
 
 
 def wait(problem: Problem, position: int, path: Path) -> Path:
     """`path` with the nonlinear segment at `position` added to what waits: it has no linear step."""
     segment = problem.segments[position]
-    anchor = path.anchor or Anchor(position, path.x, path.dx, path.noise, None)
-    unknowns = int(np.prod(segment.input.shape))
-    info = LayerInfo(segment.name, unknowns, None, None, None, np.inf, 0, 0, "deficient")
+    anchor = path.anchor or Anchor(position, path.x, path.dx, path.noise, inside=None)
+    info = LayerInfo(
+        name=segment.name,
+        unknowns=int(np.prod(segment.input.shape)),
+        rank=None,
+        rank_deficiency=None,
+        condition=None,
+        residual=np.inf,
+        pull_back_depth=0,
+        steps=0,
+        status="deficient",
+    )
     return dataclasses.replace(path, layers=(info, *path.layers), seen=None, anchor=anchor)
 
 
@@ -39,152 +119,112 @@ def pull(problem: Problem, monitor: Monitor, position: int, path: Path) -> list[
     Left waiting, one segment deeper, where they still leave directions open. A linear layer alone has been solved
     already; a nonlinear one begins at several points, and has a path for every solution that is found in range.
     """
-    anchor = path.anchor
-    if anchor is None or (anchor.position == position and problem.segments[position].linear):
+    if path.anchor is None or (path.anchor.position == position and problem.segments[position].linear):
         return [path]
-    segments = problem.segments[position : anchor.position + 1]
-    monitor.tell(f"pulling {segments[-1].name} back to {segments[0].name}")
-    given = Known(anchor.x, anchor.dx, anchor.noise, path.victim)
-    linear = all(segment.linear for segment in segments)
-    own = [] if linear else list(starts(problem, position, _near(problem, position, path)))
-    guesses = [path.x] if linear else own
-    auto, staged = problem.pull_back == "auto", False
-    if auto and position == anchor.position:
-        lifted = lift(problem, segments[0], given)
-        anchor = dataclasses.replace(anchor, inside=None if lifted is None else lifted.inside)
-        if lifted is not None and lifted.x is not None:
-            clear = all(stage.activation is None or stage.activation.kind for stage in segments[0].stages)
-            if lifted.lost > NULL_SPACE and position > 0 and clear:
-                return [dataclasses.replace(path, x=lifted.x, dx=lifted.dx, anchor=anchor)]
-            staged = lifted.lost <= NULL_SPACE
-            guesses = [lifted.x, *guesses]
-    elif auto and anchor.inside is not None and (problem.network.has_kinks or not linear):
-        met = _meet_top(problem, segments, given, anchor.inside, position, guesses)
-        if met is not None:
-            guesses = [met, *guesses]
-        elif position > 0:
-            return [path if segments[0].linear else _blank(segments[0], path)]
-    found = pull_back(problem, segments, given, guesses, quick=not linear)
-    determined = position == 0 or float(found.probe.lost) <= NULL_SPACE
-    if not linear and determined and not float(found.residual) <= problem.matched:
-        found = pull_back(problem, segments, given, guesses)
-    solutions = [found]
-    if own and not staged and float(found.residual) <= problem.matched and float(found.probe.lost) <= NULL_SPACE:
-        solutions = _all_solutions(problem, position, segments, given, own, found)
-    return [_settled(problem, position, segments, given, path, anchor, one) for one in solutions]
+    waiting = Waiting(problem, position, path, path.anchor)
+    monitor.tell(f"pulling {waiting.segments[-1].name} back to {waiting.segments[0].name}")
+    begin = _begin(waiting)
+    if isinstance(begin, StillOpen):
+        return [_wait_on(path, begin)]
+    waiting = dataclasses.replace(waiting, anchor=begin.anchor)
+    return [_ended(waiting, _state(waiting, found)) for found in _newton(waiting, begin)]
 
 
-def _all_solutions(
-    problem: Problem,
-    position: int,
-    segments: Sequence[Segment],
-    given: Known,
-    own: Sequence[np.ndarray],
-    found: PullBack,
-) -> list[PullBack]:
-    """Every solution that the starts lead to, those in range alone where there are any.
-
-    The other starts are tried where the first solution leaves the range, or where the equations are fewer than `SPARE`
-    times the unknowns: these may have several isolated solutions, more of them in general position have one.
-    """
-    low, high = input_limits(problem, position)
-
-    def inside(one: PullBack) -> bool:
-        slack = SLACK * (high - low if np.isfinite(high - low) else float(np.sqrt(np.mean(np.asarray(one.x) ** 2))))
-        return low - slack <= float(np.min(one.x)) and float(np.max(one.x)) <= high + slack
-
-    solutions = [found]
-    if not inside(found) or _equations(problem, segments, given) < SPARE * found.x.size:
-        for start in itertools.chain(
-            own, () if inside(found) else starts(problem, position, np.asarray(found.x), MORE)
-        ):
-            other = pull_back(problem, segments, given, [start], quick=True)
-            same = any(np.linalg.norm(other.x - one.x) <= ALIKE * np.linalg.norm(one.x) for one in solutions)
-            if float(other.residual) <= problem.matched and not same:
-                solutions.append(other)
-    return [one for one in solutions if inside(one)] or solutions
+def _begin(waiting: Waiting) -> Begin | StillOpen:
+    """Lift at the layer itself, meet the top further down; neither where another solver was asked for."""
+    plain = Begin(waiting.anchor, waiting.own_starts or [waiting.path.x])
+    if waiting.problem.pull_back != "auto":
+        return plain
+    if waiting.position == waiting.anchor.position:
+        return _lift(waiting, plain)
+    if waiting.anchor.inside is not None and (waiting.problem.network.has_kinks or not waiting.linear):
+        return _meet_the_top(waiting, plain)
+    return plain
 
 
-def _equations(problem: Problem, segments: Sequence[Segment], given: Known) -> int:
-    """How many equations the segments put on what enters them: known outputs, and gradient entries that are not 0."""
-    top = segments[-1]
-    x = jnp.asarray(given.x).reshape(top.output.shape)
-    known = int(np.count_nonzero(np.asarray(top.activation.preimage(problem.variables, x, given.noise).known)))
-    return known + sum(int(np.count_nonzero(problem.gradients[p][given.victim])) for s in segments for p in s.paths)
+def _lift(waiting: Waiting, plain: Begin) -> Begin | StillOpen:
+    """The layer's stages, last first: its input where they give it, or as far as its least norm goes."""
+    (segment,) = waiting.segments
+    lifted = lift(waiting.problem, segment, waiting.known)
+    anchor = dataclasses.replace(plain.anchor, inside=None if lifted is None else lifted.inside)
+    if lifted is None or lifted.x is None or lifted.dx is None:
+        return plain._replace(anchor=anchor)
+    invertible = all(stage.activation is None or stage.activation.kind for stage in segment.stages)
+    if lifted.lost > NULL_SPACE and waiting.position > 0 and invertible:
+        return StillOpen(anchor, lifted.x, lifted.dx)
+    return Begin(anchor, [lifted.x, *plain.guesses], alone=lifted.lost <= NULL_SPACE)
 
 
-def _settled(
-    problem: Problem,
-    position: int,
-    segments: Sequence[Segment],
-    given: Known,
-    path: Path,
-    anchor: Anchor,
-    found: PullBack,
-) -> Path:
-    """The path with what was found for the input of `segments[0]`: determined, still open and waiting, or failed."""
-    x, residual = np.asarray(found.x), float(found.residual)
-    matched, n = residual <= problem.matched, x.size
-    rank: int | None = n
-    seen: np.ndarray | None = np.ones(x.shape)
-    if found.probe.lost > NULL_SPACE or not matched:
-        if position > 0:
-            return dataclasses.replace(path, x=x, dx=np.asarray(found.dx), anchor=anchor)
-        rank, seen = pulled_rank(problem, segments, given, x) if matched else (None, None)
-    depth, condition = len(segments) - 1, lsmr_condition(found.probe)
-    layers = [
+def _meet_the_top(waiting: Waiting, plain: Begin) -> Begin | StillOpen:
+    """The input where the last segment's rows determine it and all rows agree; further down, elsewhere."""
+    problem, segments, path = waiting.problem, waiting.segments, waiting.path
+    fewer = np.prod(segments[0].input.shape) < np.prod(segments[-1].input.shape)
+    for start in (next(starts(problem, waiting.position, _ANY)), plain.guesses[0]) if fewer else ():
+        x, misfit = meet_top(problem, segments, waiting.known, plain.anchor.inside or (), start)
+        if waiting.matches(misfit):
+            return plain._replace(guesses=[x, *plain.guesses])
+    if waiting.position == 0:
+        return plain
+    if segments[0].linear:
+        return StillOpen(plain.anchor, path.x, path.dx)
+    zeros = np.zeros(segments[0].input.shape, path.x.dtype)  # nothing is known of its input
+    return StillOpen(plain.anchor, zeros, zeros)
+
+
+def _newton(waiting: Waiting, begin: Begin) -> list[PullBack]:
+    """The solutions of the pulled-back residual: one, or all that the starts lead to where it may have several."""
+    problem, segments, known = waiting.problem, waiting.segments, waiting.known
+    found = pull_back(problem, segments, known, begin.guesses, quick=not waiting.linear)
+    determined = float(found.probe.lost) <= NULL_SPACE
+    if not waiting.linear and (determined or waiting.position == 0) and not waiting.matches(found.residual):
+        found = pull_back(problem, segments, known, begin.guesses)
+        determined = float(found.probe.lost) <= NULL_SPACE
+    if waiting.own_starts and not begin.alone and determined and waiting.matches(found.residual):
+        return all_roots(problem, waiting.position, segments, known, waiting.own_starts, found)
+    return [found]
+
+
+def _state(waiting: Waiting, found: PullBack) -> Determined | StillOpen | Failed:
+    """What a solution is: at the image the end, before it only where it matches and no direction is lost."""
+    x, matched = np.asarray(found.x), waiting.matches(found.residual)
+    if matched and found.probe.lost <= NULL_SPACE:
+        return Determined(found, x.size, np.ones(x.shape))
+    if waiting.position > 0:
+        return StillOpen(waiting.anchor, x, np.asarray(found.dx))
+    if not matched:
+        return Failed(found)
+    return Determined(found, *pulled_rank(waiting.problem, waiting.segments, waiting.known, x))
+
+
+def _wait_on(path: Path, state: StillOpen) -> Path:
+    return dataclasses.replace(path, x=state.x, dx=state.dx, anchor=state.anchor)
+
+
+def _ended(waiting: Waiting, state: Determined | StillOpen | Failed) -> Path:
+    """The path with what was found for the input of the first of the segments, and with what each layer came to."""
+    if isinstance(state, StillOpen):
+        return _wait_on(waiting.path, state)
+    found, matched = state.found, isinstance(state, Determined)
+    x, residual, depth = np.asarray(found.x), float(found.residual), len(waiting.segments) - 1
+    condition = lsmr_condition(found.probe)
+    first, *later = [
         _pulled_info(info, k, condition, residual, matched) if k <= depth else info
-        for k, info in enumerate(path.layers)
+        for k, info in enumerate(waiting.path.layers)
     ]
-    if matched and (rank != n or position == 0 or depth == 0):
-        deficiency = None if rank is None else rank - n
-        status = layers[0].status if rank == n else "deficient"
-        layers[0] = dataclasses.replace(layers[0], rank=rank, rank_deficiency=deficiency, status=status)
-    layers[0] = dataclasses.replace(layers[0], steps=found.steps)
-    noise = noise_level(problem, x, residual)
+    if isinstance(state, Determined) and (state.rank != x.size or waiting.position == 0 or depth == 0):
+        deficiency = None if state.rank is None else state.rank - x.size
+        status = first.status if state.rank == x.size else "deficient"
+        first = dataclasses.replace(first, rank=state.rank, rank_deficiency=deficiency, status=status)
     return dataclasses.replace(
-        path,
+        waiting.path,
         x=x,
         dx=np.asarray(found.dx),
-        noise=noise,
-        layers=tuple(layers),
-        seen=seen,
+        noise=noise_level(waiting.problem, x, residual),
+        layers=(dataclasses.replace(first, steps=found.steps), *later),
+        seen=state.seen if isinstance(state, Determined) else None,
         anchor=None,
-        source=anchor,
+        source=waiting.anchor,
     )
-
-
-def _meet_top(
-    problem: Problem,
-    segments: Sequence[Segment],
-    given: Known,
-    inside: Sequence[np.ndarray],
-    position: int,
-    guesses: Sequence[np.ndarray],
-) -> np.ndarray | None:
-    """The input of `segments[0]` where the last segment's rows determine it and all rows agree; None elsewhere."""
-    if np.prod(segments[0].input.shape) >= np.prod(segments[-1].input.shape):
-        return None  # no fewer unknowns than those that the last segment left open
-    for start in (next(starts(problem, position, _ANY)), guesses[0]):
-        x, misfit = meet_top(problem, segments, given, inside, start)
-        if misfit <= problem.matched:
-            return x
-    return None
-
-
-def _blank(segment: Segment, path: Path) -> Path:
-    """`path`, with nothing known of the input of a nonlinear `segment`."""
-    zeros = np.zeros(segment.input.shape, path.x.dtype)
-    return dataclasses.replace(path, x=zeros, dx=zeros)
-
-
-def _near(problem: Problem, position: int, path: Path) -> np.ndarray:
-    """A guess of the input of the segment at `position`, or else its output, from what the path holds."""
-    segment = problem.segments[position]
-    if segment.linear:
-        return path.x
-    x = path.x.reshape(segment.output.shape)
-    return np.asarray(segment.activation.preimage(problem.variables, jnp.asarray(x), path.noise).value)
 
 
 def _pulled_info(info: LayerInfo, depth: int, condition: float, residual: float, matched: bool) -> LayerInfo:

@@ -194,19 +194,19 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
 def _solve(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> Found:
     """With the prior first, where there is one; without it afterwards, unless noise remains."""
     forcing = {"forcing": FINE} if told.noisy else {}
-    solve, smooth, *_ = match_programs(compare(problem, told), float(problem.tolerance), **forcing)
+    programs = match_programs(compare(problem, told), float(problem.tolerance), **forcing)
     held = told.sent.prior is not None
     known = given(problem, told, start.labels, prior=held)
     starts = jnp.asarray(start.xs, problem.dtype)
-    solution = solve(*known, starts)
+    solution = programs.solve(*known, starts)
     steps = int(jnp.sum(solution.inner_steps))
     if not float(jnp.nanmin(solution.residual)) <= told.matched and start.smoothed:
-        blurred = smooth(*known, starts)
-        again = solve(*known, blurred.x)
+        blurred = programs.smooth(*known, starts)
+        again = programs.solve(*known, blurred.x)
         steps += int(jnp.sum(blurred.inner_steps) + jnp.sum(again.inner_steps))
         solution = again if float(jnp.nanmin(again.residual)) < float(jnp.nanmin(solution.residual)) else solution
     if held and not told.noisy:
-        solution = solve(*given(problem, told, start.labels), solution.x)
+        solution = programs.solve(*given(problem, told, start.labels), solution.x)
         steps += int(jnp.sum(solution.inner_steps))
     best = int(np.argmin(np.nan_to_num(np.asarray(solution.residual), nan=np.inf)))
     x, residual = np.asarray(solution.x[best]), float(solution.residual[best])

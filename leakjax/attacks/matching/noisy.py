@@ -226,7 +226,17 @@ def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Po
     tags = jnp.asarray(labels)
     if not fit.determined or other_images(problem, fit.x, tags) or at_kink(problem, fit.x, tags):
         return group
-    info = LayerInfo("network", fit.x.size, fit.x.size, 0, fit.condition, fit.residual, 0, 0, "determined")
+    info = LayerInfo(
+        name="network",
+        unknowns=fit.x.size,
+        rank=fit.x.size,
+        rank_deficiency=0,
+        condition=fit.condition,
+        residual=fit.residual,
+        pull_back_depth=0,
+        steps=0,
+        status="determined",
+    )
     return [
         dataclasses.replace(
             o,

@@ -44,7 +44,7 @@ def given(problem: Problem, told: Told, labels: np.ndarray, *, prior: bool = Fal
 
 def misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
     """||r|| / size, without a prior."""
-    program = match_programs(compare(problem, told), float(problem.tolerance))[3]
+    program = match_programs(compare(problem, told), float(problem.tolerance)).misfit
     return float(program(*given(problem, told, labels), jnp.asarray(x)))
 
 
@@ -79,7 +79,17 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     status = "failed" if not matching else "determined" if rank == n else "deficient"
     deficiency = None if rank is None else rank - n
     steps = sum(trial.steps for trial in trials)
-    info = LayerInfo("network", n, rank, deficiency, condition, answers[0][2], 0, steps, status)
+    info = LayerInfo(
+        name="network",
+        unknowns=n,
+        rank=rank,
+        rank_deficiency=deficiency,
+        condition=condition,
+        residual=answers[0][2],
+        pull_back_depth=0,
+        steps=steps,
+        status=status,
+    )
     error = max((c * t.residual for (_, _, c), t in zip(ranks, matching, strict=False) if c), default=0.0)
     images = split([answer[:3] for answer in answers], float(np.clip(10 * error, 1e-7, LIKE)))
     return [Outcome(mine, (info,), None if seen is None else seen[b]) for b, mine in enumerate(images)]
@@ -87,15 +97,15 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
 
 def is_open(problem: Problem, told: Told, found: Found) -> bool:
     """Whether d r / d x at x leaves directions open: a random probe loses some of itself."""
-    look = match_programs(compare(problem, told), float(problem.tolerance))[2]
+    look = match_programs(compare(problem, told), float(problem.tolerance)).look
     return not float(look(*given(problem, told, found.labels), jnp.asarray(found.x)).lost) <= NULL_SPACE
 
 
 def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
-    _, _, look, _, products = match_programs(compare(problem, told), float(problem.tolerance))
+    programs = match_programs(compare(problem, told), float(problem.tolerance))
     point = *given(problem, told, found.labels), jnp.asarray(found.x)
-    probe: LsmrSolution = look(*point)
+    probe: LsmrSolution = programs.look(*point)
     condition, n = lsmr_condition(probe), found.x.size
     if float(probe.lost) <= NULL_SPACE:
         return n, np.ones(found.x.shape), condition
@@ -103,7 +113,7 @@ def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None,
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
     rows = sum(g[0].size for g in problem.gradients.values())
-    space = row_space(lambda v: products(*point, jnp.asarray(v)), rows, n)
+    space = row_space(lambda v: programs.products(*point, jnp.asarray(v)), rows, n)
     if space.rank:
         condition = float(np.sqrt(space.values[-1] / space.values[n - space.rank]))
     return space.rank, space.share.reshape(found.x.shape), condition

@@ -59,20 +59,20 @@ def sent_by(problem: Problem, victim: int) -> dict[str, np.ndarray]:
 def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray, *, smoothed: bool) -> Polished:
     """The fit from x; `smoothed` by way of the network with its kinks rounded off and sharpened again, where the
     pattern of signs at x may be another one than the fit's."""
-    solve, smooth, look, *_ = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
+    programs = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
     known = given(problem, told, labels, prior=told.sent.prior is not None)
     start = jnp.asarray(x)[None]
-    solution = solve(*known, smooth(*known, start).x if smoothed else start)
+    solution = programs.solve(*known, programs.smooth(*known, start).x if smoothed else start)
     best = np.asarray(solution.x[0])
     best = best if np.all(np.isfinite(best)) else x
-    probe = look(*given(problem, told, labels), jnp.asarray(best))
+    probe = programs.look(*given(problem, told, labels), jnp.asarray(best))
     sent = sent_by(problem, victim)
     there = _prediction(predicted(problem))(dict(problem.variables), jnp.asarray(best), jnp.asarray(labels))
     left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
     determined = float(probe.lost) <= max(NULL_SPACE, 1e-3 * residual)
-    return Polished(best, residual, left, determined, lsmr_condition(probe))
+    return Polished(x=best, residual=residual, left=left, determined=determined, condition=lsmr_condition(probe))
 
 
 @keep(16)
@@ -116,7 +116,7 @@ def _refit(
 ) -> tuple[np.ndarray, bool]:
     """x' - x of the fit x' to g(x) + n: what noise does beyond the first order; whether it takes at least half as much
     from ||W n|| as the unknowns are expected to."""
-    solve = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)[0]
+    solve = match_programs(compare(problem, told), float(problem.tolerance), 1e-4).solve
     variables, sent, tags = given(problem, told, labels)
     there = _prediction(predicted(problem))(variables, jnp.asarray(x), tags)
     again = sent._replace(gradient={p: g + noise[p] for p, g in there.items()})

@@ -1,6 +1,7 @@
 """The gradient's own residual, and the compiled programs that solve it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +30,21 @@ class Compare(NamedTuple):
     signs: bool = False
 
 
+class MatchPrograms(NamedTuple):
+    """Compiled, of (variables, sent, labels, starts): `solve` from several starts, `smooth` the same with kinks
+    smoothed and sharpened again; of (variables, sent, labels, x): `look`, the probe of the Jacobian at x, `misfit`,
+    ||r|| / size there; with rows v besides: `products`, J^T J v."""
+
+    solve: Callable[..., Any]
+    smooth: Callable[..., Any]
+    look: Callable[..., Any]
+    misfit: Callable[..., Any]
+    products: Callable[..., Any]
+
+
 @keep(16)
-def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) -> Any:
-    """Compiled: the solve from several starts, the same with kinks smoothed and sharpened again, the probe of the
-    Jacobian at x, ||r|| / size there, and J^T J v there for rows v.
+def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) -> MatchPrograms:
+    """The programs that match a gradient, compiled once for an architecture.
 
     `tolerance`: relative, of the rows; `forcing`: of the steps, relative to the rows that are left.
     """
@@ -72,7 +84,7 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
         adjoint = jax.linear_transpose(tangent, x)
         return jax.lax.map(lambda d: jnp.ravel(adjoint(tangent(d.reshape(x.shape)))[0]), v, batch_size=16)
 
-    return tuple(map(jax.jit, (solve, smooth, look, misfit, products)))
+    return MatchPrograms(*map(jax.jit, (solve, smooth, look, misfit, products)))
 
 
 def residual_of(compare: Compare, variables: Any, sent: Sent, labels: Any) -> Any:
@@ -105,8 +117,16 @@ def _over(one: Any, starts: Any) -> Any:
     return jax.vmap(one)(starts)
 
 
+class DenseRows(NamedTuple):
+    """r, (r, J^T), and r''(d, d)."""
+
+    row: Callable[..., Any]
+    jacobian: Callable[..., Any]
+    curvature: Callable[..., Any]
+
+
 @keep(16)
-def dense_rows(compare: Compare) -> Any:
+def dense_rows(compare: Compare) -> DenseRows:
     """Compiled, of (variables, sent, labels, start, u (n,)): r, (r, J^T), and with a direction d r''(d, d), all in the
     coordinates u of x = start + from_natural(u): a damped step in them is a smooth one."""
 
@@ -122,4 +142,4 @@ def dense_rows(compare: Compare) -> Any:
         function = functools.partial(row, variables, sent, labels, start)
         return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
 
-    return tuple(map(jax.jit, (row, jacobian, curvature)))
+    return DenseRows(*map(jax.jit, (row, jacobian, curvature)))

@@ -233,7 +233,14 @@ def _hides(equation: Equation) -> bool:
             continue
         ids = {i: s for i, s in enumerate(structs)}
         outs = tuple(len(structs) + i for i in range(len(equation.outputs)))
-        alone = Equation(equation.primitive, equation.params, tuple(ids), outs, "", _only_arrays(equation))
+        alone = Equation(
+            primitive=equation.primitive,
+            params=equation.params,
+            inputs=tuple(ids),
+            outputs=outs,
+            location="",
+            custom=_only_arrays(equation),
+        )
         if not any(tangent_depends(alone, ids, {k})[1]):
             return True
     return False

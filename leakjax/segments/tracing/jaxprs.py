@@ -98,7 +98,9 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     (output,) = flat.outputs
     if not isinstance(output, int):
         raise InputError("model's output is a constant: it does not depend on its input")
-    graph = Graph(flat.equations, flat.inputs[:-1], flat.inputs[-1], output, flat.structs)
+    graph = Graph(
+        equations=flat.equations, variables=flat.inputs[:-1], input=flat.inputs[-1], output=output, structs=flat.structs
+    )
     if graph.output not in graph.dependents([graph.input]):
         raise InputError("model's logits do not depend on its input: no gradient of them says anything of an image")
     return graph
@@ -151,7 +153,16 @@ def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set
             outputs = tuple(new_id(v) for v in eqn.outvars)
             env.update(zip(eqn.outvars, outputs, strict=True))
             custom = _alone(jaxpr, eqn) if eqn.primitive.name in CUSTOM_DERIVATIVES else None
-            equations.append(Equation(eqn.primitive, eqn.params, inputs, outputs, _location(eqn), custom))
+            equations.append(
+                Equation(
+                    primitive=eqn.primitive,
+                    params=eqn.params,
+                    inputs=inputs,
+                    outputs=outputs,
+                    location=_location(eqn),
+                    custom=custom,
+                )
+            )
         return [read(v) for v in jaxpr.outvars]
 
     ids = [new_id(v) for v in closed.jaxpr.invars]
