@@ -21,7 +21,7 @@ from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled
 from leakjax.attacks.matching.noisy import with_noise
 from leakjax.attacks.problem import PULL_BACKS, Monitor, Outcome, Problem
 from leakjax.captures.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
-from leakjax.client.defenses import CUSTOM, Setting, build_defense
+from leakjax.client.defenses import CUSTOM, Server, Setting, build_defense
 from leakjax.client.factors import check_factor, known_factors
 from leakjax.client.observation import Observation
 from leakjax.client.silent import silent_victims, with_silent, without_decay
@@ -240,7 +240,8 @@ def _reckoned_with(problem: Problem, defense: str) -> bool:
     """Whether what the defense did to the gradient is in the attack's own equations, up to rounding: told of it, and no
     noise; or a factor, as clipping of the norm is, that the head shows."""
     if problem.defense is None:
-        return defense.partition(":")[0] == "clip" and problem.local_steps == 1
+        server = Server() if defense == CUSTOM else build_defense(defense).server
+        return server.rescales and not server.lossy and problem.local_steps == 1
     return certifiable(problem)
 
 
@@ -271,8 +272,9 @@ def _told(observation: Observation, adaptive: bool, gradient_noise: float | None
 
 def _unheard(observation: Observation, adaptive: bool) -> bool:
     """Whether the defense multiplies gradients, and the attack takes them as they are."""
-    name = str(observation.defense or "").partition(":")[0]
-    return name == CUSTOM or (name in ("clip", "dp_sgd") and not adaptive)
+    if observation.defense is None or observation.defense == CUSTOM:
+        return observation.defense == CUSTOM
+    return build_defense(observation.defense).server.rescales and not adaptive
 
 
 def _factors(observation: Observation, told: float | None, adaptive: bool) -> tuple[float | None, ...]:
@@ -283,10 +285,10 @@ def _factors(observation: Observation, told: float | None, adaptive: bool) -> tu
 
 def _sigma_of(observation: Observation) -> float | None:
     """The noise of a defense that a layer-wise attack hears of: in every entry of a gradient that it takes as it is."""
-    name, _, values = str(observation.defense or "").partition(":")
-    if name == "gaussian" and observation.local_steps == 1:
-        return float(values)
-    return None
+    if observation.defense in (None, CUSTOM) or observation.local_steps > 1:
+        return None
+    setting = build_defense(str(observation.defense))
+    return None if setting.server.known_sigma is None else setting.server.known_sigma(setting.values)
 
 
 def _check_noise(gradient_noise: float | None, observation: Observation) -> None:

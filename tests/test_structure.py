@@ -209,3 +209,16 @@ def test_records_of_many_fields_are_built_by_keyword():
                 many += [f"{module}:{n.lineno}"] if len(n.args) > 4 else []
     assert found > 50
     assert not many
+
+
+def test_no_room_but_the_defenses_asks_for_a_defense_by_name():
+    """Adding a defense touches its table alone: attacks ask what a server makes of it."""
+    names = {"clip", "dp_sgd", "gaussian", "laplace", "qsgd", "soteria", "top_k"}
+    found = []
+    for path in FILES:
+        if under(path, "client/defenses") or under(path, "cli") or under(path, "leakage") or under(path, "report"):
+            continue
+        compared = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Compare)]
+        words = {c.value for n in compared for c in ast.walk(n) if isinstance(c, ast.Constant)}
+        found += [name_of(path)] if words & names else []
+    assert not found

@@ -18,7 +18,7 @@ from leakjax.models import MODELS, build_model, load_factory
 from leakjax.models.losses import LOSSES
 from leakjax.models.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
 from leakjax.models.reader import Model, output_count, read_model
-from leakjax.runtime.memory import fits_in_memory
+from leakjax.runtime.memory import fits_on_host
 
 
 class Sending(NamedTuple):
@@ -203,7 +203,7 @@ def _shape(text: str) -> tuple[int, int, int]:
         raise InputError(f"--input-shape: expected H,W,C, got {text!r}") from None
     if min(height, width, channels) < 1:
         raise InputError(f"--input-shape: sizes must be positive, got {text!r}")
-    if not fits_in_memory(64 * height * width * channels):
+    if not fits_on_host(64 * height * width * channels):
         raise InputError(f"--input-shape: an image of {text} does not fit into memory")
     return height, width, channels
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from leakjax.errors import InputError
 from leakjax.files.foreign import what_it_is
-from leakjax.runtime.memory import fits_in_memory
+from leakjax.runtime.memory import fits_on_host
 
 SMALL = 2**20
 """Bytes that an array of words, such as a capture's `meta`, may have."""
@@ -66,7 +66,7 @@ class Npz:
         """The arrays of these names (default: all), where they fit into memory."""
         chosen = list(self.entries if names is None else names)
         total = sum(self.entries[name].nbytes for name in chosen)
-        if not fits_in_memory(2 * total):
+        if not fits_on_host(2 * total):
             raise InputError(f"{self.where}: its arrays take {total:,} bytes when read, more than memory has room for")
         found = {}
         for name in chosen:

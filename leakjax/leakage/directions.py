@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 from leakjax.arguments import MOST, instance, whole
-from leakjax.attacks.adaptive import clipped
 from leakjax.attacks.certificates.multiples import MULTIPLES
+from leakjax.client.defenses import CUSTOM, build_defense
 from leakjax.client.observation import Observation
 from leakjax.errors import InputError
 from leakjax.reconstruction import Reconstruction
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.precision import compute_in
-from leakjax.segments.tracing.network import Gradient, client_update, read_network
+from leakjax.segments.tracing.network import Gradient, Network, client_update, example_gradients, read_network
 from leakjax.solvers.jacobian import RowSpace, jacobian_product, row_space
 
 LARGEST = 6000
@@ -62,10 +62,21 @@ def undetermined_directions(
         point = dict(model.variables), jnp.asarray(x, float), jnp.asarray(labels)
         size = sum(int(np.prod(p.shape)) for p in model.params.values())
         space = _space(gradient, point, size, x.size)
-        name, _, norm = str(observation.defense or "").partition(":")
-        if name == "clip" and certificate.leaked_dimensions not in (None, space.rank):  # an attack that was told of it
-            space = _space(clipped(gradient, float(norm)), point, size, x.size)
+        sent = _told_of(observation, network, gradient)
+        if sent is not None and certificate.leaked_dimensions not in (None, space.rank):  # an attack that was told
+            space = _space(sent, point, size, x.size)
     basis = space.vectors[:, : x.size - space.rank].T
     if certificate.symmetry == MULTIPLES and space.rank == x.size:
         basis = x.reshape(1, -1) / np.linalg.norm(x)
     return basis.reshape(-1, *x.shape)
+
+
+def _told_of(observation: Observation, network: Network, gradient: Gradient) -> Gradient | None:
+    """What is sent of the gradient by a defense that makes another map of it, without noise; None elsewhere."""
+    if observation.defense in (None, CUSTOM):
+        return None
+    setting = build_defense(str(observation.defense))
+    if setting.server.predict is None or setting.server.lossy:
+        return None
+    each = example_gradients(network.logits, observation.loss, tuple(observation.gradients))
+    return setting.server.predict(gradient, each, setting.values)

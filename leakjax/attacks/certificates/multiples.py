@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from leakjax.attacks.adaptive import predicted
+from leakjax.attacks.adaptive import predicted, sends_signs
 from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.models.losses import labels_of
@@ -48,7 +48,7 @@ def with_multiples(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) 
 
     Nothing is sought where the factor is known, or where a bias of the last layer shows it.
     """
-    if (problem.defense is not None and problem.defense.name == "sign") or _biased(problem):
+    if sends_signs(problem) or _biased(problem):
         return outcomes
     found, size = [], problem.examples
     for first in range(0, len(outcomes), size):

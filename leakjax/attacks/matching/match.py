@@ -131,7 +131,7 @@ def _check_memory(problem: Problem) -> None:
 
 def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
-    rounded = problem.defense is not None and problem.defense.name in ("qsgd", "sign", "soteria", "top_k")
+    rounded = problem.defense is not None and not problem.defense.server.layers
     kinked, layers = problem.network.has_kinks, problem.chain is not None and not rounded
     first = kinked or problem.examples > 1
     if layers and first:

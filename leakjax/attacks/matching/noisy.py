@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.attacks.adaptive import LOSSY, Told, noise_of, tell
+from leakjax.attacks.adaptive import Told, certifiable, noise_of, sends_signs, tell
 from leakjax.attacks.certificates.certificate import relative_error
 from leakjax.attacks.certificates.other_images import at_kink, other_images, tags_of
 from leakjax.attacks.certificates.residual_noise import HALF, Noise, read_noise, read_rounding
@@ -96,7 +96,7 @@ def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> b
     told = sigma is not None or _is_lossy(problem)
     residual = group[0].candidates[0].gradient_residual
     if told:
-        return problem.defense is None or problem.defense.name != "sign"
+        return not sends_signs(problem)
     layers = group[0].layers
     clean = residual <= problem.matched and all(info.status != "failed" for info in layers)
     sure = clean and all(relative_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
@@ -105,7 +105,7 @@ def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> b
 
 
 def _is_lossy(problem: Problem) -> bool:
-    return problem.defense is not None and problem.defense.name in LOSSY
+    return not certifiable(problem)
 
 
 def _estimated(

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from leakjax.client.defenses import clipping, noise, rounding
+from leakjax.client.defenses import clipping, noise, rounding, server
+from leakjax.client.defenses.server import Server
 from leakjax.client.defenses.soteria import soteria
 from leakjax.errors import InputError, unknown_name
 from leakjax.models.reader import Model
@@ -42,13 +43,15 @@ class Defense(NamedTuple):
     """A defense, what `leakjax list defenses` says of it, and its parameters in the order in which they are typed.
 
     - `build(key, client, *values)`: the transformation of one client, `key` for its random numbers;
-    - `per_example`: it takes the gradients of B examples, on a leading axis, instead of their mean.
+    - `per_example`: it takes the gradients of B examples, on a leading axis, instead of their mean;
+    - `server`: what a server that knows it makes of what was sent.
     """
 
     build: Callable[..., optax.GradientTransformation]
     summary: str
     parameters: tuple[Parameter, ...] = ()
     per_example: bool = False
+    server: Server = Server()
 
 
 DEFENSES: Mapping[str, Defense] = {
@@ -56,38 +59,55 @@ DEFENSES: Mapping[str, Defense] = {
         lambda key, client, norm: clipping.clip(norm),
         "the whole gradient's norm is clipped",
         (Parameter("norm", 1.0),),
+        server=Server(predict=server.clipped, rescales=True),
     ),
     "dp_sgd": Defense(
         lambda key, client, norm, multiplier: clipping.dp_sgd(key, norm, multiplier),
         "every example's gradient is clipped, Gaussian noise added (DP-SGD, arXiv 1607.00133)",
         (Parameter("clip", 1.0), Parameter("noise_multiplier", 1e-3, open=False)),
         per_example=True,
+        server=Server(
+            predict=server.clipped_each,
+            deviation=server.even(lambda values, examples: values["clip"] * values["noise_multiplier"] / examples),
+            rescales=True,
+        ),
     ),
     "gaussian": Defense(
         lambda key, client, sigma: noise.gaussian(key, sigma),
         "Gaussian noise on every entry",
         (Parameter("sigma", 1e-3),),
+        server=Server(
+            deviation=server.even(lambda values, examples: values["sigma"]), known_sigma=lambda values: values["sigma"]
+        ),
     ),
     "laplace": Defense(
         lambda key, client, scale: noise.laplace(key, scale),
         "Laplacian noise on every entry, standard deviation sqrt(2) scale",
         (Parameter("scale", 1e-3),),
+        server=Server(deviation=server.even(lambda values, examples: 2**0.5 * values["scale"])),
     ),
     "qsgd": Defense(
         lambda key, client, levels: rounding.qsgd(key, levels),
         "stochastic quantization of every parameter's gradient, unbiased (arXiv 1610.02132)",
         (Parameter("levels", 16.0, low=1.0, open=False, whole=True),),
+        server=Server(deviation=server.quantized, layers=False),
     ),
-    "sign": Defense(lambda key, client: rounding.sign(), "signs alone (signSGD, arXiv 1802.04434)"),
+    "sign": Defense(
+        lambda key, client: rounding.sign(),
+        "signs alone (signSGD, arXiv 1802.04434)",
+        server=Server(signs=True, layers=False),
+    ),
     "soteria": Defense(
         lambda key, client, pruned: soteria(client.model, client.x, pruned),
         "the last dense layer's gradient, pruned at the most telling features (arXiv 2012.06043)",
         (Parameter("pruned", 0.5, high=1.0),),
+        server=Server(kept=server.live_features, layers=False),
     ),
     "top_k": Defense(
         lambda key, client, pruned: rounding.top_k(pruned),
         "the largest entries of every parameter's gradient alone (arXiv 1712.01887)",
         (Parameter("pruned", 0.9, high=1.0),),
+        server=Server(kept=server.not_zero, layers=False),
     ),
 }
 """Defenses by name."""
@@ -104,6 +124,11 @@ class Setting:
     def defense(self) -> Defense:
         """The table's entry."""
         return DEFENSES[self.name]
+
+    @property
+    def server(self) -> Server:
+        """What a server that knows the defense makes of what was sent."""
+        return self.defense.server
 
     @property
     def spec(self) -> str:

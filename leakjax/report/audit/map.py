@@ -15,10 +15,9 @@ from PIL import Image
 
 from leakjax.files.whole import write_figure
 from leakjax.report.audit.markup import integer, percent, text
-from leakjax.report.audit.record import AuditRecord
+from leakjax.report.audit.record import UNSEEN, AuditRecord
 from leakjax.report.percentage import percentage
 
-UNSEEN = 1e-6
 _COLORS = "cividis"
 _SHOWN = 8
 _COLUMNS = 4

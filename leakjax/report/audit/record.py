@@ -111,6 +111,9 @@ class Withheld:
     leakage_map: Float[np.ndarray, "B H W C"] | None = None
 
 
+UNSEEN = 1e-6
+"""Row-space share below which the gradient says nothing of a pixel; shares are computed to some 1e-12."""
+
 _MAPS = ("leakage_map", "uncertainty")
 
 
