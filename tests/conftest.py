@@ -68,6 +68,7 @@ def run(folder, cache, monkeypatch):
     from leakjax.cli import app
 
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("leakjax.cli.progress.EVERY", 1e6)  # seconds: a busy machine has nothing to say
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(*words):

@@ -4,27 +4,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leakjax.cli.options import (
-    ActivationName,
-    ImagesFile,
-    Init,
-    Json,
-    LossName,
-    Name,
-    Out,
-    Range,
-    Seed,
-    Shape,
-    Weights,
-    integers,
-    numbers,
-)
-from leakjax.cli.session import progress, say, session, writable
+from leakjax.cli.options import DATA, ImagesFile, ModelOptions, OutputOptions, integers, numbers
+from leakjax.cli.progress import progress
+from leakjax.cli.session import say, session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError
 from leakjax.files.whole import write_npz, write_text
@@ -33,47 +19,66 @@ if TYPE_CHECKING:
     from leakjax.report.audit.audit import Audit
 
 
-def audit(
-    model: Name = "cnn6",
-    activation: ActivationName = None,
+_NOISE, _GATE = "Noise", "Gate"
+
+
+def _option(panel: str, name: str, metavar: str | None, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel=panel)
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditedData:
+    """The images that a model is audited at; none for one that is drawn."""
+
     dataset: Annotated[
-        str | None, typer.Option("--dataset", metavar="NAME", help="Images of a data set; see `leakjax list datasets`.")
-    ] = None,
-    index: Annotated[
-        str | None, typer.Option("--index", metavar="I[,J..]", help="Which images (0); one batch together.")
-    ] = None,
-    images: ImagesFile = None,
+        str | None, _option(DATA, "--dataset", "NAME", "Images of a data set; see `leakjax list datasets`.")
+    ] = None
+    index: Annotated[str | None, _option(DATA, "--index", "I[,J..]", "Which images (0); one batch together.")] = None
+    images: ImagesFile = None
+    shapes_only: Annotated[bool, _option(DATA, "--shapes-only", None, "Count on shapes alone: no weights.")] = False
+
+    @property
+    def drawn(self) -> bool:
+        """Whether a random image is audited."""
+        return self.dataset is None and self.images is None
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseOptions:
+    """Noise in every entry of the gradient, or a DP-SGD."""
+
     noise: Annotated[
-        str | None, typer.Option("--noise", metavar="S[,T..]", help="Standard deviations of noise in the gradient.")
-    ] = None,
+        str | None, _option(_NOISE, "--noise", "S[,T..]", "Standard deviations of noise in the gradient.")
+    ] = None
     noise_multiplier: Annotated[
-        str | None,
-        typer.Option("--noise-multiplier", metavar="M[,N..]", help="DP-SGD's noise over its clip; with --clip."),
-    ] = None,
-    clip: Annotated[float | None, typer.Option("--clip", metavar="C", help="DP-SGD's norm of a gradient.")] = None,
-    sampling_rate: Annotated[float, typer.Option("--sampling-rate", help="Share of the examples in a batch.")] = 1.0,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of DP-SGD that epsilon is for.")] = 1,
-    delta: Annotated[float, typer.Option("--delta", help="Delta of (epsilon, delta).")] = 1e-5,
-    shapes_only: Annotated[bool, typer.Option("--shapes-only", help="Count on shapes alone: no weights.")] = False,
+        str | None, _option(_NOISE, "--noise-multiplier", "M[,N..]", "DP-SGD's noise over its clip; with --clip.")
+    ] = None
+    clip: Annotated[float | None, _option(_NOISE, "--clip", "C", "DP-SGD's norm of a gradient.")] = None
+    sampling_rate: Annotated[float, _option(_NOISE, "--sampling-rate", None, "Share of the examples in a batch.")] = 1.0
+    steps: Annotated[int, _option(_NOISE, "--steps", None, "Steps of DP-SGD that epsilon is for.")] = 1
+    delta: Annotated[float, _option(_NOISE, "--delta", None, "Delta of (epsilon, delta).")] = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class GateOptions:
+    """What makes the command fail, so that a pipeline stops."""
+
     fail_above: Annotated[
-        float | None, typer.Option("--fail-above", metavar="FRACTION", help="Exit with 1 if more than this leaks.")
-    ] = None,
+        float | None, _option(_GATE, "--fail-above", "FRACTION", "Exit with 1 if more than this leaks.")
+    ] = None
     fail_above_psnr: Annotated[
         float | None,
-        typer.Option(
+        _option(
+            _GATE,
             "--fail-above-psnr",
-            metavar="DB",
-            help="Exit with 1 if an attack can reach more at the worst noise asked for, or if nothing bounds it.",
+            "DB",
+            "Exit with 1 if an attack can reach more at the worst noise asked for, or if nothing bounds it.",
         ),
-    ] = None,
-    loss: LossName = None,
-    input_shape: Shape = None,
-    input_range: Range = None,
-    init: Init = None,
-    weights: Weights = None,
-    seed: Seed = 0,
-    out: Out = Path("leakjax-out"),
-    json_output: Json = False,
+    ] = None
+
+
+def audit(
+    model: ModelOptions, data: AuditedData, noise: NoiseOptions, gate: GateOptions, output: OutputOptions
 ) -> None:
     """Measure how much a model leaks, and why; writes audit.json, audit.html, leakage_map.png, maps.npz."""
     with session() as console:
@@ -85,36 +90,24 @@ def audit(
         from leakjax.report.audit.map import draw_map
         from leakjax.report.audit.table import print_audit
 
-        if fail_above is not None and not 0 <= fail_above <= 1:
-            raise InputError(f"--fail-above: expected a fraction in 0..1, got {fail_above}")
-        if fail_above_psnr is not None:
-            if not math.isfinite(fail_above_psnr):
-                raise InputError(f"--fail-above-psnr: expected a number of decibels, got {fail_above_psnr}")
-            if noise is None and noise_multiplier is None:
-                raise InputError("--fail-above-psnr needs --noise, or --clip with --noise-multiplier: at which noise?")
-        if (noise_multiplier is None) != (clip is None):
-            raise InputError("--noise-multiplier and --clip go together: give both, or neither")
-        drawn = dataset is None and images is None
-        if shapes_only and not (drawn and all(option is None for option in (index, noise, clip, weights))):
-            raise InputError("--shapes-only needs no images, noise or weights; leave their options out")
-        if dataset is not None and images is not None:
-            raise InputError("give one of --dataset and --images")
-        if drawn and index is not None:
-            raise InputError("--index goes with --dataset or --images; without them a random image is drawn by --seed")
+        _check(data, model, noise, gate)
         dp_sgd = None
-        if clip is not None and noise_multiplier is not None:
-            multipliers = tuple(numbers("--noise-multiplier", noise_multiplier))
-            dp_sgd = DPSGD(clip, multipliers, sampling_rate=sampling_rate, steps=steps, delta=delta)
-        sigmas = SIGMAS if noise is None else numbers("--noise", noise)
-        directory = writable(out)
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
+        if noise.clip is not None and noise.noise_multiplier is not None:
+            multipliers = tuple(numbers("--noise-multiplier", noise.noise_multiplier))
+            dp_sgd = DPSGD(
+                clip=noise.clip,
+                noise_multipliers=multipliers,
+                sampling_rate=noise.sampling_rate,
+                steps=noise.steps,
+                delta=noise.delta,
+            )
+        sigmas = SIGMAS if noise.noise is None else numbers("--noise", noise.noise)
+        directory = writable(output.out)
+        setup = Setup.load(model)
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
-        batch = (
-            (None, None)
-            if drawn
-            else setup.batch(dataset, integers("--index", "0" if index is None else index), images)
-        )
+        index = integers("--index", "0" if data.index is None else data.index)
+        batch = (None, None) if data.drawn else setup.batch(data.dataset, index, data.images)
         with progress(console) as tell:
             result = run(
                 setup.model,
@@ -125,17 +118,17 @@ def audit(
                 input_range=setup.input_range,
                 noise=sigmas,
                 dp_sgd=dp_sgd,
-                shapes_only=shapes_only,
-                seed=seed,
-                name=model if setup.activation is None else f"{model} ({setup.activation})",
+                shapes_only=data.shapes_only,
+                seed=model.seed,
+                name=model.model if setup.activation is None else f"{model.model} ({setup.activation})",
                 progress=tell,
             )
         looked_at = result.data
-        if not drawn:
-            source = dataset if images is None else file_and_hash(images)
-            looked_at = f"{source}, index {index or '0'}"
-        initialized = f"initialized with seed {seed}" if ":" not in model else f"those of {model}"
-        used = initialized if weights is None else file_and_hash(weights)
+        if not data.drawn:
+            source = data.dataset if data.images is None else file_and_hash(data.images)
+            looked_at = f"{source}, index {data.index or '0'}"
+        initialized = f"initialized with seed {model.seed}" if ":" not in model.model else f"those of {model.model}"
+        used = initialized if model.weights is None else file_and_hash(model.weights)
         result = dataclasses.replace(result, data=looked_at, weights=used)
         summary = result.to_json()
         write_text(directory / "audit.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
@@ -143,17 +136,37 @@ def audit(
         mapped = draw_map(directory / "leakage_map.png", result)
         if mapped:
             write_npz(directory / "maps.npz", result.maps(), compressed=True)
-        if json_output:
+        if output.json_output:
             answer(json.dumps(summary, allow_nan=False))
         else:
             print_audit(console, result)
             files = "audit.json, audit.html" + (", leakage_map.png, maps.npz" if mapped else "")
             console.print(f"wrote {directory}/{files}", highlight=False)
-        failures = [*_leaks_more(result, fail_above), *_reaches_more(result, fail_above_psnr)]
+        failures = [*_leaks_more(result, gate.fail_above), *_reaches_more(result, gate.fail_above_psnr)]
         for failure in failures:
             say(failure)
         if failures:
             raise typer.Exit(1)
+
+
+def _check(data: AuditedData, model: ModelOptions, noise: NoiseOptions, gate: GateOptions) -> None:
+    """Refuse options that contradict each other."""
+    if gate.fail_above is not None and not 0 <= gate.fail_above <= 1:
+        raise InputError(f"--fail-above: expected a fraction in 0..1, got {gate.fail_above}")
+    if gate.fail_above_psnr is not None:
+        if not math.isfinite(gate.fail_above_psnr):
+            raise InputError(f"--fail-above-psnr: expected a number of decibels, got {gate.fail_above_psnr}")
+        if noise.noise is None and noise.noise_multiplier is None:
+            raise InputError("--fail-above-psnr needs --noise, or --clip with --noise-multiplier: at which noise?")
+    if (noise.noise_multiplier is None) != (noise.clip is None):
+        raise InputError("--noise-multiplier and --clip go together: give both, or neither")
+    others = (data.index, noise.noise, noise.clip, model.weights)
+    if data.shapes_only and not (data.drawn and all(option is None for option in others)):
+        raise InputError("--shapes-only needs no images, noise or weights; leave their options out")
+    if data.dataset is not None and data.images is not None:
+        raise InputError("give one of --dataset and --images")
+    if data.drawn and data.index is not None:
+        raise InputError("--index goes with --dataset or --images; without them a random image is drawn by --seed")
 
 
 def _leaks_more(result: "Audit", limit: float | None) -> Iterator[str]:

@@ -8,165 +8,161 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leakjax.cli.options import (
-    ActivationName,
-    BatchSize,
-    Dataset,
-    DefenseSpec,
+    CLIENT,
+    DATA,
+    ClientOptions,
+    DataOptions,
     Dtype,
-    ImagesFile,
-    Index,
-    Init,
-    Json,
-    LearningRate,
-    LocalSteps,
-    LossName,
-    Mean,
-    Name,
-    Out,
-    Range,
-    Seed,
-    Shape,
-    Std,
-    WeightDecay,
-    Weights,
+    NormalizedModelOptions,
+    OutputOptions,
     integers,
+    option,
 )
-from leakjax.cli.session import progress, session, writable
+from leakjax.cli.progress import progress
+from leakjax.cli.session import session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
+    from leakjax.cli.setup import Setup
     from leakjax.client.observation import Observation
 
 
-def invert(
-    model: Name = "cnn6",
-    attack: Annotated[str | None, typer.Option("--attack", metavar="NAME", help="See `leakjax list attacks`.")] = None,
-    activation: ActivationName = None,
-    dataset: Dataset = "samples",
-    index: Index = "0",
-    images: ImagesFile = None,
-    capture: Annotated[Path | None, typer.Option("--capture", metavar="FILE.npz", help="A written gradient.")] = None,
-    torch_capture: Annotated[
-        Path | None, typer.Option("--torch-capture", metavar="FILE.npz", help="A gradient from PyTorch.")
-    ] = None,
-    truth: Annotated[
-        Path | None, typer.Option("--truth", metavar="FILE.npz", help="Images beside a capture, for the report only.")
-    ] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="L[,M..]", help="Labels, where known.")] = None,
-    batch_size: BatchSize = 1,
-    defense: DefenseSpec = None,
+_SCALE = "Known factor of a capture's gradient; 1 for none."
+_PULL_BACKS = "auto|levenberg_marquardt|optax"
+
+
+def _of_capture(name: str, help: str) -> Any:
+    return typer.Option(name, metavar="FILE.npz", help=help, rich_help_panel=DATA)
+
+
+def _of_client(name: str, metavar: str, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel=CLIENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureOptions:
+    """A gradient in a file, in place of images."""
+
+    capture: Annotated[Path | None, _of_capture("--capture", "A written gradient.")] = None
+    torch_capture: Annotated[Path | None, _of_capture("--torch-capture", "A gradient from PyTorch.")] = None
+    truth: Annotated[Path | None, _of_capture("--truth", "Images beside a capture, for the report only.")] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is one."""
+        return self.capture is not None or self.torch_capture is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackOptions:
+    """Which attack, what it is told, and how it goes about it."""
+
+    attack: Annotated[str | None, option("--attack", "NAME", "See `leakjax list attacks`.")] = None
+    labels: Annotated[str | None, _of_client("--labels", "L[,M..]", "Labels, where known.")] = None
     gradient_noise: Annotated[
-        float | None,
-        typer.Option("--gradient-noise", metavar="SIGMA", help="Standard deviation of noise known in every entry."),
-    ] = None,
-    gradient_scale: Annotated[
-        float | None,
-        typer.Option("--gradient-scale", metavar="C", help="Known factor of a capture's gradient; 1 for none."),
-    ] = None,
-    local_steps: LocalSteps = 1,
-    learning_rate: LearningRate = None,
-    weight_decay: WeightDecay = None,
-    loss: LossName = None,
-    input_shape: Shape = None,
-    input_range: Range = None,
-    input_mean: Mean = None,
-    input_std: Std = None,
-    init: Init = None,
-    weights: Weights = None,
-    solver: Annotated[str, typer.Option("--solver", metavar="auto|lsmr|dense", help="Linear solver.")] = "auto",
-    prior: Annotated[
-        str | None, typer.Option("--prior", metavar="tv|none", help="What chooses where information is missing.")
-    ] = None,
-    pull_back: Annotated[
-        str, typer.Option("--pull-back", metavar="auto|levenberg_marquardt|optax", help="Pull-back solver.")
-    ] = "auto",
-    optimizer: Annotated[
-        str, typer.Option("--optimizer", metavar="lbfgs|adam", help="What first-order descent goes by.")
-    ] = "lbfgs",
-    starts: Annotated[int, typer.Option("--starts", help="Random starts that matching solves at once.")] = 1,
-    steps: Annotated[int | None, typer.Option("--steps", help="Descent steps of a matching baseline.")] = None,
-    seed: Seed = 0,
+        float | None, _of_client("--gradient-noise", "SIGMA", "Standard deviation of noise known in every entry.")
+    ] = None
+    gradient_scale: Annotated[float | None, _of_client("--gradient-scale", "C", _SCALE)] = None
+    solver: Annotated[str, option("--solver", "auto|lsmr|dense", "Linear solver.")] = "auto"
+    prior: Annotated[str | None, option("--prior", "tv|none", "What chooses where information is missing.")] = None
+    pull_back: Annotated[str, option("--pull-back", _PULL_BACKS, "Pull-back solver.")] = "auto"
+    optimizer: Annotated[str, option("--optimizer", "lbfgs|adam", "What first-order descent goes by.")] = "lbfgs"
+    starts: Annotated[int, option("--starts", None, "Random starts that matching solves at once.")] = 1
+    steps: Annotated[int | None, option("--steps", None, "Descent steps of a matching baseline.")] = None
+
+
+def invert(
+    model: NormalizedModelOptions,
+    data: DataOptions,
+    captured: CaptureOptions,
+    client: ClientOptions,
+    how: AttackOptions,
+    output: OutputOptions,
     dtype: Dtype = "float64",
-    out: Out = Path("leakjax-out"),
-    json_output: Json = False,
 ) -> None:
     """Reconstruct the images behind gradients; writes report.json, reconstruction.npz and figure.png."""
     with session() as console:
         from leakjax import inversion
         from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-        from leakjax.cli.setup import Sending, Setup
+        from leakjax.cli.setup import Setup
         from leakjax.constraints.priors import DEFAULT_PRIOR, PRIORS
         from leakjax.report.pairing import pair_with_truth
         from leakjax.report.reconstruction.figure import draw_figure
         from leakjax.report.reconstruction.record import RunInfo, build_report, unit_scale, write_report
         from leakjax.report.reconstruction.table import print_report
 
-        attack = DEFAULT_ATTACK if attack is None else attack
+        attack = DEFAULT_ATTACK if how.attack is None else how.attack
         if attack not in ATTACKS:
             raise unknown_name("attack", attack, ATTACKS)
-        prior = DEFAULT_PRIOR if prior is None else prior
+        prior = DEFAULT_PRIOR if how.prior is None else how.prior
         if prior not in PRIORS:
             raise unknown_name("prior", prior, PRIORS)
-        if truth is not None and capture is None and torch_capture is None:
-            raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
-        captured = capture is not None or torch_capture is not None
-        if captured and (defense is not None or local_steps != 1 or learning_rate is not None):
-            raise InputError(
-                "a capture says its own defense and local steps; leave out --defense, --local-steps, --learning-rate"
-            )
-        if sum(source is not None for source in (images, capture, torch_capture)) > 1:
-            raise InputError("give one of --images, --capture and --torch-capture")
-        if weights is not None and (capture is not None or torch_capture is not None):
-            raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
-        directory = writable(out)
-        told = (loss, input_shape, input_range, weights, input_mean, input_std)
-        setup = Setup.load(model, activation, init, seed, *told)
-        if captured:
-            observation, shown = setup.from_capture(capture, torch_capture, truth)
-            observation = _with_decay(observation, weight_decay)
-            _agree("--loss", loss, setup.loss, observation.loss)
-            _agree("--input-shape", input_shape, setup.input_shape, observation.input_shape)
-            _agree("--input-range", input_range, setup.input_range, observation.input_range)
-            _agree_by_channel("--input-mean", setup.input_mean, observation.input_mean, observation.input_shape[-1])
-            _agree_by_channel("--input-std", setup.input_std, observation.input_std, observation.input_shape[-1])
+        _check_sources(model, data, captured, client)
+        directory = writable(output.out)
+        setup = Setup.load(model)
+        if captured.given:
+            observation, shown = setup.from_capture(captured.capture, captured.torch_capture, captured.truth)
+            observation = _with_decay(observation, client.weight_decay)
+            _agree_with(model, setup, observation)
         else:
-            sending = Sending(
-                defense=defense,
-                seed=seed,
-                local_steps=local_steps,
-                learning_rate=learning_rate,
-                weight_decay=weight_decay or 0.0,
-            )
-            observation, shown = setup.observe(dataset, integers("--index", index), images, batch_size, dtype, sending)
-        given = None if labels is None else integers("--labels", labels)
+            observation, shown = setup.observe(data, client, dtype, model.seed)
+        given = None if how.labels is None else integers("--labels", how.labels)
         with progress(console) as tell:
             result = inversion.invert(
                 observation,
                 attack=attack,
                 dtype=dtype,
                 labels=given,
-                solver=solver,
-                pull_back=pull_back,
-                optimizer=optimizer,
-                starts=starts,
-                steps=steps,
+                solver=how.solver,
+                pull_back=how.pull_back,
+                optimizer=how.optimizer,
+                starts=how.starts,
+                steps=how.steps,
                 prior=prior,
-                gradient_noise=gradient_noise,
-                gradient_scale=gradient_scale,
+                gradient_noise=how.gradient_noise,
+                gradient_scale=how.gradient_scale,
                 progress=tell,
             )
         pictures = unit_scale(result.images, observation.limits)
         if shown is not None:
             shown = pair_with_truth(shown, pictures, observation.examples)
-        report = build_report(RunInfo(model, setup.activation, seed, gradient_noise), observation, result, shown)
+        info = RunInfo(model.model, setup.activation, model.seed, how.gradient_noise)
+        report = build_report(info, observation, result, shown)
         write_report(directory, report, result)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)
-        if json_output:
+        if output.json_output:
             answer(json.dumps(report, allow_nan=False))
         else:
             print_report(console, report)
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+def _check_sources(
+    model: NormalizedModelOptions, data: DataOptions, captured: CaptureOptions, client: ClientOptions
+) -> None:
+    """One source of gradients, with the options that go with it."""
+    if captured.truth is not None and not captured.given:
+        raise InputError("--truth goes with --capture or --torch-capture; data sets bring their own truth")
+    plain = client.defense is None and client.local_steps == 1 and client.learning_rate is None
+    if captured.given and not plain:
+        raise InputError(
+            "a capture says its own defense and local steps; leave out --defense, --local-steps, --learning-rate"
+        )
+    if sum(source is not None for source in (data.images, captured.capture, captured.torch_capture)) > 1:
+        raise InputError("give one of --images, --capture and --torch-capture")
+    if model.weights is not None and captured.given:
+        raise InputError("--weights: a capture brings the weights it was made with; leave the option out")
+
+
+def _agree_with(model: NormalizedModelOptions, setup: "Setup", observation: "Observation") -> None:
+    """A capture says for itself what it holds; an option that says otherwise is a mistake."""
+    channels = observation.input_shape[-1]
+    _agree("--loss", model.loss, setup.loss, observation.loss)
+    _agree("--input-shape", model.input_shape, setup.input_shape, observation.input_shape)
+    _agree("--input-range", model.input_range, setup.input_range, observation.input_range)
+    _agree_by_channel("--input-mean", setup.input_mean, observation.input_mean, channels)
+    _agree_by_channel("--input-std", setup.input_std, observation.input_std, channels)
 
 
 def _with_decay(observation: "Observation", typed: float | None) -> "Observation":
@@ -180,7 +176,6 @@ def _with_decay(observation: "Observation", typed: float | None) -> "Observation
 
 
 def _agree(option: str, typed: str | None, asked: Any, captured: Any) -> None:
-    """A capture says for itself what it holds; an option that says otherwise is a mistake."""
     if typed is not None and asked != captured:
         raise InputError(f"{option}: {typed} contradicts the capture's own {captured}; leave the option out")
 

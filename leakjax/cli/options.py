@@ -1,47 +1,136 @@
-"""The options that several commands share, and their values as typed."""
+"""The options that several commands share, each declared once, and their values as typed."""
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from leakjax.arguments import LARGEST
 from leakjax.errors import InputError
 
-Name = Annotated[str, typer.Option("--model", "-m", metavar="NAME|package.module:factory", help="Model to use.")]
-ActivationName = Annotated[str | None, typer.Option("--activation", metavar="NAME[:PARAMETER]")]
-Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Data set; see `leakjax list datasets`.")]
-Index = Annotated[str, typer.Option("--index", metavar="I[,J..]", help="Which images: a victim each.")]
-ImagesFile = Annotated[Path | None, typer.Option("--images", metavar="FILE.npz", help="Your own images and labels.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", metavar="B", help="Consecutive images in one gradient.")]
-LossName = Annotated[str | None, typer.Option("--loss", metavar="NAME", help="Loss, by Optax's name.")]
-Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE.npz", help="Weights of `leakjax train`.")]
-Shape = Annotated[str | None, typer.Option("--input-shape", metavar="H,W,C", help="Input shape of your own model.")]
-Range = Annotated[str | None, typer.Option("--input-range", metavar="LOW,HIGH", help="Values that a pixel can have.")]
-Mean = Annotated[
-    str | None, typer.Option("--input-mean", metavar="M[,M..]", help="Mean of a channel: (pixel - M) / S is seen.")
-]
-Std = Annotated[
-    str | None,
-    typer.Option("--input-std", metavar="S[,S..]", help="Standard deviation of a channel."),
-]
-Init = Annotated[str | None, typer.Option("--init", metavar="NAME", help="Initialization: torch or uniform.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the initialization, and of a defense's noise.")]
+MODEL, DATA, CLIENT, ATTACK, OUTPUT = "Model", "Data", "Client", "Attack", "Output"
+"""Panels of a command's help, in this order."""
+
+
+def _option(panel: str, name: str, metavar: str | None = None, help: str | None = None, **more: Any) -> Any:
+    return typer.Option(*name.split(), metavar=metavar, help=help, rich_help_panel=panel, **more)
+
+
+_model = functools.partial(_option, MODEL)
+_data = functools.partial(_option, DATA)
+_client = functools.partial(_option, CLIENT)
+option = functools.partial(_option, ATTACK)
+"""An option of one command alone, of how it goes about its work."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, with which weights, and what its inputs can be."""
+
+    model: Annotated[str, _model("--model -m", "NAME|package.module:factory", "Model to use.")] = "cnn6"
+    activation: Annotated[
+        str | None, _model("--activation", "NAME[:PARAMETER]", "Activation, in place of the model's own.")
+    ] = None
+    loss: Annotated[str | None, _model("--loss", "NAME", "Loss, by Optax's name.")] = None
+    input_shape: Annotated[str | None, _model("--input-shape", "H,W,C", "Input shape of your own model.")] = None
+    input_range: Annotated[str | None, _model("--input-range", "LOW,HIGH", "Values that a pixel can have.")] = None
+    init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
+    weights: Annotated[Path | None, _model("--weights", "FILE.npz", "Weights of `leakjax train`.")] = None
+    seed: Annotated[int, _model("--seed", None, "Seed of the initialization, and of a defense's noise.")] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizedModelOptions(ModelOptions):
+    """The same, for inputs that are normalized channel by channel."""
+
+    input_mean: Annotated[
+        str | None, _model("--input-mean", "M[,M..]", "Mean of a channel: (pixel - M) / S is seen.")
+    ] = None
+    input_std: Annotated[str | None, _model("--input-std", "S[,S..]", "Standard deviation of a channel.")] = None
+
+
+Dataset = Annotated[str, _data("--dataset", "NAME", "Data set; see `leakjax list datasets`.")]
+ImagesFile = Annotated[Path | None, _data("--images", "FILE.npz", "Your own images and labels.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Which images, and how many of them are behind one gradient."""
+
+    dataset: Dataset = "samples"
+    index: Annotated[str, _data("--index", "I[,J..]", "Which images: a client each.")] = "0"
+    images: ImagesFile = None
+    batch_size: Annotated[int, _data("--batch-size", "B", "Consecutive images in one gradient.")] = 1
+
+
 DefenseSpec = Annotated[
-    str | None,
-    typer.Option("--defense", metavar="NAME[:VALUE,..]", help="What clients do first; see `leakjax list defenses`."),
+    str | None, _client("--defense", "NAME[:VALUE,..]", "What clients do first; see `leakjax list defenses`.")
 ]
-LocalSteps = Annotated[int, typer.Option("--local-steps", metavar="K", help="Gradient steps that an update sums.")]
-LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", metavar="R", help="Rate of the local steps.", show_default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientOptions:
+    """What a client computes and sends."""
+
+    defense: DefenseSpec = None
+    local_steps: Annotated[int, _client("--local-steps", "K", "Gradient steps that an update sums.")] = 1
+    learning_rate: Annotated[
+        float | None, _client("--learning-rate", "R", "Rate of the local steps.", show_default=False)
+    ] = None
+    weight_decay: Annotated[
+        float | None, _client("--weight-decay", "LAMBDA", "Sent beside the gradient: LAMBDA times the weights.")
+    ] = None
+
+
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="float64|float32", help="Precision of the solves.", rich_help_panel=ATTACK)
 ]
-WeightDecay = Annotated[
-    float | None,
-    typer.Option("--weight-decay", metavar="LAMBDA", help="Sent beside the gradient: LAMBDA times the weights."),
+
+
+Json = Annotated[
+    bool, _option(OUTPUT, "--json", None, "Print the machine-readable summary, and nothing else, on stdout.")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="float64|float32")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the machine-readable summary, and nothing else, on stdout.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """Where a command writes, and what it prints."""
+
+    out: Annotated[Path, _option(OUTPUT, "--out", "DIR", "Where the files go.")] = Path("leakjax-out")
+    json_output: Json = False
+
+
+def flattened(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each parameter that is a dataclass of options replaced by its fields.
+
+    Typer then sees one option for a field; the command is called with the dataclasses.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})  # type: ignore[operator]
+        command(**values)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+            continue
+        of_group = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=of_group[f.name])
+            for f in dataclasses.fields(groups[name])
+        ]
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def numbers(option: str, text: str) -> list[float]:

@@ -7,13 +7,12 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 from typer.core import TyperGroup
 
 from leakjax.cli.caching import enable_compilation_cache
@@ -97,13 +96,6 @@ def say(message: str) -> None:
     line = " ".join(f"leakjax: error: {message}".split())
     with contextlib.suppress(OSError, ValueError):
         print("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line), file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """What a long computation tells its stages to."""
-    with console.status("starting") as status:
-        yield lambda stage: status.update(Text(stage))
 
 
 def writable(directory: Path) -> Path:

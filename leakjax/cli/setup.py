@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from leakjax.arguments import LARGEST
 from leakjax.captures.capture import read_capture
 from leakjax.captures.weights import read_weights
+from leakjax.cli.options import ClientOptions, DataOptions, ModelOptions, NormalizedModelOptions, integers
 from leakjax.client.observation import Observation, observe
 from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
 from leakjax.errors import InputError, unknown_name
@@ -20,18 +21,6 @@ from leakjax.models.normalization import Limits, Numbers, channel_limits, check_
 from leakjax.models.reader import Model, output_count, read_model
 from leakjax.runtime.memory import fits_on_host
 
-
-class Sending(NamedTuple):
-    """How a client sends: the options of `observe` of these names."""
-
-    defense: str | None = None
-    seed: int = 0
-    local_steps: int = 1
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-
-
-_PLAINLY = Sending()
 _OPTIONS = ("--input-mean", "--input-std")
 
 
@@ -48,68 +37,57 @@ class Setup:
     input_std: Numbers | None = None
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        activation: str | None,
-        init: str | None,
-        seed: int,
-        loss: str | None,
-        input_shape: str | None,
-        input_range: str | None,
-        weights: Path | None = None,
-        input_mean: str | None = None,
-        input_std: str | None = None,
-    ) -> "Setup":
-        """Build the model of the zoo or the user's `package.module:factory`; options as typed.
+    def load(cls, options: ModelOptions) -> "Setup":
+        """Build the model of the zoo or the user's `package.module:factory`, of options as typed.
 
-        `weights`: an npz file of `weights.write_weights`, whose arrays replace those of the initialization.
+        Weights of a file, as `captures.weights.write_weights` writes them, replace those of the initialization.
         """
-        mean, std = _normalization(input_mean, input_std)
-        if mean is not None and input_range is not None:
+        typed = (options.input_mean, options.input_std) if isinstance(options, NormalizedModelOptions) else (None, None)
+        mean, std = _normalization(*typed)
+        if mean is not None and options.input_range is not None:
             raise InputError("--input-mean and --input-std say what a pixel can be; leave out --input-range")
-        setup = cls._initialized(name, activation, init, seed, loss, input_shape, input_range)
+        setup = cls._initialized(options)
         if mean is not None:
             if setup.input_shape is not None:
                 channels = setup.input_shape[-1]
                 mean, std = spread(mean, channels, _OPTIONS), spread(std, channels, _OPTIONS)
             setup = dataclasses.replace(setup, input_range=hull(mean, std), input_mean=mean, input_std=std)
-        return setup if weights is None else dataclasses.replace(setup, model=read_weights(weights, setup.model))
+        if options.weights is None:
+            return setup
+        return dataclasses.replace(setup, model=read_weights(options.weights, setup.model))
 
     @classmethod
-    def _initialized(
-        cls,
-        name: str,
-        activation: str | None,
-        init: str | None,
-        seed: int,
-        loss: str | None,
-        input_shape: str | None,
-        input_range: str | None,
-    ) -> "Setup":
+    def _initialized(cls, options: ModelOptions) -> "Setup":
+        name, loss, seed, activation = options.model, options.loss, options.seed, options.activation
         if loss is not None and loss not in LOSSES:
             raise unknown_name("loss", loss, LOSSES)
         if not 0 <= seed < 2**32:
             raise InputError(f"--seed: expected 0..{2**32 - 1}, got {seed}")
-        shape = None if input_shape is None else _shape(input_shape)
-        limits = None if input_range is None else _limits(input_range)
+        shape = None if options.input_shape is None else _shape(options.input_shape)
+        limits = None if options.input_range is None else _limits(options.input_range)
         if ":" in name:
-            if init is not None:
+            if options.init is not None:
                 raise InputError("--init goes with the models of the zoo; your factory initializes its own")
             read = read_model(load_factory(name, seed=seed, activation=activation))
-            return cls(read, activation, shape, limits or (0.0, 1.0), loss or "softmax_cross_entropy")
+            return cls(
+                model=read,
+                activation=activation,
+                input_shape=shape,
+                input_range=limits or (0.0, 1.0),
+                loss=loss or "softmax_cross_entropy",
+            )
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)
         spec = MODELS[name]
         if shape not in (None, spec.input_shape):
             raise InputError(f"--input-shape: model {name!r} takes {','.join(map(str, spec.input_shape))}")
-        module = build_model(name, seed=seed, activation=activation, init=init)
+        module = build_model(name, seed=seed, activation=activation, init=options.init)
         return cls(
-            read_model(module),
-            activation or spec.activation,
-            spec.input_shape,
-            limits or spec.input_range,
-            loss or spec.loss,
+            model=read_model(module),
+            activation=activation or spec.activation,
+            input_shape=spec.input_shape,
+            input_range=limits or spec.input_range,
+            loss=loss or spec.loss,
         )
 
     @property
@@ -120,28 +98,26 @@ class Setup:
         return channel_limits(self.input_mean, self.input_std)
 
     def observe(
-        self,
-        dataset: str,
-        index: Sequence[int],
-        images: Path | None,
-        batch_size: int,
-        dtype: str,
-        sending: Sending = _PLAINLY,
+        self, data: DataOptions, client: ClientOptions, dtype: str, seed: int = 0
     ) -> tuple[Observation, np.ndarray]:
         """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
-        data = self._pictures(dataset, index, images)
+        pictures = self._pictures(data.dataset, integers("--index", data.index), data.images)
         observation = observe(
             self.model,
-            (to_range(data.images, self.limits), data.labels),
+            (to_range(pictures.images, self.limits), pictures.labels),
             loss=self.loss,
             input_range=self.input_range if self.input_mean is None else (0.0, 1.0),
             input_mean=self.input_mean,
             input_std=self.input_std,
-            batch_size=batch_size,
+            batch_size=data.batch_size,
             dtype=dtype,
-            **sending._asdict(),
+            defense=client.defense,
+            seed=seed,
+            local_steps=client.local_steps,
+            learning_rate=client.learning_rate,
+            weight_decay=client.weight_decay or 0.0,
         )
-        return observation, data.images / 255.0
+        return observation, pictures.images / 255.0
 
     def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""

@@ -1,63 +1,44 @@
 """`leakjax train`."""
 
+import dataclasses
 import json
 import time
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from leakjax.cli.options import (
-    ActivationName,
-    Dataset,
-    DefenseSpec,
-    Init,
-    Json,
-    LossName,
-    Name,
-    Out,
-    Range,
-    Seed,
-    Shape,
-    Weights,
-    integers,
-)
-from leakjax.cli.session import progress, session, writable
+from leakjax.cli.options import Dataset, DefenseSpec, ModelOptions, OutputOptions, integers
+from leakjax.cli.progress import progress
+from leakjax.cli.session import session, writable
 from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
 from leakjax.files.whole import write_text
 
 
-def train(
-    model: Name = "cnn6",
-    activation: ActivationName = None,
-    dataset: Dataset = "samples",
-    limit: Annotated[int | None, typer.Option("--limit", help="At most so many images of each split.")] = None,
-    epochs: Annotated[int, typer.Option("--epochs", help="How often all examples are seen.")] = 5,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="B", help="Examples of one client in a step.")
-    ] = 32,
-    clients: Annotated[int, typer.Option("--clients", help="Whose gradients one step averages.")] = 1,
-    optimizer: Annotated[str, typer.Option("--optimizer", metavar="adam|sgd", help="Of Optax.")] = "adam",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="Of the optimizer.")] = 1e-3,
-    clip: Annotated[float | None, typer.Option("--clip", help="Clip each client's gradient to this norm.")] = None,
+def _option(name: str, metavar: str | None, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel="Training")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained."""
+
+    limit: Annotated[int | None, _option("--limit", None, "At most so many images of each split.")] = None
+    epochs: Annotated[int, _option("--epochs", None, "How often all examples are seen.")] = 5
+    batch_size: Annotated[int, _option("--batch-size", "B", "Examples of one client in a step.")] = 32
+    clients: Annotated[int, _option("--clients", None, "Whose gradients one step averages.")] = 1
+    optimizer: Annotated[str, _option("--optimizer", "adam|sgd", "Of Optax.")] = "adam"
+    learning_rate: Annotated[float, _option("--learning-rate", None, "Of the optimizer.")] = 1e-3
+    clip: Annotated[float | None, _option("--clip", None, "Clip each client's gradient to this norm.")] = None
     noise: Annotated[
-        float | None, typer.Option("--noise", help="Standard deviation of Gaussian noise on each client's gradient.")
-    ] = None,
-    defense: DefenseSpec = None,
-    keep: Annotated[
-        str | None, typer.Option("--keep", metavar="E[,F..]", help="Epochs whose weights are written; default: all.")
-    ] = None,
-    loss: LossName = None,
-    input_shape: Shape = None,
-    input_range: Range = None,
-    init: Init = None,
-    weights: Weights = None,
-    seed: Seed = 0,
-    dtype: Annotated[str, typer.Option("--dtype", metavar="float64|float32")] = "float32",
-    out: Out = Path("leakjax-out"),
-    json_output: Json = False,
-) -> None:
+        float | None, _option("--noise", None, "Standard deviation of Gaussian noise on each client's gradient.")
+    ] = None
+    defense: DefenseSpec = None
+    keep: Annotated[str | None, _option("--keep", "E[,F..]", "Epochs whose weights are written; default: all.")] = None
+    dtype: Annotated[str, _option("--dtype", "float64|float32", "Precision of the training.")] = "float32"
+
+
+def train(model: ModelOptions, training: TrainingOptions, output: OutputOptions, dataset: Dataset = "samples") -> None:
     """Train a model; writes weights-EPOCH.npz, which --weights of the other commands reads, and training.json."""
     with session() as console:
         import optax
@@ -65,73 +46,73 @@ def train(
         from leakjax.captures.weights import write_weights
         from leakjax.cli.setup import Setup
         from leakjax.client.defenses import build_defense
-        from leakjax.client.training import loop as training
+        from leakjax.client.training import loop
 
         optimizers = {"adam": optax.adam, "sgd": optax.sgd}
-        if optimizer not in optimizers:
-            raise unknown_name("optimizer", optimizer, optimizers)
-        for option, value in (("--learning-rate", learning_rate), ("--clip", clip), ("--noise", noise)):
-            if value is not None and not 0 < value <= 1e15:
-                raise InputError(f"{option}: expected a positive number, got {value}")
-        if defense is not None and not (clip is None and noise is None):
-            raise InputError("--defense: leave out --clip and --noise; it names clipping and noise itself")
-        if limit is not None and limit < 1:
-            raise InputError(f"--limit: expected a positive number of images, got {limit}")
-        told = None if defense is None else build_defense(defense).spec
-        directory = writable(out)
+        if training.optimizer not in optimizers:
+            raise unknown_name("optimizer", training.optimizer, optimizers)
+        _check(training)
+        told = None if training.defense is None else build_defense(training.defense).spec
+        directory = writable(output.out)
         began = time.perf_counter()
-        setup = Setup.load(model, activation, init, seed, loss, input_shape, input_range, weights)
-        data, test = setup.train_and_test(dataset, limit)
-        parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
-        parts += [] if noise is None else [optax.add_noise(noise**2, 0.0, seed)]
+        setup = Setup.load(model)
+        data, test = setup.train_and_test(dataset, training.limit)
+        parts = [] if training.clip is None else [optax.clip_by_global_norm(training.clip)]
+        parts += [] if training.noise is None else [optax.add_noise(training.noise**2, 0.0, model.seed)]
         with progress(console) as tell:
-            result = training.train(
+            result = loop.train(
                 setup.model,
                 data,
                 test=test,
-                epochs=epochs,
-                batch_size=batch_size,
-                clients=clients,
-                optimizer=optimizers[optimizer](learning_rate),
+                epochs=training.epochs,
+                batch_size=training.batch_size,
+                clients=training.clients,
+                optimizer=optimizers[training.optimizer](training.learning_rate),
                 loss=setup.loss,
                 defense=optax.chain(*parts) if parts else told,
-                keep=None if keep is None else integers("--keep", keep),
+                keep=None if training.keep is None else integers("--keep", training.keep),
                 input_range=setup.input_range,
-                seed=seed,
-                dtype=dtype,
+                seed=model.seed,
+                dtype=training.dtype,
                 progress=tell,
             )
         files = {epoch: f"weights-{epoch}.npz" for epoch in result.kept}
         for epoch, file in files.items():
             write_weights(result.at(epoch), directory / file)
+        own = ("epochs", "batch_size", "clients", "optimizer", "learning_rate", "clip", "noise")
         summary = {
-            "model": model,
+            "model": model.model,
             "activation": setup.activation,
             "dataset": dataset,
             "train_examples": len(data.labels),
             "test_examples": len(test.labels),
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "clients": clients,
-            "optimizer": optimizer,
-            "learning_rate": learning_rate,
-            "clip": clip,
-            "noise": noise,
+            **{name: getattr(training, name) for name in own},
             "defense": told,
             "loss": setup.loss,
             "input_range": list(setup.input_range),
-            "seed": seed,
-            "dtype": dtype,
+            "seed": model.seed,
+            "dtype": training.dtype,
             "train_loss": result.loss.tolist(),
             "test_accuracy": result.accuracy.tolist(),
             "weights": {str(epoch): file for epoch, file in files.items()},
             "seconds": time.perf_counter() - began,
         }
         write_text(directory / "training.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        if json_output:
+        if output.json_output:
             answer(json.dumps(summary, allow_nan=False))
         else:
             for epoch, accuracy in enumerate(result.accuracy):
                 shown = f", training loss {result.loss[epoch - 1]:.4g}" if epoch else ""
                 console.print(f"epoch {epoch}: test accuracy {100 * accuracy:.1f} %{shown}", highlight=False)
             console.print(f"wrote {directory}/training.json, {', '.join(files.values())}", highlight=False)
+
+
+def _check(training: TrainingOptions) -> None:
+    named = {"--learning-rate": training.learning_rate, "--clip": training.clip, "--noise": training.noise}
+    for option, value in named.items():
+        if value is not None and not 0 < value <= 1e15:
+            raise InputError(f"{option}: expected a positive number, got {value}")
+    if training.defense is not None and not (training.clip is None and training.noise is None):
+        raise InputError("--defense: leave out --clip and --noise; it names clipping and noise itself")
+    if training.limit is not None and training.limit < 1:
+        raise InputError(f"--limit: expected a positive number of images, got {training.limit}")

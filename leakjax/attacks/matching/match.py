@@ -86,6 +86,7 @@ def _trials(problem: Problem, monitor: Monitor, told: Told, victim: int) -> list
         monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
         solve = _solve_densely if problem.solver == "dense" else _solve
         trials.append(solve(problem, monitor, told, start))
+        monitor.tell(f"{start.name}: relative residual {trials[-1].residual:.1e} after {int(trials[-1].steps)} steps")
     return trials
 
 
