@@ -1,6 +1,5 @@
 """What the site adds to its pages: two files of the repository's root, and lists that follow a sentence directly."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,8 @@ def on_config(config: Any) -> Any:
 def on_files(files: Any, config: Any) -> Any:
     """Add the root's files as pages; their links into docs/ become links beside them."""
     for page, source in FROM_ROOT.items():
-        text = re.sub(r"\]\(docs/", "](", (ROOT / source).read_text())
+        text = (ROOT / source).read_text().replace("](docs/", "](")
+        for other, name in FROM_ROOT.items():
+            text = text.replace(f"]({name})", f"]({other})")
         files.append(File.generated(config, page, content=text))
     return files

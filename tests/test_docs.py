@@ -1,201 +1,264 @@
-"""The site: every page is in its navigation, what the pages show runs, and what they name exists."""
+"""The site: every page is in the navigation, what pages show runs, and tables say what the program says."""
 
-import contextlib
-import os
+import ast
+import importlib.util
+import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-import jax
 import pytest
 import typer
-import yaml
 
 import leakjax
 from leakjax.attacks import ATTACKS
 from leakjax.cli import app
-from leakjax.cli.effects import refuse_idle
-from leakjax.client.defenses import DEFENSES
-from leakjax.report.audit.glossary import _TERMS
-from tests.test_structure import ROOMS
+from leakjax.cli.effects import TAKES, refuse_idle
+from leakjax.client.defenses import DEFENSES, build_defense
+from leakjax.datasets import DATASETS
+from leakjax.datasets.originals import ORIGINALS
+from leakjax.models import MODELS, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-FROM_ROOT = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
-PAGES = {p.relative_to(DOCS).as_posix(): p for p in sorted(DOCS.rglob("*.md"))} | FROM_ROOT
-TEXTS = {name: path.read_text() for name, path in PAGES.items()}
-
+FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {p.relative_to(DOCS).as_posix(): p.read_text() for p in sorted(DOCS.rglob("*.md"))}
+PAGES |= {page: (ROOT / source).read_text() for page, source in FROM_ROOT.items()}
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`([^`\n]+)`")
-FILE = re.compile(r'title="([^"]+)"')
-
-# What stands in for a PyTorch module after `loss.backward()`: its state, and a gradient of each parameter.
-TORCH = """
-import json
-import numpy
-meta = {"loss": "softmax_cross_entropy", "input_shape": [8, 8, 3], "input_range": [0, 1]}
-class Tensor:
-    def __init__(self, value, grad=None):
-        self.value, self.grad = value, grad
-    def cpu(self):
-        return self
-    def numpy(self):
-        return self.value
-class Module:
-    def state_dict(self):
-        return dict(self.named_parameters())
-    def named_parameters(self):
-        features = numpy.arange(256).reshape(4, 4, 16).transpose(2, 0, 1).reshape(-1)  # channels first
-        moves = {"conv/kernel": lambda a: a.transpose(3, 2, 0, 1), "head/kernel": lambda a: a[features].T}
-        for name in ("conv/kernel", "conv/bias", "head/kernel", "head/bias"):
-            move = moves.get(name, lambda a: a)
-            w, g = move(numpy.asarray(model.params[name])), move(numpy.asarray(sent[name]))
-            yield name.replace("/kernel", ".weight").replace("/bias", ".bias"), Tensor(w, Tensor(g))
-net = Module()
-"""
+BLOCKS = [
+    (page, language, title.strip(), textwrap.dedent(code))
+    for page, text in PAGES.items()
+    for _, language, title, code in FENCE.findall(text)
+]
+PYTHON = [(page, title, code) for page, language, title, code in BLOCKS if language == "python"]
+EXECUTED = "first-steps.md"  # whose commands are run, and not only parsed
 
 
-def fences(text, language):
-    """(what follows the language, the code) of every fenced block of a language, those inside of tabs too."""
-    return [
-        (options, textwrap.dedent(code)) for _, kind, options, code in FENCE.findall(text) if kind.split()[0] == language
-    ]
+def shown_commands():
+    """(page, command) of every command: in blocks of a shell, and alone between backticks."""
+    for page, language, _, code in BLOCKS:
+        if language in ("bash", "console"):
+            lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in code.splitlines()]
+            yield from ((page, line) for line in lines if line)
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+        starts = "leakjax ", "python -m benchmarks ", "make "
+        yield from ((page, span) for span in spans if span.startswith(starts))
 
 
-def commands(text):
-    """Every `leakjax ...` of the blocks and between backticks, as words."""
-    lines = [line for kind in ("bash", "console") for _, code in fences(text, kind) for line in code.splitlines()]
-    lines = [line.split("  #")[0].removeprefix("$ ") for line in lines] + INLINE.findall(FENCE.sub("", text))
-    lines = [line.removeprefix(".venv/bin/").split() for line in lines]
-    return [words for words in lines if words[:1] == ["leakjax"] and words[1:] and "|" not in words[1]]
+COMMANDS = sorted({(page, line) for page, line in shown_commands() if page != "changelog.md"})  # which is history
 
 
-def listed(entry):
-    """The pages of a navigation, in order."""
-    if isinstance(entry, str):
-        return [entry]
-    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in listed(part)]
-
-
-def first_column(page, heading):
-    """What the first column of the table below a heading holds between backticks."""
-    rows = TEXTS[page].split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
-    return [name for row in rows if row.startswith("| `") for name in INLINE.findall(row.split("|")[1])]
+def navigation():
+    """Every page that mkdocs.yml names, in order."""
+    block = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1].split("\n\n")[0]
+    return re.findall(r": (\S+\.md)$", block, re.MULTILINE)
 
 
 def test_the_navigation_lists_every_page_once():
-    found = listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    assert len(found) == len(set(found)) > 15
-    assert set(found) == set(PAGES)
+    listed = navigation()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == set(PAGES)
+    assert len(listed) > 20
 
 
-RUNNABLE = sorted(name for name, text in TEXTS.items() if fences(text, "python"))
+def test_python_blocks_run(tmp_path):
+    """Page by page, in one process with JAX as it is by default; a page's blocks share their names."""
+    assert len({page for page, *_ in PYTHON}) >= 7
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PYTHON))
+    run = [sys.executable, str(ROOT / "tests" / "run_pages.py"), str(plan)]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("ran ") == len(PYTHON)
 
 
-@pytest.mark.parametrize("page", RUNNABLE)
-def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
-    """Block after block in one namespace, as a reader types them: JAX as it is by default, files where they belong."""
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": "page"}
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        for options, code in fences(TEXTS[page], "python"):
-            file = FILE.search(options)
-            if file and file[1].endswith(".py"):
-                (tmp_path / file[1]).write_text(code)
-            elif file:
-                exec(TORCH, names)
-            exec(compile(code, f"{page}", "exec"), names)
+def test_commands_of_the_first_steps_run(run, folder):
+    commands = [line for page, line in COMMANDS if page == EXECUTED and "--help" not in line]
+    blocks = [code for page, language, _, code in BLOCKS if page == EXECUTED and language == "bash"]
+    in_order = [line for code in blocks for line in code.splitlines()]
+    assert set(in_order) <= set(commands)
+    for line in in_order:
+        result = run(*shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+    first, second = (json.loads((folder / name / "report.json").read_text()) for name in ("first", "second"))
+    assert [r["examples"][0]["certificate"]["proof"] for r in (first, second)] == ["global", "global"]
+    assert first["examples"][0]["psnr"] > 200
+    assert second["examples"][0]["psnr"] is None
+    found = json.loads((folder / "audit" / "audit.json").read_text())
+    assert (found["verdict"], found["structural_leaked_dimensions"]) == ("partial", 1602)
 
 
-def test_the_commands_of_the_first_steps_run(run, tmp_path):
-    found = [words for words in commands(TEXTS["first-steps.md"]) if "--help" not in words and len(words) > 3]
-    assert len(found) >= 5
-    for words in found:
-        assert run(*words[1:]).exit_code == 0, words
-    assert all((tmp_path / "first" / name).exists() for name in ("report.json", "reconstruction.npz", "figure.png"))
-
-
-COMMANDS = sorted({(page, *words) for page, text in TEXTS.items() for words in commands(text)})
-
-
-def parsed(words):
-    """Parse a command line as the program does, down to options without effect, and run nothing."""
-    command, context, rest = typer.main.get_command(app), None, list(words)
+def parse(words):
+    """The context of the command that the words name, its options parsed and checked, nothing run."""
+    command, context = typer.main.get_command(app), None
     while True:
-        with contextlib.ExitStack() as stack:
-            group = hasattr(command, "commands")
-            taken = [] if group else rest
-            context = stack.enter_context(command.make_context(command.name, taken or ["--"], parent=context))
-        if not group:
+        nested = hasattr(command, "commands")
+        context = command.make_context(words[0] if words else "leakjax", words[1:], parent=context)
+        if not nested:
             refuse_idle(context)
             return context
-        command = command.commands[rest.pop(0)]
+        words = [*context._protected_args, *context.args]
+        command = command.commands[words[0]]
 
 
-@pytest.mark.parametrize("line", COMMANDS, ids=" ".join)
-def test_a_command_exists_with_its_options(line):
-    words = [word for word in line[2:] if word != "..."]
-    if words[-1:] == ["--help"]:
-        words.pop()
-    parsed(words)
+def check_names(values):
+    """The names among the options' values exist."""
+    known = {"attack": ATTACKS, "dataset": [*DATASETS, *ORIGINALS, "svhn_cropped", "my_photos"]}
+    for option, names in known.items():
+        value = values.get(option)
+        assert value is None or value in names or str(value).startswith("folder:"), value
+    model = values.get("model")
+    assert model is None or model in MODELS or ":" in model or model == "NAME", model
+    if values.get("defense"):
+        build_defense(values["defense"])
 
 
-def test_a_wrong_option_is_noticed():
+# "..", "NAME" and the like stand for what the reader puts in; such spans are of prose, and not commands.
+ELLIPSIS = re.compile(r"\.\.\.|\||SUITE|WHAT|SPEC|\bNAME --from\b")
+LEAKJAX = [c for c in COMMANDS if re.match(r"(\.venv/bin/)?leakjax ", c[1]) and not ELLIPSIS.search(c[1])]
+
+
+@pytest.mark.parametrize(("page", "line"), LEAKJAX, ids=[f"{page}: {line}" for page, line in LEAKJAX])
+def test_leakjax_commands_parse(page, line):
+    words = shlex.split(line)[1:]
+    if words[-1] == "--help":
+        words = words[:-1]
+        found = typer.main.get_command(app)
+        for word in words:
+            found = found.commands[word]
+        return
+    if len(words) == 1 and words[0] in ("invert", "capture", "audit", "train", "data"):
+        return  # a command's name in prose
+    check_names(parse(["leakjax", *words]).params)
+
+
+def test_there_are_commands_to_parse():
+    assert len(LEAKJAX) > 30
     with pytest.raises(Exception, match="No such option"):
-        parsed(["invert", "--gradient-scales", "1"])
+        parse(["leakjax", "invert", "--no-such-option", "1"])
     with pytest.raises(leakjax.InputError, match="no effect"):
-        parsed(["invert", "--gradient-scale", "1"])
-    with pytest.raises(KeyError):
-        parsed(["inverts"])
+        parse(["leakjax", "invert", "--attack", "rgap", "--starts", "2"])
+    with pytest.raises(AssertionError):
+        check_names({"attack": "no_such_attack"})
 
 
-def test_options_that_are_named_alone_exist():
-    known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "benchmarks" / "__main__.py").read_text()))
-    groups = [typer.main.get_command(app)]
-    while groups:
-        for command in groups.pop().commands.values():
-            groups += [command] if hasattr(command, "commands") else []
-            known |= {name for parameter in command.params for name in parameter.opts}
-    named = {
-        (page, span.split()[0])
-        for page, text in TEXTS.items()
-        for span in INLINE.findall(FENCE.sub("", text))
-        if span.startswith("--") and len(span) > 2
+OTHERS = [c for c in COMMANDS if c not in LEAKJAX and re.match(r"make |python -m benchmarks ", c[1])]
+
+
+@pytest.mark.parametrize(("page", "line"), OTHERS, ids=[f"{page}: {line}" for page, line in OTHERS])
+def test_targets_and_suites_exist(page, line):
+    program, *words = shlex.split(line)
+    if program == "make":
+        assert re.search(rf"^{re.escape(words[0])}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    from benchmarks.__main__ import STUDIES, SUITES, chosen
+    from benchmarks.__main__ import parse as parse_suite
+
+    if words[2] in STUDIES:
+        source = (ROOT / "benchmarks" / f"{words[2]}.py").read_text()
+        for option in [word for word in words if word.startswith("--")]:
+            assert f'"{option}"' in source
+    elif words[2] in SUITES:
+        options = parse_suite(words[2:])
+        assert chosen(options.suite, options.limit, options.only)
+    else:
+        assert words[2] == "SUITE"
+
+
+def rows(page, heading):
+    """The cells of the first table below a heading of a page, without its header."""
+    below = PAGES[page].split(heading, 1)[1]
+    table = re.search(r"(?:^\|.*\n)+", below, re.MULTILINE)
+    assert table
+    lines = table.group().strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def code(text):
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_the_tables_of_attacks_are_the_registry():
+    assert {code(row[0])[0] for row in rows("attacks.md", "\n## By name\n")} == set(ATTACKS)
+    shown = {
+        code(row[0])[0]: {o[2:].replace("-", "_") for o in code(row[1])} for row in rows("attacks.md", "## Options")
     }
-    assert len(named) > 30
-    assert not {(page, option) for page, option in named if option not in known}
+    assert shown == {name: set(options) for name, options in TAKES.items()}
 
 
-def test_tables_name_what_the_registries_hold():
-    assert sorted(first_column("attacks.md", "The attacks")) == sorted(ATTACKS)
-    assert sorted(first_column("defenses.md", "The defenses")) == sorted(DEFENSES)
-    assert first_column("architecture.md", "The rooms") == ROOMS
+def test_the_table_of_defenses_is_the_registry():
+    shown = [code(row[0])[0].partition(":") for row in rows("defenses.md", "\n## Defend a gradient\n")]
+    assert {name for name, *_ in shown} == set(DEFENSES)
+    for name, _, values in shown:
+        assert [v.lower() for v in values.split(",") if v] == [
+            p.name.removeprefix("noise_").replace("clip", "clip") for p in DEFENSES[name].parameters
+        ]
+
+
+def test_the_architecture_page_has_every_room_in_order():
+    tree = ast.parse((ROOT / "tests" / "test_structure.py").read_text())
+    (value,) = [
+        n.value for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", None) == "ROOMS"
+    ]
+    assert [code(row[0])[0] for row in rows("architecture.md", "\n## The rooms, bottom up\n")] == ast.literal_eval(
+        value
+    )
 
 
 def test_the_reference_has_every_public_name():
-    shown = set(re.findall(r"^::: (\S+)$", "\n".join(TEXTS.values()), re.MULTILINE))
-    assert {f"leakjax.{name}" for name in leakjax.__all__ if name != "__version__"} <= shown
-    for place in ("leakjax.guard", "leakjax.captures", "leakjax.datasets", "leakjax.models", "leakjax.client.defenses"):
-        module = sys.modules[place] if place in sys.modules else __import__(place, fromlist=["__all__"])
-        assert {f"{place}.{name}" for name in module.__all__} <= shown, place
+    shown = {
+        name
+        for page, text in PAGES.items()
+        if page.startswith("api/")
+        for name in re.findall(r"^::: (\S+)$", text, re.M)
+    }
+    wanted = {f"leakjax.{name}" for name in leakjax.__all__ if not name.startswith("__")}
+    from leakjax import captures, datasets, guard
+
+    for package in (captures, datasets, guard):
+        wanted |= {f"{package.__name__}.{n}" for n in package.__all__ if not n.isupper()}
+    assert wanted <= shown
 
 
-def test_the_glossary_has_the_terms_of_an_audits_page():
-    terms = {term.lower() for term in re.findall(r"^\*\*(.+?)\*\*", TEXTS["glossary.md"], re.MULTILINE)}
-    for term in ("gradient inversion", "client", "adaptive attack", "fully determined", "row-space share"):
-        assert term in terms
-    assert {term.lower() for term, _ in _TERMS} <= terms
+INDICES = rows("reproductions.md", "\n## c(M) and ranks\n")
 
 
-def test_the_site_builds_strictly(tmp_path):
-    """Every link, anchor and reference resolves, and no page asks another host for anything."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
-    assert done.returncode == 0, done.stderr
-    pages = {page.relative_to(tmp_path).with_suffix(".md").as_posix(): page for page in tmp_path.rglob("*.html")}
-    assert set(PAGES) <= set(pages)
-    for page in pages.values():
-        loaded = re.findall(r'<(?:script|img|link|iframe)[^>]*?(?:src|href)="?(https?://[^\s">]+)', page.read_text())
-        assert not loaded, page
+@pytest.mark.parametrize("row", INDICES, ids=[row[0] for row in INDICES])
+def test_indices_of_the_reproductions_are_the_programs(row):
+    name, published, ours, command = row
+    spec = MODELS[name]
+    found = leakjax.audit(build_model(name), spec.input_shape, loss=spec.loss, shapes_only=True)
+    assert code(command) == [f"leakjax audit --model {name} --shapes-only"]
+    assert [int(text.replace("−", "-")) for text in (published, ours)] == [found.c_m_rounded] * 2
+
+
+def test_padded_systems_of_the_reproductions_are_the_programs():
+    layers = {}
+    for name in ("cnn6", "cnn6d"):
+        spec = MODELS[name]
+        found = leakjax.audit(build_model(name), spec.input_shape, loss=spec.loss, shapes_only=True)
+        layers |= {f"{name} {layer.name}": layer.padded for layer in found.layers}
+    for name, _, ours in rows("reproductions.md", "padded border pixels among the unknowns"):
+        padded = layers[name]
+        assert ours == f"{padded.rows} x {padded.columns}, {padded.rank}"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed: group docs")
+def test_the_site_builds_strictly_and_asks_no_other_host(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    built = sorted((tmp_path / "site").rglob("*.html"))
+    assert {p.relative_to(tmp_path / "site").with_suffix(".md").as_posix() for p in built} == {*PAGES, "404.md"}
+    for page in built:
+        text = page.read_text()
+        loaded = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=\"([^\"]+)", text)
+        loaded += re.findall(r"<link\b[^>]*\brel=\"(?:stylesheet|preconnect|icon)\"[^>]*\bhref=\"([^\"]+)", text)
+        loaded += re.findall(r"<link\b[^>]*\bhref=\"([^\"]+)\"[^>]*\brel=\"(?:stylesheet|preconnect|icon)\"", text)
+        assert loaded
+        assert not [address for address in loaded if re.match(r"(https?:)?//", address)]
