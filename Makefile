@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench notebooks clean
+.PHONY: setup demo test test-all lint bench docs notebooks clean
 
 setup: $(STAMP)
 
@@ -30,8 +30,11 @@ test-all: lint
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks throughput --out bench-out
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
 notebooks: $(STAMP)
 	$(BIN)/python notebooks/run.py
 
 clean:
-	rm -rf $(VENV) demo bench-out leakjax-out
+	rm -rf $(VENV) demo bench-out leakjax-out site
