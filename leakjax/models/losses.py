@@ -1,13 +1,16 @@
 """Losses of one example on its logits, by Optax's names."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-Label = Int[Array, ""] | Float[Array, " K"]
+Label = int | Int[Any, ""] | Float[Any, " K"]
+"""A class, or what the logits are compared with."""
+
 Loss = Callable[[Float[Array, " K"], Label], Float[Array, ""]]
 
 

@@ -103,7 +103,7 @@ def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) ->
         return {path: found[path] for path in paths}
 
     @functools.partial(jax.jit, static_argnums=1)
-    def draw(variables: Arrays, shape: tuple[int, ...], low: float, high: float) -> Any:
+    def draw(variables: Arrays, shape: tuple[int, ...], low: Any, high: Any) -> Any:
         dtype = next(iter(variables.values())).dtype
 
         def of_label(label: Any) -> Any:
