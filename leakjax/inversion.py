@@ -73,16 +73,16 @@ def invert(
       met a null space or bad conditioning and the matrix is small; "dense" gives `match` few, costly steps, for models
       whose gradient says little of an image (global average pooling);
     - `starts`: how many random starts `match` and the matching baselines solve at once, the best by residual kept;
-    - `prior`: a name of `priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
+    - `prior`: a name of `constraints.priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
       is the one of minimum norm);
     - `pull_back`: what solves pulled-back constraints: an active set behind piecewise-linear activations and
       Levenberg-Marquardt elsewhere ("auto"), "levenberg_marquardt" alone, or first-order descent ("optax");
-    - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `optimizers.OPTIMIZERS` or any
+    - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `solvers.descent.OPTIMIZERS` or any
       `optax.GradientTransformation`;
     - `steps`: bound on the first-order descent of `hybrid` and the matching baselines (L-BFGS or Adam iterations); None
       for their papers' own;
     - `seed`: of the random starts;
-    - `adaptive`: whether `match` uses what the observation says of a defense (see `attacks.told`); else, as the
+    - `adaptive`: whether `match` uses what the observation says of a defense (see `attacks.adaptive`); else, as the
       layer-wise attacks always do, it takes what was sent for the gradient;
     - `gradient_noise`: standard deviation of normal noise that is known to be in every entry of what was sent; without
       it noise is read off what the best answer leaves of the gradient;

@@ -4,17 +4,24 @@ import gc
 import os
 import pathlib
 import sys
+import tempfile
 
 # Tests compile hundreds of small programs and run each a few times: let XLA spend less on each.
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"]
 ).strip()
 
+# What several tests or workers compile is compiled once: a folder of this run keeps it.
+if "LEAKJAX_TEST_PROGRAMS" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="leakjax-programs-")
+    os.environ["LEAKJAX_TEST_PROGRAMS"] = _PROGRAMS.name
+
 import hypothesis
 import jax
 import jaxtyping
 import numpy as np
 import pytest
+from studies import STUDIES
 from typer.testing import CliRunner
 
 # Shapes and types of annotations are checked as functions are called, in every room. Front doors check what a caller
@@ -35,6 +42,9 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ["LEAKJAX_TEST_PROGRAMS"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 hypothesis.settings.register_profile(
     "leakjax",
@@ -60,6 +70,19 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     for line in _TOLERATED:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items):
+    """The studies are slow; one whose test is gone is an error where its whole file was collected."""
+    known = {item.nodeid.rpartition("/")[2]: item for item in items}
+    files = {name.partition("::")[0] for name in known}
+    whole = not any("::" in argument for argument in sys.argv[1:])
+    missing = [name for name in STUDIES if whole and name.partition("::")[0] in files and name not in known]
+    if missing:
+        raise pytest.UsageError(f"tests/studies.py names tests that are gone: {', '.join(missing)}")
+    for name in STUDIES:
+        if name in known:
+            known[name].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
