@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench docs notebooks clean
+.PHONY: setup demo test test-all shapes lint bench docs notebooks clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -n auto
+
+shapes: $(STAMP)
+	LEAKJAX_CHECK_SHAPES=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks throughput --out bench-out

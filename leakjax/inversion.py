@@ -73,8 +73,8 @@ def invert(
       met a null space or bad conditioning and the matrix is small; "dense" gives `match` few, costly steps, for models
       whose gradient says little of an image (global average pooling);
     - `starts`: how many random starts `match` and the matching baselines solve at once, the best by residual kept;
-    - `prior`: a name of `constraints.priors.PRIORS`, that chooses among the images that explain the gradient equally well ("none"
-      is the one of minimum norm);
+    - `prior`: a name of `constraints.priors.PRIORS`, that chooses among the images that explain the gradient equally
+      well ("none" is the one of minimum norm);
     - `pull_back`: what solves pulled-back constraints: an active set behind piecewise-linear activations and
       Levenberg-Marquardt elsewhere ("auto"), "levenberg_marquardt" alone, or first-order descent ("optax");
     - `optimizer`: what "optax", the prior and `hybrid` descend by: a name of `solvers.descent.OPTIMIZERS` or any

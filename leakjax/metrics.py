@@ -2,24 +2,26 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import dm_pix
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 PSNR_CAP = 350.0
 
-Image = Float[np.ndarray, "H W C"]
+Image = Float[Any, "H W C"]
+Pixels = Shaped[Any, "..."]
 
 
-def mse(truth: Image, image: Image) -> float:
+def mse(truth: Pixels, image: Pixels) -> float:
     """Mean squared error of pixels on a [0, 1] scale, unclipped."""
     return float(np.mean((np.asarray(truth, float) - np.asarray(image, float)) ** 2))
 
 
-def psnr(truth: Image, image: Image, mask: Image | None = None) -> float | None:
+def psnr(truth: Pixels, image: Pixels, mask: Pixels | None = None) -> float | None:
     """Peak signal-to-noise ratio in dB, peak 1, unclipped, capped at 350; over `mask`'s entries where given.
 
     None where the mask selects nothing.

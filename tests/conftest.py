@@ -30,7 +30,8 @@ FRONT_DOORS = (
     "leakjax.__init__", "leakjax.arguments", "leakjax.reconstruction", "leakjax.inversion", "leakjax.cli",
     "leakjax.client.observation", "leakjax.client.training", "leakjax.captures", "leakjax.interop", "leakjax.datasets",
     "leakjax.guard.online", "leakjax.leakage.audit", "leakjax.leakage.inputs", "leakjax.leakage.directions",
-    "leakjax.models.reader", "leakjax.report",
+    "leakjax.models.reader", "leakjax.models.zoo", "leakjax.client.defenses.registry", "leakjax.runtime.precision",
+    "leakjax.files", "leakjax.report", "leakjax.leakage.matrix_free", "leakjax.leakage.privacy",
 )  # fmt: skip
 _ROOT = pathlib.Path(__file__).resolve().parents[1] / "leakjax"
 CHECKED = [
@@ -38,7 +39,8 @@ CHECKED = [
     for module in (".".join(p.relative_to(_ROOT.parent).with_suffix("").parts) for p in _ROOT.rglob("*.py"))
     if not any(module == door or module.startswith(door + ".") for door in FRONT_DOORS)
 ]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+if os.environ.get("LEAKJAX_CHECK_SHAPES") == "1":  # `make shapes`
+    jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -175,11 +175,11 @@ def test_sections_come_in_order():
     wanted = [
         "verdict-title",
         "numbers",
-        "layers",
+        "changes",
         "map",
+        "layers",
         "spectrum",
         "noise",
-        "changes",
         "withheld",
         "remarks",
         "glossary",
@@ -189,7 +189,9 @@ def test_sections_come_in_order():
 
 def test_shapes_alone_say_so():
     read = Reader(draw_page(bare()))
-    assert read.text.count("Not computed (shapes only).") == 4
+    assert read.text.count("Not computed (shapes only).") == 1  # of unseen pixels
+    assert "Leakage map, Spectrum, Noise (shapes only)." in read.text
+    assert not {"map", "spectrum", "noise", "pictures"} & set(read.values("id"))
     assert "≤ 2,994 of 3,072 unknowns" in read.text
     assert "upper bound from shapes" in read.text
     assert "changes" not in read.values("id")

@@ -54,7 +54,9 @@ def shown_commands():
 
 COMMANDS = sorted({(page, line) for page, line in shown_commands() if page != "changelog.md"})  # which is history
 _README = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS += [("README.md", line.split("  #")[0].strip()) for block in _README for line in block.splitlines() if line.strip()]
+COMMANDS += [
+    ("README.md", line.split("  #")[0].strip()) for block in _README for line in block.splitlines() if line.strip()
+]
 
 
 def navigation():

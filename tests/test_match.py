@@ -1,7 +1,6 @@
 """Full gradient matching: batches, labels as counts, symmetries, and honest certificates."""
 
 import importlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +9,15 @@ import pytest
 from test_pull_back import SHAPE, convolve, network, psnr
 
 from leakjax import InputError, invert, observe
+from leakjax.attacks.adaptive import Sent
 from leakjax.attacks.certificates.certificate import certify, certify_together
 from leakjax.attacks.certificates.symmetries import twins
 from leakjax.attacks.heads.labels import likely_counts
+from leakjax.attacks.problem import Problem
 from leakjax.client.update import mean_loss
 from leakjax.report.pairing import pair_with_truth
 from leakjax.runtime.precision import compute_in
-from leakjax.segments.tracing.network import batch_gradient, read_network
+from leakjax.segments.tracing.network import Network, batch_gradient, read_network
 
 
 def batch(count, seed=0):
@@ -169,17 +170,21 @@ def two_answers(monkeypatch, ranks):
     trials = [
         module.Found(np.stack(pair), np.array([0, 1]), 0.0, 0) for pair in ((inside, outside), (outside, 0.4 * inside))
     ]
-    low, high = 0.0, 1.0
-    problem = types.SimpleNamespace(
-        matched=1e-6,
-        rounding=1e-16,
+    problem = Problem(
+        chain=None,
+        network=Network(lambda *_: None, np.float64, has_kinks=False),
         variables={},
-        loss="",
-        network=types.SimpleNamespace(logits=None),
-        input_range=(low, high),
-        in_range=lambda x: bool(x.min() >= low and x.max() <= high),
+        gradients={"w": np.ones((1, 1))},
+        loss="squared_error",
+        input_shape=(1, 1, 2),
+        input_range=(0.0, 1.0),
+        labels=None,
+        dtype=np.float64,
+        noise=1e-16,
+        examples=2,
     )
-    outcomes = module.matched_outcomes(problem, types.SimpleNamespace(matched=1e-6), trials)
+    told = module.Told(Sent({}, {}), matched=1e-6)
+    outcomes = module.matched_outcomes(problem, told, trials)
     return certify_together([certify(problem, outcome, 4) for outcome in outcomes], outcomes, 2)
 
 

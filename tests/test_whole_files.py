@@ -94,7 +94,9 @@ def test_no_place_writes_by_itself():
     root = os.path.dirname(leakjax.__file__)
     found = []
     for folder, _, names in os.walk(root):
-        for name in (n for n in names if n.endswith(".py") and (folder, n) != (os.path.join(root, "files"), "whole.py")):
+        for name in (
+            n for n in names if n.endswith(".py") and (folder, n) != (os.path.join(root, "files"), "whole.py")
+        ):
             with open(os.path.join(folder, name)) as file:
                 calls = [n for n in ast.walk(ast.parse(file.read())) if isinstance(n, ast.Call)]
             words = {c.func.attr for c in calls if isinstance(c.func, ast.Attribute)}

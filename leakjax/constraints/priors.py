@@ -1,6 +1,7 @@
 """Image priors by name: what is more likely of an image, where a gradient leaves directions open."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +62,7 @@ def _natural(u: Array) -> tuple[tuple[int, ...], Array]:
     return axes, (scale / jnp.sqrt(jnp.mean(scale**2))).reshape(1, *scale.shape, 1).astype(u.dtype)
 
 
-def outside_box(x: Float[Array, "..."], low: float = 0.0, high: float = 1.0) -> Float[Array, ""]:
+def outside_box(x: Float[Array, "..."], low: Any = 0.0, high: Any = 1.0) -> Float[Array, ""]:
     """The squared distance of x from low <= x <= high."""
     return jnp.sum((x - jnp.clip(x, low, high)) ** 2)
 

@@ -33,11 +33,13 @@ class Structure(NamedTuple):
 
 
 class Examined(NamedTuple):
-    """What was `measured` of a gradient of so many `examples`, and the layers whose gradients could be `withheld`."""
+    """What was `measured` of a gradient of so many `examples`, the layers whose gradients could be `withheld`,
+    and the `images` (B, *shape), pixels in [0, 1], None on shapes alone."""
 
     measured: Measured
     examples: int
     withheld: tuple[Withheld, ...]
+    images: Any = None
 
 
 def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, data: str, *, bounded: bool) -> Audit:
@@ -91,6 +93,8 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         remarks=(*structure.remarks, *found.remarks, *_of_batches(batch)),
         leakage_map=found.map,
         uncertainty=spread,
+        images=examined.images if found.pictures else None,
+        pictures=found.pictures,
         blind=found.doubt.spots,
         seed=asked.seed,
         loss=asked.loss,

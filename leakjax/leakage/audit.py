@@ -118,7 +118,8 @@ def _examine(structure: Structure, batch: tuple[Any, Any] | None, asked: Asked) 
         paths = {path for i in chosen[0] for path in segments[i].paths}
         rank, remaining = measure_without(structure.model, x, y, asked, paths)
         withheld = [dataclasses.replace(withheld[0], measured_dimensions=rank, leakage_map=remaining)]
-    return Examined(found, len(x), tuple(withheld))
+    pixels = (np.asarray(x, float) - asked.limits[0]) / asked.scale
+    return Examined(found, len(x), tuple(withheld), pixels)
 
 
 def _data(images: Any, examples: int, seed: int, shapes_only: bool) -> str:

@@ -57,10 +57,13 @@ def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
 
 
 class WithPrior(NamedTuple):
-    """Eigenvalues of S^(1/2) G S^(1/2), and what each of its directions adds to the mean variance of a pixel."""
+    """Eigenvalues, ascending, of R^T G R, S = R R^T, its vectors, `root` R, and what each of its directions adds to the
+    mean variance of a pixel."""
 
     values: Float[np.ndarray, " n"]
     shares: Float[np.ndarray, " n"]
+    vectors: Float[np.ndarray, "n n"]
+    root: Float[np.ndarray, "n n"]
 
 
 def with_natural_prior(leakage: Leakage, shape: tuple[int, ...]) -> WithPrior:
@@ -71,7 +74,8 @@ def with_natural_prior(leakage: Leakage, shape: tuple[int, ...]) -> WithPrior:
 
     root = np.asarray(jax.jit(jax.vmap(natural))(jnp.eye(len(leakage.values)))).T
     values, vectors = np.linalg.eigh(root.T @ leakage.gram @ root)
-    return WithPrior(np.maximum(values, 0.0), np.mean((root @ vectors) ** 2, axis=0))
+    shares = np.mean((root @ vectors) ** 2, axis=0)
+    return WithPrior(values=np.maximum(values, 0.0), shares=shares, vectors=vectors, root=root)
 
 
 def variance_with_prior(prior: WithPrior, sigma: float) -> float:

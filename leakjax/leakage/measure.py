@@ -15,6 +15,7 @@ from leakjax.leakage.blind import data_gradient, looked_up, rounded_front, silen
 from leakjax.leakage.dense import (
     PRIOR_DEVIATION,
     Leakage,
+    WithPrior,
     dense_leakage,
     variance_with_prior,
     variances,
@@ -22,6 +23,7 @@ from leakjax.leakage.dense import (
 )
 from leakjax.leakage.estimated import estimate
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
+from leakjax.leakage.pictures import picture
 from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.request import Asked, Measured
 from leakjax.leakage.verdict import Doubt
@@ -75,15 +77,27 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
         return estimate(gradient, clipped, arrays, layers, asked)._replace(doubt=doubt)
     asked.tell("building the Jacobian")
     leakage = dense_leakage(gradient, *arrays, asked.scale)
+    prior = with_natural_prior(leakage, x.shape)
     points = tuple(
-        dataclasses.replace(point, asked=asked.asked) for point in _noise_points(leakage, x.shape, asked.noise)
+        dataclasses.replace(point, asked=asked.asked) for point in _noise_points(leakage, prior, asked.noise)
     )
+    pixels = (x - asked.limits[0]) / asked.scale
+    levels = (None, *(asked.noise if asked.asked else ()))
+    pictures = tuple(picture(leakage, prior, pixels, sigma, asked.seed) for sigma in levels)
     if clipped is not None:
         asked.tell("building the Jacobian of clipped gradients")
         limited = dense_leakage(clipped, *arrays, asked.scale)
-        points += asked.private(_noise_points(limited, x.shape, asked.private_sigmas(len(x))))
+        prior, sigmas = with_natural_prior(limited, x.shape), asked.private_sigmas(len(x))
+        points += asked.private(_noise_points(limited, prior, sigmas))
+        pictures += tuple(picture(limited, prior, pixels, sigma, asked.seed) for sigma in sigmas)
     return Measured(
-        layers=layers, leakage=leakage, points=points, spectrum=_spectrum(leakage), map=leakage.map, doubt=doubt
+        layers=layers,
+        leakage=leakage,
+        points=points,
+        spectrum=_spectrum(leakage),
+        map=leakage.map,
+        doubt=doubt,
+        pictures=pictures,
     )
 
 
@@ -179,10 +193,7 @@ def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:
     return clipped_gradient(gradient, asked.dp_sgd.clip)
 
 
-def _noise_points(leakage: Leakage, shape: tuple[int, ...], noise: Sequence[float]) -> tuple[NoisePoint, ...]:
-    if not noise:
-        return ()
-    prior = with_natural_prior(leakage, shape)
+def _noise_points(leakage: Leakage, prior: WithPrior, noise: Sequence[float]) -> tuple[NoisePoint, ...]:
     spread = np.sqrt(leakage.values) * PRIOR_DEVIATION
 
     def decibel(variance: float) -> float | None:

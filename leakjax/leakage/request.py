@@ -11,7 +11,7 @@ from leakjax.leakage.dense import Leakage
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.verdict import Doubt
-from leakjax.report.audit.record import NoisePoint
+from leakjax.report.audit.record import NoisePoint, Picture
 
 Tell = Callable[[str], None]
 Arrays = tuple[Any, Array, Array]
@@ -55,7 +55,7 @@ class Asked(NamedTuple):
 class Measured(NamedTuple):
     """By layer what its constraints tell, the Jacobian's `leakage`, noise `points`, singular values, the leakage `map`
     where it is an estimate, and `remarks`: None, or empty, where it was not asked for or is too large; what `doubt`
-    there is that derivatives say what the gradient does."""
+    there is that derivatives say what the gradient does; `pictures` of what comes back."""
 
     layers: Sequence[LayerLeakage] = ()
     leakage: Leakage | None = None
@@ -64,3 +64,4 @@ class Measured(NamedTuple):
     map: Float[np.ndarray, "B ..."] | None = None
     remarks: tuple[str, ...] = ()
     doubt: Doubt = Doubt()
+    pictures: tuple[Picture, ...] = ()

@@ -235,7 +235,7 @@ def build_activation(
     )
 
 
-def parse_activation(text: str) -> Function:
+def parse_activation(text: Any) -> Function:
     """The function named `NAME[:PARAMETER]`, as in `leaky_relu:0.01`; the same object for the same text.
 
     Raises `InputError` for an unknown name or a parameter that the activation does not take.
@@ -264,7 +264,7 @@ def _parsed(text: str) -> Function:
     return functools.partial(_call, kind, value)
 
 
-def _call(kind: ActivationKind, parameter: float | None, z: Array) -> Array:
+def _call(kind: ActivationKind, parameter: float | None, z: Any) -> Array:
     return kind.function(z, parameter)
 
 
@@ -288,7 +288,7 @@ def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
 def _bisect(function: Function, piece: Piece, x: Array) -> Array:
     """Entrywise bisection of function(z) = x on a monotone piece, to the last bit."""
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         a, b = bracket
         middle = 0.5 * (a + b)
         below = (function(middle) < x) == (piece.trend > 0)

@@ -20,7 +20,7 @@ def target(label: Label, outputs: int, dtype: jnp.dtype) -> Float[Array, " K"]:
     A label that is a vector already (a soft label) is the target.
     """
     if jnp.ndim(label) == 1:
-        return label
+        return jnp.asarray(label)
     if outputs == 1:
         return jnp.asarray(label, dtype)[None]
     return jax.nn.one_hot(label, outputs, dtype=dtype)

@@ -22,7 +22,7 @@ from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.descent import descend
 from leakjax.solvers.jacobian import inverse_norms
 
-Gradients = Mapping[str, Float[Array, "..."]]
+Gradients = Mapping[str, Float[Any, "..."]]
 Limits = tuple[float, float]
 
 

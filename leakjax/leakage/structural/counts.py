@@ -97,7 +97,7 @@ def _masks(geometry: Geometry, used: Used) -> list[tuple[Axis, np.ndarray | None
 
 def _outputs(geometry: Geometry, used: Used) -> int:
     if used is None:
-        return math.prod((axis.after or axis.kernel).outputs for axis in geometry.axes)
+        return int(math.prod((axis.after or axis.kernel).outputs for axis in geometry.axes))
     return math.prod(int(np.sum(u)) for u in used)
 
 

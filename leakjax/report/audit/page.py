@@ -6,12 +6,14 @@ import math
 from leakjax.report.audit.glossary import glossary
 from leakjax.report.audit.map import draw_map
 from leakjax.report.audit.markup import definitions, integer, name, paragraph, percent, real, section, text
+from leakjax.report.audit.pictures import pictures_section
 from leakjax.report.audit.record import AuditRecord
 from leakjax.report.audit.sections import (
     changes_section,
     layers_section,
     map_section,
     noise_section,
+    parts_of,
     shapes_only,
     spectrum_section,
     withheld_section,
@@ -53,9 +55,9 @@ def draw_page(audit: AuditRecord) -> str:
     style = importlib.resources.files("leakjax.report.audit").joinpath("audit.css").read_text(encoding="utf-8")
     shape = "\u202f×\u202f".join(str(n) for n in audit.input_shape)
     main = (
-        _verdict(audit), _key_numbers(audit), layers_section(audit), map_section(audit), spectrum_section(audit),
-        noise_section(audit), changes_section(audit), withheld_section(audit), _remarks(audit), _provenance(audit),
-        glossary(),
+        _verdict(audit), _key_numbers(audit), pictures_section(audit), changes_section(audit), map_section(audit),
+        layers_section(audit), spectrum_section(audit), noise_section(audit), withheld_section(audit), _left_out(audit),
+        _remarks(audit), _provenance(audit), glossary(),
     )  # fmt: skip
     body = "\n".join(filter(None, main))
     return f"""<!DOCTYPE html>
@@ -83,6 +85,17 @@ def draw_page(audit: AuditRecord) -> str:
 </body>
 </html>
 """
+
+
+def _left_out(audit: AuditRecord) -> str:
+    """One line for all sections that have nothing to show. Returns HTML, empty where none is missing."""
+    missing = [title for title, there in parts_of(audit).items() if not there]
+    if not missing:
+        return ""
+    why = "shapes only" if shapes_only(audit) else "no derivative sees through what the verdict names"
+    if not shapes_only(audit) and not audit.blind:
+        why = "not asked for, or too large; see the remarks"
+    return section("left-out", "Not computed", paragraph(f"{text(', '.join(missing))} ({why})."))
 
 
 def _examples(audit: AuditRecord) -> str:

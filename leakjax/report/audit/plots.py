@@ -44,7 +44,7 @@ def noise_plot(noise: Sequence[NoisePoint]) -> str:
     bound = [(math.log10(p.sigma), _finite(p.psnr_bound)) for p in shown]
     prior = [(math.log10(p.sigma), _finite(p.psnr_estimate_prior)) for p in shown]
     heights = [v for _, v in (*bound, *prior) if v is not None]
-    if not heights:
+    if not heights or len(shown) < 2:  # one dot says no more than the table
         return ""
     x = decades("noise σ in every gradient entry", [p.sigma for p in shown])
     y = linear("PSNR, dB", min(*heights, 0.0), max(*heights, 1.0))

@@ -111,10 +111,21 @@ class Withheld:
     leakage_map: Float[np.ndarray, "B H W C"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What an attacker gets back of the audited images, (B, H, W, C) in [0, 1], at noise `sigma`, None for none.
+
+    An estimate near the image, by an attacker who knows how smooth natural images are; see `leakage.pictures`.
+    """
+
+    sigma: float | None
+    image: Float[np.ndarray, "B H W C"]
+
+
 UNSEEN = 1e-6
 """Row-space share below which the gradient says nothing of a pixel; shares are computed to some 1e-12."""
 
-_MAPS = ("leakage_map", "uncertainty")
+_MAPS = ("leakage_map", "uncertainty", "images", "pictures")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +141,8 @@ class AuditRecord:
       attacker (infinite where open);
     - `verdict`: "exact", "partial", "limited" (few numbers leak; the sentence says what picture they make) or "unknown"
       (nothing sound can be said: it passes no gate), and the `sentence` that says why, of the noise that was asked for;
+    - `images`: the audited ones, pixels in [0, 1], and `pictures`, what an attacker gets back of them, without noise
+      first, then at each level of noise that was asked for; neither is written to audit.json;
     - `remarks`: what could not be given; `blind`: operations through which no derivative sees;
     - `leakjax`, `seed`, `loss`, `data`, `weights`, `device`, `date`: what ties the audit to a model, images and a run.
     """
@@ -154,6 +167,8 @@ class AuditRecord:
     remarks: tuple[str, ...] = ()
     leakage_map: Float[np.ndarray, "B H W C"] | None = None
     uncertainty: Float[np.ndarray, "B H W C"] | None = None
+    images: Float[np.ndarray, "B H W C"] | None = None
+    pictures: tuple[Picture, ...] = ()
     blind: tuple[str, ...] = ()
     leakjax: str | None = None
     seed: int | None = None

@@ -26,7 +26,7 @@ _LAYER_COLUMNS = (
 )  # fmt: skip
 _PADDED_COLUMNS = "Layer", "Rows", "Columns", "Rank", "Columns left open"
 _DP_COLUMNS: tuple[tuple[str, str], ...] = (
-    ("noise_multiplier", "Noise multiplier"), ("clip", "Clip"), ("epsilon", "ε"), ("delta", "δ"),
+    ("epsilon", "ε"), ("delta", "δ"), ("noise_multiplier", "Noise multiplier"), ("clip", "Clip"),
 )  # fmt: skip
 _OPEN = "open"
 
@@ -35,6 +35,12 @@ def shapes_only(audit: AuditRecord) -> bool:
     """Whether nothing numeric was asked for: the audit knows shapes alone."""
     unmeasured = audit.leaked_dimensions is None and all(layer.rank is None for layer in audit.layers)
     return unmeasured and not audit.blind and audit.verdict != "unknown"
+
+
+def parts_of(audit: AuditRecord) -> dict[str, bool]:
+    """By title, whether a section has something to show."""
+    shown = bool(audit.leakage_map is not None and len(audit.leakage_map))
+    return {"Leakage map": shown, "Spectrum": bool(audit.spectrum), "Noise": bool(audit.noise)}
 
 
 def layers_section(audit: AuditRecord) -> str:
@@ -56,7 +62,7 @@ def map_section(audit: AuditRecord) -> str:
     """The leakage map, a panel an example. Returns HTML."""
     panels = "" if audit.leakage_map is None else map_panels(audit.leakage_map)
     if not panels:
-        return section("map", "Leakage map", _not_computed(audit))
+        return ""
     held, shown = len(audit.leakage_map) if audit.leakage_map is not None else 0, shown_panels(audit)
     words = "How much of each pixel the gradient determines, mean over channels: bright pixels leak, dark ones do not."
     if held > shown:
@@ -67,7 +73,7 @@ def map_section(audit: AuditRecord) -> str:
 def spectrum_section(audit: AuditRecord) -> str:
     """The singular values of the gradient's Jacobian. Returns HTML."""
     if not audit.spectrum:
-        return section("spectrum", "Spectrum", _not_computed(audit))
+        return ""
     words = (
         "How strongly the gradient responds to each direction of the image, strongest first. Directions after the drop "
         "leave no trace; a long slope above it means that little noise already hides the weaker ones."
@@ -79,7 +85,7 @@ def spectrum_section(audit: AuditRecord) -> str:
 def noise_section(audit: AuditRecord) -> str:
     """What noise in the gradient leaves an attacker. Returns HTML."""
     if not audit.noise:
-        return section("noise", "Noise", _not_computed(audit))
+        return ""
     words = (
         "How good an image can become when noise is added to every entry of the gradient. Higher PSNR is a better "
         "image; on photos a mid-grey guess scores about 10 to 15 dB."
@@ -96,7 +102,7 @@ def noise_section(audit: AuditRecord) -> str:
 def _noise_parts(title: str, points: Sequence[NoisePoint], audit: AuditRecord) -> list[str]:
     """A table of points and their plot."""
     known = [(f, name) for f, name in _DP_COLUMNS if any(getattr(p, f) is not None for p in points)]
-    columns = ["Noise σ", "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions", *(name for _, name in known)]
+    columns = ["Noise σ", *(name for _, name in known), "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions"]
     measured = audit.leaked_dimensions is not None
     rows = [_noise_row(point, [field for field, _ in known], measured) for point in points]
     note = "“open”: the image is not determined, an unbiased attack has no finite error."
@@ -181,7 +187,7 @@ def _noise_row(point: NoisePoint, private: list[str], measured: bool) -> tuple[s
     rest = (real(getattr(point, field)) for field in private)
     error = point.effective_dimensions_error
     dimensions = real(point.effective_dimensions, 4) + ("" if error is None else f" ± {real(error, 2)}")
-    return real(point.sigma), bound, prior, dimensions, *rest
+    return real(point.sigma), *rest, bound, prior, dimensions
 
 
 def _decibels(value: float | None) -> str:
@@ -203,10 +209,3 @@ def _uncertainty(audit: AuditRecord) -> str:
         f"At the first level, σ = {real(audit.noise[0].sigma)}, an unbiased attack determines {middle}; "
         f"{percent(1 - known.size / audit.uncertainty.size)} of the values stay open altogether."
     )
-
-
-def _not_computed(audit: AuditRecord) -> str:
-    why = "Not computed (shapes only)." if shapes_only(audit) else "Not computed."
-    if audit.blind:
-        why = "Not computed: no derivative sees through what the verdict names."
-    return paragraph(why, "absent")

@@ -53,7 +53,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
 
     smooth = smoother(graph, graph.input, graph.output)
 
-    def logits(variables: Arrays, x: Float[Array, "B ..."], smoothing: Any = None) -> Float[Array, "B K"]:
+    def logits(variables: Arrays, x: Float[Any, "B ..."], smoothing: Any = None) -> Float[Array, "B K"]:
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
         if smoothing is not None:
             return smooth({**env, graph.input: x}, smoothing)
@@ -72,8 +72,8 @@ def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradien
 
     def gradient(
         variables: Arrays,
-        x: Float[Array, "B ..."],
-        labels: Int[Array, " B"] | Float[Array, "B K"],
+        x: Float[Any, "B ..."],
+        labels: Int[Any, " B"] | Float[Any, "B K"],
         smoothing: Any = None,
     ) -> dict[str, Array]:
         def mean_loss(params: Arrays) -> Array:
@@ -105,7 +105,7 @@ def client_update(
     rate = float(learning_rate or 0.0)
 
     def update(
-        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+        variables: Arrays, x: Float[Any, "B ..."], labels: Int[Any, " B"] | Float[Any, "B K"], smoothing: Any = None
     ) -> dict[str, Array]:
         def step(sums: dict[str, Array], _: None) -> tuple[dict[str, Array], None]:
             here = {p: (variables[p] - rate * sums[p]).astype(variables[p].dtype) for p in paths}
@@ -123,7 +123,7 @@ def example_gradients(logits: Logits, loss: str, paths: tuple[str, ...]) -> Grad
     """(variables, x, labels) -> {path: (B, *parameter) d/dtheta loss(logits(x)_b, y_b)}, every example's own."""
 
     def gradients(
-        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"], smoothing: Any = None
+        variables: Arrays, x: Float[Any, "B ..."], labels: Int[Any, " B"] | Float[Any, "B K"], smoothing: Any = None
     ) -> dict[str, Array]:
         def losses(params: Arrays) -> Array:
             weights = {**variables, **params}

@@ -1,0 +1,50 @@
+"""The pictures of an audit's page: the image that was audited, and what an attacker gets back of it."""
+
+import base64
+import io
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from leakjax.metrics import psnr
+from leakjax.report.audit.markup import paragraph, real, section, text
+from leakjax.report.audit.record import AuditRecord
+
+_MOST = 8  # levels of noise that are drawn
+
+
+def pictures_section(audit: AuditRecord) -> str:
+    """The first audited image beside what comes back of it. Returns HTML, empty where nothing was computed."""
+    if audit.images is None or not audit.pictures:
+        return ""
+    truth = np.asarray(audit.images[0])
+    panels = [_panel(truth, "The image that was audited")]
+    for shown in audit.pictures[: _MOST + 1]:
+        title = "What this gradient gives back" if shown.sigma is None else f"At noise σ = {real(shown.sigma)}"
+        quality = psnr(truth, shown.image[0])
+        panels.append(_panel(shown.image[0], f"{title}: {0.0 if quality is None else quality:.1f} dB"))
+    words = (
+        "What an attacker who knows this model gets back from one gradient, near the image, with a prior that natural "
+        "images are smooth. Noise is drawn once."
+    )
+    if audit.examples > 1:
+        words += f" The first of {audit.examples} examples."
+    return section(
+        "pictures", "What an attacker sees", paragraph(words), '<div class="maps">', "\n".join(panels), "</div>"
+    )
+
+
+def _panel(image: Float[np.ndarray, "H W C"], words: str) -> str:
+    height, width = image.shape[:2]
+    return (
+        f'<figure><img src="{_png(image)}" width="{width}" height="{height}" alt="{text(words)}">'
+        f"<figcaption>{text(words)}</figcaption></figure>"
+    )
+
+
+def _png(image: np.ndarray) -> str:
+    pixels = np.round(255 * np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)).astype(np.uint8)
+    held = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")
