@@ -12,7 +12,7 @@ import leakjax
 from leakjax.report.audit import markup
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.page import draw_map, draw_page
-from leakjax.report.audit.record import Change, LayerAudit, NoisePoint, PaddedCount, Withheld
+from leakjax.report.audit.record import Change, LayerAudit, NoisePoint, PaddedCount, Picture, Withheld
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x & http://evil.example/"
 VOID = {"wbr", "meta", "link", "img", "br", "hr", "input", "path", "circle", "line", "rect", "polyline"}
@@ -185,6 +185,33 @@ def test_sections_come_in_order():
         "glossary",
     ]
     assert [name for name in identities if name in wanted] == wanted
+
+
+def test_pictures_show_the_image_and_what_comes_back_at_each_noise(rng):
+    image = rng.uniform(size=(1, 4, 4, 3))
+    shown = Picture(None, image), Picture(1e-4, np.clip(image + 0.1, 0, 1))
+    page = draw_page(dataclasses.replace(full(), images=image, pictures=shown))
+    read = Reader(page)
+    assert "What this gradient gives back: 350.0 dB" in read.text
+    assert "At noise σ = 0.0001: 2" in read.text  # some 20 dB
+    assert "&lt;" not in page.split('id="pictures"')[1].split("</section>")[0]
+    assert len([s for s in read.values("src") if s.startswith("data:image/png")]) >= 3
+
+
+def test_what_comes_back_without_noise_is_the_image_where_all_of_it_leaks(rng):
+    weights = {"w": rng.normal(size=(16, 8)), "b": rng.normal(size=8)}
+    image = rng.uniform(size=(1, 4, 4, 1))
+    found = leakjax.audit(
+        (lambda p, x: x.reshape(len(x), -1) @ p["w"] + p["b"][None], weights),
+        (4, 4, 1),
+        images=image,
+        noise=(1e-3, 1e2),
+    )
+    plain, little, much = found.pictures
+    np.testing.assert_allclose(plain.image, image, atol=1e-7)
+    assert np.max(np.abs(little.image - image)) < 0.1
+    np.testing.assert_allclose(much.image, 0.5, atol=0.1)
+    assert "pictures" not in found.to_json()
 
 
 def test_shapes_alone_say_so():

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from leakjax.metrics import psnr
-from leakjax.report.audit.markup import paragraph, real, section, text
+from leakjax.report.audit.markup import paragraph, section, text
 from leakjax.report.audit.record import AuditRecord
 
 _MOST = 8  # levels of noise that are drawn
@@ -21,7 +21,7 @@ def pictures_section(audit: AuditRecord) -> str:
     truth = np.asarray(audit.images[0])
     panels = [_panel(truth, "The image that was audited")]
     for shown in audit.pictures[: _MOST + 1]:
-        title = "What this gradient gives back" if shown.sigma is None else f"At noise σ = {real(shown.sigma)}"
+        title = "What this gradient gives back" if shown.sigma is None else f"At noise σ = {shown.sigma:g}"
         quality = psnr(truth, shown.image[0])
         panels.append(_panel(shown.image[0], f"{title}: {0.0 if quality is None else quality:.1f} dB"))
     words = (
