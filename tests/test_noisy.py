@@ -102,12 +102,12 @@ def test_a_noise_that_is_no_deviation_is_refused(clean, wrong):
 def test_behind_kinks_the_fit_begins_from_several_points():
     """ReLU in a residual block: noise spoils the pattern of signs that the layers' own answers have."""
     net = architecture(62)
-    params, images, labels = net.params(0), net.images(3, 3), net.label_draws(3, 3)
+    params, images, labels = net.params(0), net.images(3, 6), net.label_draws(3, 6)
     plain = observe((net.apply, params), (images, labels), input_range=net.input_range)
     rng = np.random.default_rng(1)
     answer = invert(changed(plain, lambda g: g + 1e-3 * rng.normal(size=g.shape)), gradient_noise=1e-3)
     found = [k for k, c in enumerate(answer.certificates) if c.status == "approximate"]
-    assert len(found) >= 2
+    assert len(found) >= 4
     for k in found:
         assert abs(answer.certificates[k].psnr_estimate - psnr(answer.images[k], images[k])) <= 5
     assert all(psnr(answer.images[k], images[k]) > 50 for k in found)
