@@ -32,10 +32,10 @@ from leakjax.models.reader import Model, run_model
 from leakjax.reconstruction import Certificate, Reconstruction
 from leakjax.runtime.precision import compute_in
 from leakjax.runtime.programs import keep
-from leakjax.segments.batch_statistics import batch_remarks
 from leakjax.segments.chain import Chain, read_chain
 from leakjax.segments.tracing.network import read_network
 from leakjax.segments.tracing.widening import Wide, in_one_precision
+from leakjax.segments.training_mode import training_remarks
 from leakjax.solvers.descent import DEFAULT_OPTIMIZER, OPTIMIZERS
 
 SOLVERS = ("auto", "lsmr", "dense")
@@ -134,7 +134,7 @@ def invert(
         wide = _cast(observation.model, tuple(observation.input_shape), dtype)
         model = wide.model
         logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
-        remarks = batch_remarks(model, observation.input_shape, floating)
+        remarks = training_remarks(model, observation.input_shape, floating)
         for remark in remarks:
             monitor.tell(remark)
         chain = _chain(model, observation, dtype, chosen.layerwise)
@@ -189,7 +189,7 @@ def invert(
         outcomes = with_multiples(problem, monitor, outcomes)
         outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
         monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
-    found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
+        found = _assemble(observation, problem, outcomes, attack, dtype, labels is not None, monitor, start)
     found = dataclasses.replace(found, remarks=remarks)
     failed = all(c.status == "failed" for c in found.certificates)
     return _in_another_order(observation, found, given) if failed and observation.interchangeable else found
@@ -247,14 +247,7 @@ def _reckoned_with(problem: Problem, defense: str) -> bool:
 
 def _defended(certificate: Certificate) -> Certificate:
     words = "a defense changed the gradient, and the attack was not told or cannot undo it: try attack='match'"
-    return Certificate(
-        status="failed",
-        leaked_dimensions=None,
-        unknowns=certificate.unknowns,
-        condition=certificate.condition,
-        layer="defense",
-        reason=words,
-    )
+    return Certificate.failure(certificate.unknowns, certificate.condition, "defense", words)
 
 
 def _with_reason(outcome: Outcome, reason: str | None) -> Outcome:

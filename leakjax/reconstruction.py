@@ -54,6 +54,11 @@ class Certificate:
     psnr_estimate: float | None = None
     reason: str | None = None
 
+    @classmethod
+    def failure(cls, unknowns: int, condition: float | None, layer: str, reason: str | None) -> "Certificate":
+        """A certificate of a gradient that is not matched, where and why."""
+        return cls("failed", None, unknowns, condition, layer, reason=reason)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import leakjax
+from leakjax.metrics import psnr
 from leakjax.report.audit import markup
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.page import draw_map, draw_page
@@ -189,7 +190,7 @@ def test_sections_come_in_order():
 
 def test_pictures_show_the_image_and_what_comes_back_at_each_noise(rng):
     image = rng.uniform(size=(1, 4, 4, 3))
-    shown = Picture(None, image), Picture(1e-4, np.clip(image + 0.1, 0, 1))
+    shown = Picture(None, image, 350.0), Picture(1e-4, np.clip(image + 0.1, 0, 1), 20.0)
     page = draw_page(dataclasses.replace(full(), images=image, pictures=shown))
     read = Reader(page)
     assert "What this gradient gives back: 350.0 dB" in read.text
@@ -212,6 +213,32 @@ def test_what_comes_back_without_noise_is_the_image_where_all_of_it_leaks(rng):
     assert np.max(np.abs(little.image - image)) < 0.1
     np.testing.assert_allclose(much.image, 0.5, atol=0.1)
     assert "pictures" not in found.to_json()
+
+
+def test_a_gate_is_no_more_reassuring_than_the_picture(rng):
+    """An image as smooth as can be comes back better than the prior's images do on average: the gate follows it."""
+    weights = {"w": rng.normal(size=(64, 6)), "b": rng.normal(size=6)}
+    ramp = np.linspace(0.3, 0.7, 8)[None, :, None, None] * np.ones((1, 8, 8, 1))
+    draws = []
+    for seed in range(8):
+        found = leakjax.audit(
+            (lambda p, x: x.reshape(len(x), -1) @ p["w"] + p["b"][None], weights),
+            (8, 8, 1),
+            images=ramp,
+            labels=np.array([1]),
+            noise=(1e-2, 1e-1),
+            seed=seed,
+        )
+        for point, shown in zip(found.noise, found.pictures[1:], strict=True):
+            assert point.psnr_at_image == shown.psnr
+            assert point.attainable_psnr >= max(point.psnr_at_image, point.psnr_estimate_prior)
+            draws.append((point.sigma, shown.psnr, psnr(ramp[0], shown.image[0])))
+        assert found.attainable_psnr >= max(p.psnr_at_image for p in found.noise)
+    for sigma in (1e-2, 1e-1):  # what is expected over noise is the mean of what was drawn
+        expected = {p for s, p, _ in draws if s == sigma}
+        mean = -10 * np.log10(np.mean([10 ** (-d / 10) for s, _, d in draws if s == sigma]))
+        assert len(expected) == 1
+        assert abs(expected.pop() - mean) < 2
 
 
 def test_shapes_alone_say_so():

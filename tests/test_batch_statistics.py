@@ -15,7 +15,7 @@ from leakjax.models import build_model
 from leakjax.models.reader import read_model
 from leakjax.report.reconstruction.record import RunInfo, build_report
 from leakjax.report.reconstruction.table import print_report
-from leakjax.segments.batch_statistics import batch_remarks
+from leakjax.segments.training_mode import training_remarks
 
 DRAW = np.random.default_rng(0)
 SHAPE = (6, 6, 2)
@@ -85,7 +85,7 @@ EVALUATION = {
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_the_batchs_own_statistics_are_remarked(kind, dtype):
     start = time.perf_counter()
-    (remark,) = batch_remarks(TRAINING[kind]().astype(dtype), SHAPE, jnp.dtype(dtype))
+    (remark,) = training_remarks(TRAINING[kind]().astype(dtype), SHAPE, jnp.dtype(dtype))
     assert time.perf_counter() - start < 10
     assert "train-mode batch norm" in remark
     assert "model.eval()" in remark
@@ -96,14 +96,45 @@ def test_the_batchs_own_statistics_are_remarked(kind, dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_nothing_is_said_of_models_that_take_images_one_by_one(kind, dtype):
     shape = (32, 32, 3) if kind == "zoo" else SHAPE
-    assert batch_remarks(EVALUATION[kind]().astype(dtype), shape, jnp.dtype(dtype)) == ()
+    assert training_remarks(EVALUATION[kind]().astype(dtype), shape, jnp.dtype(dtype)) == ()
+
+
+class Dropping(nnx.Module):
+    def __init__(self):
+        self.first, self.last = nnx.Linear(72, 40, rngs=nnx.Rngs(0)), nnx.Linear(40, 3, rngs=nnx.Rngs(1))
+        self.drop = nnx.Dropout(0.3, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.last(self.drop(jnp.tanh(self.first(x.reshape(x.shape[0], -1)))))
+
+
+def test_an_answer_through_dropout_says_whose_mask_it_is():
+    model = Dropping()
+    found = leakjax.invert(leakjax.observe(model, (IMAGES[:1], LABELS[:1])), attack="match")
+    (remark,) = found.remarks
+    assert "dropout" in remark
+    assert "drew the same" in remark
+    model.eval()
+    assert leakjax.invert(leakjax.observe(model, (IMAGES[:1], LABELS[:1])), attack="match").remarks == ()
+
+
+def test_a_norm_that_is_never_called_is_not_spoken_of():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.head = nnx.Linear(72, 3, rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(72, rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.head(x.reshape(x.shape[0], -1))
+
+    assert training_remarks(read_model(Net()).astype("float64"), SHAPE, jnp.float64) == ()
 
 
 def test_a_model_of_its_own_batch_size_is_not_refused():
     def apply(p, x):
         return x.reshape(1, 72) @ p["w"]
 
-    assert batch_remarks(read_model(apply, PARAMS).astype("float64"), SHAPE, jnp.float64) == ()
+    assert training_remarks(read_model(apply, PARAMS).astype("float64"), SHAPE, jnp.float64) == ()
 
 
 def test_inversions_and_audits_carry_the_remark():

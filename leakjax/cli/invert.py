@@ -122,6 +122,7 @@ def invert(
                 prior=prior,
                 gradient_noise=how.gradient_noise,
                 gradient_scale=how.gradient_scale,
+                seed=model.seed,
                 progress=tell,
             )
         pictures = unit_scale(result.images, observation.limits)

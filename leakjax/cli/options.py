@@ -40,7 +40,7 @@ class ModelOptions:
     input_range: Annotated[str | None, _model("--input-range", "LOW,HIGH", "Values that a pixel can have.")] = None
     init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
     weights: Annotated[Path | None, _model("--weights", "FILE.npz", "Weights of `leakjax train`.")] = None
-    seed: Annotated[int, _model("--seed", None, "Seed of the initialization, and of a defense's noise.")] = 0
+    seed: Annotated[int, _model("--seed", None, "Seed of the initialization, a defense's noise and random starts.")] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,8 @@ class ClientOptions:
 
 
 Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="float64|float32", help="Precision of the solves.", rich_help_panel=ATTACK)
+    str,
+    typer.Option("--dtype", metavar="float64|float32", help="Of clients and solves.", rich_help_panel=ATTACK),
 ]
 
 

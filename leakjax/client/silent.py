@@ -72,17 +72,7 @@ def with_silent(
     def listed(values: Sequence[Any], missing: Any) -> tuple[Any, ...]:
         return tuple(values[k] if k >= 0 else missing for k in source)
 
-    failed = [
-        Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=int(np.prod(shape)),
-            condition=None,
-            layer="head",
-            reason=silent.get(k // size),
-        )
-        for k in range(len(source))
-    ]
+    failed = [Certificate.failure(int(np.prod(shape)), None, "head", silent.get(k // size)) for k in range(len(source))]
     return dataclasses.replace(
         found,
         images=spread(found.images, 0.5 * sum(input_range)),

@@ -21,9 +21,9 @@ from leakjax.models.reader import Model, output_count, read_model
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.record import Withheld
 from leakjax.runtime.precision import compute_in
-from leakjax.segments.batch_statistics import batch_remarks
 from leakjax.segments.chain import Segment, read_chain
 from leakjax.segments.geometry import Geometry
+from leakjax.segments.training_mode import training_remarks
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -100,7 +100,7 @@ def _structure(model: Model, shape: tuple[int, ...], dtype: Any, *, shapes_only:
     read, remarks = in_precision(model, shape, dtype)
     segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
     remarks += unreadable
-    remarks += () if shapes_only else batch_remarks(read, shape, dtype)
+    remarks += () if shapes_only else training_remarks(read, shape, dtype)
     names = [s.name for s in segments] or ["network"]
     geometries = [s.geometry for s in segments] or [_whole(read, shape)]
     return Structure(model=read, shape=shape, segments=segments, names=names, geometries=geometries, remarks=remarks)

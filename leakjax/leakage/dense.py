@@ -57,13 +57,10 @@ def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
 
 
 class WithPrior(NamedTuple):
-    """Eigenvalues, ascending, of R^T G R, S = R R^T, its vectors, `root` R, and what each of its directions adds to the
-    mean variance of a pixel."""
+    """Eigenvalues l, ascending, of R^T G R = W diag(l) W^T, S = R R^T, and their `basis` R W of images."""
 
     values: Float[np.ndarray, " n"]
-    shares: Float[np.ndarray, " n"]
-    vectors: Float[np.ndarray, "n n"]
-    root: Float[np.ndarray, "n n"]
+    basis: Float[np.ndarray, "n n"]
 
 
 def with_natural_prior(leakage: Leakage, shape: tuple[int, ...]) -> WithPrior:
@@ -74,13 +71,12 @@ def with_natural_prior(leakage: Leakage, shape: tuple[int, ...]) -> WithPrior:
 
     root = np.asarray(jax.jit(jax.vmap(natural))(jnp.eye(len(leakage.values)))).T
     values, vectors = np.linalg.eigh(root.T @ leakage.gram @ root)
-    shares = np.mean((root @ vectors) ** 2, axis=0)
-    return WithPrior(values=np.maximum(values, 0.0), shares=shares, vectors=vectors, root=root)
+    return WithPrior(np.maximum(values, 0.0), root @ vectors)
 
 
 def variance_with_prior(prior: WithPrior, sigma: float) -> float:
     """The mean over pixels of diag((G / sigma^2 + S^-1)^-1)."""
-    return float(np.sum(prior.shares / (prior.values / sigma**2 + 1.0)))
+    return float(np.sum(np.mean(prior.basis**2, axis=0) / (prior.values / sigma**2 + 1.0)))
 
 
 @keep(16)

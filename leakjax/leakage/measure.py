@@ -15,7 +15,6 @@ from leakjax.leakage.blind import data_gradient, looked_up, rounded_front, silen
 from leakjax.leakage.dense import (
     PRIOR_DEVIATION,
     Leakage,
-    WithPrior,
     dense_leakage,
     variance_with_prior,
     variances,
@@ -23,13 +22,13 @@ from leakjax.leakage.dense import (
 )
 from leakjax.leakage.estimated import estimate
 from leakjax.leakage.layers import LayerLeakage, layer_leakage
-from leakjax.leakage.pictures import picture
+from leakjax.leakage.pictures import pictures
 from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.request import Asked, Measured
 from leakjax.leakage.verdict import Doubt
 from leakjax.models.losses import LOSSES
 from leakjax.models.reader import Model
-from leakjax.report.audit.record import NoisePoint
+from leakjax.report.audit.record import NoisePoint, Picture
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.segments.chain import Segment
 from leakjax.segments.tracing.network import Gradient, batch_gradient, read_network
@@ -77,19 +76,16 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
         return estimate(gradient, clipped, arrays, layers, asked)._replace(doubt=doubt)
     asked.tell("building the Jacobian")
     leakage = dense_leakage(gradient, *arrays, asked.scale)
-    prior = with_natural_prior(leakage, x.shape)
-    points = tuple(
-        dataclasses.replace(point, asked=asked.asked) for point in _noise_points(leakage, prior, asked.noise)
-    )
     pixels = (x - asked.limits[0]) / asked.scale
-    levels = (None, *(asked.noise if asked.asked else ()))
-    pictures = tuple(picture(leakage, prior, pixels, sigma, asked.seed) for sigma in levels)
+    points, shown = _under_noise(leakage, pixels, asked.noise, asked)
+    points = tuple(dataclasses.replace(point, asked=asked.asked) for point in points)
+    shown = shown if asked.asked else shown[:1]
     if clipped is not None:
         asked.tell("building the Jacobian of clipped gradients")
         limited = dense_leakage(clipped, *arrays, asked.scale)
-        prior, sigmas = with_natural_prior(limited, x.shape), asked.private_sigmas(len(x))
-        points += asked.private(_noise_points(limited, prior, sigmas))
-        pictures += tuple(picture(limited, prior, pixels, sigma, asked.seed) for sigma in sigmas)
+        private, others = _under_noise(limited, pixels, asked.private_sigmas(len(x)), asked)
+        points += asked.private(private)
+        shown += others[1:]
     return Measured(
         layers=layers,
         leakage=leakage,
@@ -97,7 +93,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
         spectrum=_spectrum(leakage),
         map=leakage.map,
         doubt=doubt,
-        pictures=pictures,
+        pictures=shown,
     )
 
 
@@ -193,18 +189,25 @@ def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:
     return clipped_gradient(gradient, asked.dp_sgd.clip)
 
 
-def _noise_points(leakage: Leakage, prior: WithPrior, noise: Sequence[float]) -> tuple[NoisePoint, ...]:
+def _under_noise(
+    leakage: Leakage, pixels: Float[np.ndarray, "B H W C"], noise: Sequence[float], asked: Asked
+) -> tuple[tuple[NoisePoint, ...], tuple[Picture, ...]]:
+    """A point for each level of `noise`, and pictures of what comes back: without any, then at each level."""
+    prior = with_natural_prior(leakage, pixels.shape)
+    plain, *noisy = pictures(leakage, prior, pixels, noise, asked.seed)
     spread = np.sqrt(leakage.values) * PRIOR_DEVIATION
 
     def decibel(variance: float) -> float | None:
         return None if not np.isfinite(variance) else float(-10 * np.log10(variance))
 
-    return tuple(
+    points = tuple(
         NoisePoint(
-            sigma,
-            decibel(float(np.mean(variances(leakage, sigma)))),
-            decibel(variance_with_prior(prior, sigma)),
-            int(np.sum(spread > sigma)),
+            sigma=sigma,
+            psnr_bound=decibel(float(np.mean(variances(leakage, sigma)))),
+            psnr_estimate_prior=decibel(variance_with_prior(prior, sigma)),
+            effective_dimensions=int(np.sum(spread > sigma)),
+            psnr_at_image=shown.psnr,
         )
-        for sigma in noise
+        for sigma, shown in zip(noise, noisy, strict=True)
     )
+    return points, (plain, *noisy)

@@ -1,13 +1,16 @@
-"""What an attacker gets back from one gradient near an audited image: pictures of the numbers that an audit states.
+"""What an attacker gets back from one gradient near an audited image: pictures, and how good they are.
 
 With the natural prior x ~ N(1/2, S), S = R R^T, and noise of deviation s in every entry of the gradient, the estimate
-of least mean squared error near the image x is, in coordinates x = 1/2 + R u and with R^T G R = W diag(l) W^T,
+of least mean squared error near the image x is, with R^T G R = W diag(l) W^T and x = 1/2 + R W a,
 
-    u' = W diag(l / (l + s^2)) W^T u + W diag(s sqrt(l) / (l + s^2)) e,    e ~ N(0, 1)
+    a' = l / (l + s^2) a + s sqrt(l) / (l + s^2) e,    e ~ N(0, 1)
 
 (linear in the gradient; e is one draw of the noise). Without noise the directions of the gradient's rank come back as
-they are, and of the others the prior's mean alone.
+they are, and of the others the prior's mean alone. The mean over the prior of its error is `variance_with_prior`; an
+image that is smoother than the prior's comes back better than that, and how much better is said here.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -18,17 +21,28 @@ from leakjax.report.audit.record import Picture
 MIDDLE = 0.5  # of pixels in [0, 1]: the prior's mean
 
 
-def picture(
-    leakage: Leakage, prior: WithPrior, pixels: Float[np.ndarray, "B H W C"], sigma: float | None, seed: int
-) -> Picture:
-    """What comes back of `pixels` in [0, 1] at noise `sigma`, None or 0 for none."""
-    inner = np.linalg.solve(prior.root, (pixels - MIDDLE).ravel())
-    along = prior.vectors.T @ inner
-    if sigma:
-        gain = prior.values / (prior.values + sigma**2)
-        noise = np.random.default_rng(seed).normal(size=gain.shape)
-        along = gain * along + sigma * np.sqrt(prior.values) / (prior.values + sigma**2) * noise
-    else:  # ascending: the last `rank` directions are those that the gradient sees
-        along = np.where(np.arange(along.size) >= along.size - leakage.rank, along, 0.0)
-    image = MIDDLE + (prior.root @ (prior.vectors @ along)).reshape(pixels.shape)
-    return Picture(sigma=sigma or None, image=np.clip(image, 0.0, 1.0))
+def pictures(
+    leakage: Leakage, prior: WithPrior, pixels: Float[np.ndarray, "B H W C"], noise: Sequence[float], seed: int
+) -> tuple[Picture, ...]:
+    """What comes back of `pixels` in [0, 1]: without noise, then at each level of `noise`.
+
+    The `psnr` of each is that of the best of the B images, in dB, expected over the noise.
+    """
+    along = np.linalg.solve(prior.basis, (pixels - MIDDLE).ravel())
+    draw = np.random.default_rng(seed).normal(size=along.size)
+
+    def seen(sigma: float | None, kept: np.ndarray, spread: np.ndarray | float) -> Picture:
+        image = MIDDLE + (prior.basis @ (kept * along + spread * draw)).reshape(pixels.shape)
+        squares = (prior.basis @ ((kept - 1.0) * along)) ** 2 + prior.basis**2 @ np.broadcast_to(
+            spread, along.shape
+        ) ** 2
+        error = float(squares.reshape(len(pixels), -1).mean(axis=1).min())
+        return Picture(sigma=sigma, image=np.clip(image, 0.0, 1.0), psnr=-10 * np.log10(max(error, 1e-35)))
+
+    # ascending: the last `rank` directions are those that the gradient sees
+    ranked = (np.arange(along.size) >= along.size - leakage.rank).astype(float)
+    found = [seen(None, ranked, 0.0)]
+    for sigma in noise:
+        total = prior.values + sigma**2
+        found.append(seen(sigma, prior.values / total, sigma * np.sqrt(prior.values) / total) if sigma else found[0])
+    return tuple(found)

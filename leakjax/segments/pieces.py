@@ -91,15 +91,23 @@ def not_invertible(where: str, flaw: str) -> UnreadableModelError:
     )
 
 
-def _refuse_random(graph: jaxprs.Graph, live: set[int]) -> None:
+def meeting_random(graph: jaxprs.Graph, live: set[int]) -> jaxprs.Equation | None:
+    """The first equation in which random numbers meet the data, as in dropout."""
     random = graph.random_values()
     for equation in graph.equations:
         inputs = [v for v in equation.inputs if isinstance(v, int)]
         if any(v in live for v in inputs) and any(v in random and v not in live for v in inputs):
-            raise UnreadableModelError(
-                f"random numbers meet the data in `{equation.name}` at {equation.location} (dropout in train mode?); "
-                "call model.eval() or pass deterministic=True: a server does not know the client's mask"
-            )
+            return equation
+    return None
+
+
+def _refuse_random(graph: jaxprs.Graph, live: set[int]) -> None:
+    equation = meeting_random(graph, live)
+    if equation is not None:
+        raise UnreadableModelError(
+            f"random numbers meet the data in `{equation.name}` at {equation.location} (dropout in train mode?); "
+            "call model.eval() or pass deterministic=True: a server does not know the client's mask"
+        )
 
 
 def _merge(pieces: Sequence[_Piece]) -> list[Group]:

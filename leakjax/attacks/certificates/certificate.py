@@ -60,14 +60,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     nothing is certified, nor where the only answer leaves the input range.
     """
     if not outcome.candidates:
-        return Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=unknowns,
-            condition=None,
-            layer="head",
-            reason=outcome.reason or _HEAD,
-        )
+        return Certificate.failure(unknowns, None, "head", outcome.reason or _HEAD)
     layers = outcome.layers
     unknowns = layers[0].unknowns
     condition = layers[0].condition
@@ -83,23 +76,9 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
             reason=_RAY,
         )
     if outcome.refuted:
-        return Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=unknowns,
-            condition=condition,
-            layer="network",
-            reason=outcome.reason,
-        )
+        return Certificate.failure(unknowns, condition, "network", outcome.reason)
     if outcome.psnr_estimate is not None and not _within(problem, outcome):
-        return Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=unknowns,
-            condition=condition,
-            layer=layers[0].name,
-            reason=_OUTSIDE,
-        )
+        return Certificate.failure(unknowns, condition, layers[0].name, _OUTSIDE)
     if outcome.psnr_estimate is not None:
         words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual, spread=outcome.psnr_spread)
         estimate = outcome.psnr_estimate
@@ -107,36 +86,15 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     found = _flaw(problem, outcome)
     if found is not None:
         layer, reason = found
-        return Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=unknowns,
-            condition=condition,
-            layer=layer,
-            reason=outcome.reason or reason,
-        )
+        return Certificate.failure(unknowns, condition, layer, outcome.reason or reason)
     whole = layers[0].status in SOLVED
     several = len(outcome.candidates) > 1 or outcome.symmetry is not None or outcome.curved
     proof = outcome.proof or "local"
     if problem.rounding > HALF:
-        return Certificate(
-            status="failed",
-            leaked_dimensions=None,
-            unknowns=unknowns,
-            condition=condition,
-            layer=layers[0].name,
-            reason=_COARSE,
-        )
+        return Certificate.failure(unknowns, condition, layers[0].name, _COARSE)
     if whole and not several:
         if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
-            return Certificate(
-                status="failed",
-                leaked_dimensions=None,
-                unknowns=unknowns,
-                condition=condition,
-                layer=layers[0].name,
-                reason=_OUTSIDE,
-            )
+            return Certificate.failure(unknowns, condition, layers[0].name, _OUTSIDE)
         return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
     rank = 0 if outcome.curved or (several and proof == "local") else layers[0].rank
     rank = rank - 1 if rank and outcome.multiples else rank

@@ -1,7 +1,5 @@
 """The leakage map of an audit: `leakage_map.png`, and the same panels as images within a page."""
 
-import base64
-import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -11,10 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from PIL import Image
 
 from leakjax.files.whole import write_figure
-from leakjax.report.audit.markup import integer, percent, text
+from leakjax.report.audit.markup import integer, percent, png, text
 from leakjax.report.audit.record import UNSEEN, AuditRecord
 from leakjax.report.percentage import percentage
 
@@ -91,10 +88,7 @@ def _unseen(panel: np.ndarray) -> int:
 
 
 def _png(shares: np.ndarray) -> str:
-    held = io.BytesIO()
-    pixels = mpl.colormaps[_COLORS](np.clip(shares, 0, 1), bytes=True)[..., :3]
-    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+    return png(mpl.colormaps[_COLORS](np.clip(shares, 0, 1), bytes=True)[..., :3])
 
 
 def _title(audit: AuditRecord) -> str:

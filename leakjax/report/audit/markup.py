@@ -1,9 +1,15 @@
 """Small pieces of HTML: text that is escaped, numbers that are readable, tables that scroll, sections with a name."""
 
+import base64
 import html
+import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Shaped
+from PIL import Image
 
 from leakjax.report.percentage import percentage
 
@@ -125,3 +131,10 @@ def _words(k: int, words: Sequence[int]) -> str:
 
 def _data(value: str, shown: str) -> str:
     return shown if value in (shown, shown + ".0") else f'<data value="{value}">{shown}</data>'
+
+
+def png(pixels: Shaped[np.ndarray, "H W *C"]) -> str:
+    """An image of bytes, (H, W) or (H, W, 3), as a `data:` address within the page."""
+    held = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")

@@ -1,14 +1,10 @@
 """The pictures of an audit's page: the image that was audited, and what an attacker gets back of it."""
 
-import base64
-import io
-
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
 
 from leakjax.metrics import psnr
-from leakjax.report.audit.markup import paragraph, section, text
+from leakjax.report.audit.markup import paragraph, png, section, text
 from leakjax.report.audit.record import AuditRecord
 
 _MOST = 8  # levels of noise that are drawn
@@ -22,8 +18,7 @@ def pictures_section(audit: AuditRecord) -> str:
     panels = [_panel(truth, "The image that was audited")]
     for shown in audit.pictures[: _MOST + 1]:
         title = "What this gradient gives back" if shown.sigma is None else f"At noise σ = {shown.sigma:g}"
-        quality = psnr(truth, shown.image[0])
-        panels.append(_panel(shown.image[0], f"{title}: {0.0 if quality is None else quality:.1f} dB"))
+        panels.append(_panel(shown.image[0], f"{title}: {psnr(truth, shown.image[0]):.1f} dB"))
     words = (
         "What an attacker who knows this model gets back from one gradient, near the image, with a prior that natural "
         "images are smooth. Noise is drawn once."
@@ -44,7 +39,5 @@ def _panel(image: Float[np.ndarray, "H W C"], words: str) -> str:
 
 
 def _png(image: np.ndarray) -> str:
-    pixels = np.round(255 * np.clip(image if image.shape[-1] == 3 else image.mean(axis=-1), 0, 1)).astype(np.uint8)
-    held = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(held, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode("ascii")
+    shown = image if image.shape[-1] == 3 else image.mean(axis=-1)
+    return png(np.round(255 * np.clip(shown, 0, 1)).astype(np.uint8))

@@ -63,6 +63,8 @@ class NoisePoint:
     - `psnr_bound`: no unbiased attack has a higher 10 log10(1 / mean squared error), pixels in [0, 1] (Cramer-Rao);
       None where the image is not determined;
     - `psnr_estimate_prior`: the same with the prior that natural images are smooth, a local estimate;
+    - `psnr_at_image`: of the same estimate at the audited image itself (the one of a batch that comes back best), which
+      may be smoother than the prior's images and come back better;
     - `effective_dimensions`: directions that stand out of the noise, and `effective_dimensions_error`, their standard
       error where they are estimated;
     - `noise_multiplier`, `clip`, `epsilon`, `delta`: of the DP-SGD step that adds this noise, None elsewhere;
@@ -79,12 +81,16 @@ class NoisePoint:
     epsilon: float | None = None
     delta: float | None = None
     asked: bool = False
+    psnr_at_image: float | None = None
 
     @property
     def attainable_psnr(self) -> float | None:
-        """The better of two attackers, in dB: one without bias, one with the prior; None where neither is known."""
-        pair = self.psnr_bound, self.psnr_estimate_prior
-        return max((v for v in pair if v is not None and not math.isnan(v)), default=None)
+        """The better of two attackers, in dB: one without bias, one with the prior, over its images and at this one.
+
+        None where nothing is known of either.
+        """
+        known = self.psnr_bound, self.psnr_estimate_prior, self.psnr_at_image
+        return max((v for v in known if v is not None and not math.isnan(v)), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +121,13 @@ class Withheld:
 class Picture:
     """What an attacker gets back of the audited images, (B, H, W, C) in [0, 1], at noise `sigma`, None for none.
 
-    An estimate near the image, by an attacker who knows how smooth natural images are; see `leakage.pictures`.
+    An estimate near the image, by an attacker who knows how smooth natural images are; see `leakage.pictures`. `psnr`:
+    of the image that comes back best, in dB, expected over the noise.
     """
 
     sigma: float | None
     image: Float[np.ndarray, "B H W C"]
+    psnr: float
 
 
 UNSEEN = 1e-6

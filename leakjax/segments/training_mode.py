@@ -1,4 +1,4 @@
-"""Whether a model normalizes with the statistics of the very batch: train-mode batch norm, found without its names.
+"""Whether a model runs in training mode: batch norm by the very batch's statistics, or random numbers as in dropout.
 
 Two batches that share their first example alone have the same first logits, unless examples mix.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from leakjax.errors import InputError
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
+from leakjax.segments.pieces import meeting_random
 from leakjax.segments.tracing import jaxprs
 
 _TRAINING = (
@@ -23,40 +24,55 @@ _IDLE = (
     "the logits do not depend on the model's running statistics ({names}): it normalizes with the image's own "
     "(train-mode batch norm); call model.eval() if the client ran it in evaluation mode"
 )
+_RANDOM = (
+    "random numbers meet the data in `{name}` at {location} (dropout in train mode?): they are taken from the model's "
+    "own state, and an answer holds for a client that drew the same; call model.eval() if it ran in evaluation mode"
+)
 _STATISTICS = ("mean", "var")
 
 
-def batch_remarks(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[str, ...]:
+def training_remarks(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[str, ...]:
     """What a server should know of a model in training mode; () for one that takes each example by itself.
 
     Arguments: `model` with weights in `dtype`; `input_shape` of one example.
     """
     shape = tuple(input_shape)
-    idle = _idle_statistics(model, shape, dtype)
+    graph = _trace(model, shape, dtype)
+    drawn = None if graph is None else meeting_random(graph, graph.dependents([graph.input]))
+    remarks = () if drawn is None else (_RANDOM.format(name=drawn.name, location=drawn.location),)
+    idle = [] if graph is None else _idle_statistics(model, graph)
     if _mixes(model, shape, dtype):
         words = f", and not on its running statistics ({_listed(idle)})" if idle else ""
-        return (_TRAINING.format(idle=words),)
-    return (_IDLE.format(names=_listed(idle)),) if idle else ()
+        return (*remarks, _TRAINING.format(idle=words))
+    return (*remarks, _IDLE.format(names=_listed(idle))) if idle else remarks
 
 
 def _listed(paths: Sequence[str]) -> str:
     return ", ".join(paths[:4]) + (", .." if len(paths) > 4 else "")
 
 
-def _idle_statistics(model: Model, shape: tuple[int, ...], dtype: Any) -> list[str]:
-    """Paths of running means and variances that the logits do not depend on."""
-    buffers = [path for path in model.buffers if path.rpartition("/")[2] in _STATISTICS]
-    if not buffers:
-        return []
+def _trace(model: Model, shape: tuple[int, ...], dtype: Any) -> jaxprs.Graph | None:
     paths, arrays = list(model.variables), list(model.variables.values())
     x = jax.ShapeDtypeStruct((1, *shape), dtype)
     try:
-        graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+        return jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
     except InputError:
-        return []
-    ids = dict(zip(paths, graph.variables, strict=True))
+        return None
+
+
+def _idle_statistics(model: Model, graph: jaxprs.Graph) -> list[str]:
+    """Paths of running means and variances that the logits do not depend on, though the module's parameters matter."""
+    ids = dict(zip(model.variables, graph.variables, strict=True))
     read = {v for e in graph.needed(graph.output, [*graph.variables, graph.input]) for v in e.inputs if _is_id(v)}
-    return [path for path in buffers if ids[path] not in read]
+
+    def called(path: str) -> bool:
+        """Whether the module runs, as far as parameters of its own show that."""
+        owner = path.rpartition("/")[0]
+        own = [other for other in model.params if other.rpartition("/")[0] == owner]
+        return not own or any(ids[other] in read for other in own)
+
+    buffers = [path for path in model.buffers if path.rpartition("/")[2] in _STATISTICS]
+    return [path for path in buffers if ids[path] not in read and called(path)]
 
 
 def _is_id(value: Any) -> bool:
