@@ -66,14 +66,19 @@ def interval(name: str, value: Any) -> tuple[float, float]:
     return low, high
 
 
+def several(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    """The parts of a sequence, which text and mappings are not."""
+    try:
+        if not isinstance(value, str | bytes | Mapping):
+            return tuple(value)
+    except Exception:  # whatever a caller's own object raises
+        pass
+    raise InputError(f"{name} must be {wanted}, got {shown(value)}")
+
+
 def sizes(name: str, value: Any) -> tuple[int, ...]:
     """`value` as positive sizes of one example, as (32, 32, 3)."""
-    if isinstance(value, str | bytes | Mapping):
-        raise InputError(f"{name} must be whole sizes like (32, 32, 3), got {shown(value)}")
-    try:
-        parts = tuple(value)
-    except Exception:
-        raise InputError(f"{name} must be whole sizes like (32, 32, 3), got {shown(value)}") from None
+    parts = several(name, value, "whole sizes like (32, 32, 3)")
     if not parts:
         raise InputError(f"{name} must hold positive sizes, got {shown(value)}")
     return tuple(whole(f"{name}: every size", part, 1) for part in parts)

@@ -8,7 +8,7 @@ import numpy as np
 
 from leakjax.errors import InputError
 from leakjax.models.reader import Model
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 
 _MOVES = ("reshape", "transpose", "squeeze", "expand_dims")
 _FLAT = ("dot_general", "reduce_sum", "reduce_max", "reduce_mean")  # their vectors are no flattened map
@@ -43,7 +43,7 @@ class Layout:
             (ancestor, *others) = dict.fromkeys(v for v in equation.inputs if isinstance(v, int) and v in self.live)
             if equation.name in _MOVES:
                 moves.append(equation)
-            elif not jaxprs.is_elementwise(equation, self.graph.structs, self.live):
+            elif not kinds.is_elementwise(equation, self.graph.structs, self.live):
                 break
             elif others:
                 ancestor = min(ancestor, *others)  # a mask of the same entries: either one leads to the map

@@ -1,13 +1,13 @@
 """What an audit is asked: checked, and drawn where it is not given."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.arguments import array, choice, interval, real, shown, sizes, whole
+from leakjax.arguments import array, choice, interval, real, several, sizes, whole
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
 from leakjax.leakage.dense import PRIOR_DEVIATION
@@ -29,13 +29,7 @@ def check_options(loss: str, input_range: Any, noise: Any) -> tuple[tuple[float,
     choice("loss", loss, LOSSES)
     between = interval("input_range", input_range)
     wanted = "a sequence of numbers, () for none"
-    if isinstance(noise, str | bytes | Mapping):
-        raise InputError(f"noise must be {wanted}, got {shown(noise)}")
-    try:
-        given = tuple(noise)
-    except Exception:
-        raise InputError(f"noise must be {wanted}, got {shown(noise)}") from None
-    sigmas = tuple(real("noise", sigma, wanted) for sigma in given)
+    sigmas = tuple(real("noise", sigma, wanted) for sigma in several("noise", noise, wanted))
     for sigma in sigmas:
         if not sigma > 0:
             raise InputError(f"noise must hold positive standard deviations, got {sigma}; leave out 0, it is no noise")

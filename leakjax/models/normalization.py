@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from leakjax.arguments import LARGEST, real, shown
+from leakjax.arguments import LARGEST, real, several, shown
 from leakjax.errors import InputError
 
 NAMES = ("input_mean", "input_std")
@@ -53,13 +53,8 @@ def hull(mean: Numbers, std: Numbers) -> tuple[float, float]:
 
 
 def _numbers(name: str, value: Any) -> Numbers:
-    wanted = "a sequence of numbers, one a channel"
-    if isinstance(value, str | bytes | dict):
-        raise InputError(f"{name} must be {wanted}, got {shown(value)}")
-    try:
-        parts = tuple(value)
-    except Exception:
-        raise InputError(f"{name} must be {wanted}, got {shown(value)}") from None
+    wanted = "a sequence of numbers, one per channel"
+    parts = several(name, value, wanted)
     if not parts:
         raise InputError(f"{name} must be {wanted}, got none")
     return tuple(real(name, part, wanted) for part in parts)

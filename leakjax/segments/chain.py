@@ -25,7 +25,7 @@ from leakjax.runtime.programs import Shelf
 from leakjax.segments.geometry import Geometry, read_geometry
 from leakjax.segments.pieces import Group, not_invertible, read_groups
 from leakjax.segments.stages import Stage, read_stages
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.derivatives import map_flaw
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
@@ -105,7 +105,7 @@ def read_segments(
     x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
     arrays = [model.variables[path] for path in paths]
     graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
-    precision = jaxprs.dtype_of_least_precision(graph)
+    precision = kinds.dtype_of_least_precision(graph)
     segments = tuple(
         _segment(graph, model, paths, position, group, dtype, checked)
         for position, group in enumerate(read_groups(graph))
@@ -161,7 +161,7 @@ def _segment(
         output=graph.structs[group.map[1]],
         function=apply,
         activation=activation(*group.activation),
-        work=max((jaxprs.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
+        work=max((kinds.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
         geometry=read_geometry(graph, start, end, {v for v, path in names.items() if path in model.params}),
         nonlinearity=group.nonlinearity,
         stages=read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from leakjax.errors import UnreadableModelError
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.derivatives import equation_flaw
 
 Kind = Literal["affine", "elementwise", "nonlinear"]
@@ -69,10 +69,10 @@ def _cut(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxpr
 def _classify(
     graph: jaxprs.Graph, live: set[int], start: int, end: int, equations: Sequence[jaxprs.Equation]
 ) -> _Piece:
-    nonlinear = [e for e in equations if not jaxprs.is_linear(e, graph.structs, live)]
+    nonlinear = [e for e in equations if not kinds.is_linear(e, graph.structs, live)]
     if not nonlinear:
         return _Piece(start, end, "affine")
-    odd = [e for e in equations if not jaxprs.is_elementwise(e, graph.structs, live)]
+    odd = [e for e in equations if not kinds.is_elementwise(e, graph.structs, live)]
     if not odd:
         return _Piece(start, end, "elementwise")
     for equation in nonlinear:

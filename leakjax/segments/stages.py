@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from leakjax.models.activations import Activation
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.elementwise import Part, elementwise_parts
 
 
@@ -48,7 +48,7 @@ def read_stages(
     for k, (target, exit) in enumerate([*((part.entry, part.exit) for part in parts), (end, None)]):
         given = [start, *(part.exit for part in parts[:k])]
         moving = [e for e in graph.needed(target, given) if any(v in live for v in e.inputs if isinstance(v, int))]
-        if not all(jaxprs.is_linear(e, graph.structs, live) for e in moving):
+        if not all(kinds.is_linear(e, graph.structs, live) for e in moving):
             return ()
         function, paths = reader(given, target)
         inside = None if exit is None else activation(target, exit)

@@ -25,8 +25,8 @@ from leakjax.segments.tracing.jaxprs import (
     body_of,
     flatten,
     operands_of,
-    tangent_depends,
 )
+from leakjax.segments.tracing.kinds import tangent_depends
 from leakjax.segments.tracing.primitives import CHOOSERS, CUSTOM_DERIVATIVES, MASKS, PASSING
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.segments.tracing.jaxprs import Equation, all_equations, body_of, is_floating, tangent_depends
+from leakjax.segments.tracing.jaxprs import Equation, all_equations, body_of
+from leakjax.segments.tracing.kinds import is_floating, tangent_depends
 from leakjax.segments.tracing.primitives import CUSTOM_DERIVATIVES, RANDOM
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 
 
 class Part(NamedTuple):
@@ -26,7 +26,7 @@ def elementwise_parts(graph: jaxprs.Graph, equations: Sequence[jaxprs.Equation],
         if not inputs:
             continue
         roots = {root[v] for v in inputs}
-        joined = len(roots) == 1 and jaxprs.is_elementwise(e, graph.structs, live)
+        joined = len(roots) == 1 and kinds.is_elementwise(e, graph.structs, live)
         root.update((o, next(iter(roots)) if joined else o) for o in e.outputs)
         used_outside.update(() if joined else inputs)
     parts = []
@@ -48,4 +48,4 @@ def _leads(equations: Sequence[jaxprs.Equation], entry: int, graph: jaxprs.Graph
     """Whether the first equation is an affine step that all that follows goes through."""
     first, rest = equations[0], equations[1:]
     bypassed = any(v == entry for e in rest for v in e.inputs)
-    return not bypassed and jaxprs.is_linear(first, graph.structs, live)
+    return not bypassed and kinds.is_linear(first, graph.structs, live)

@@ -1,14 +1,12 @@
 """Tracing: a function as a flat list of equations, and the evaluation of any part of it.
 
 The only module that touches `jax.extend.core`. A traced function is flattened (every call-like primitive is inlined,
-custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Two questions about an
-equation are answered here: is it linear in its live operands (decided by its derivative, see `is_linear`), and does it
-act entry by entry (`is_elementwise`). Primitives of our own are made here, too (`linear_primitive`).
+custom derivatives are kept as they are) into a `Graph` of `Equation`s over integer value ids. Primitives of our own are
+made here, too (`linear_primitive`).
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -19,7 +17,7 @@ from jax.extend import core as jex
 from jax.interpreters import ad, batching, mlir
 
 from leakjax.errors import InputError, cannot_run
-from leakjax.segments.tracing.primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE, RANDOM
+from leakjax.segments.tracing.primitives import CALLS, CUSTOM_DERIVATIVES, RANDOM
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,7 +145,7 @@ def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set
             inputs = tuple(map(read, eqn.invars))
             if eqn.primitive.name in inlined:
                 inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-                body, body_consts = _open(inner)
+                body, body_consts = opened(inner)
                 env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
                 continue
             outputs = tuple(new_id(v) for v in eqn.outvars)
@@ -177,7 +175,7 @@ def as_function(jaxpr: Any) -> Callable[..., Sequence[Any]]:
 
 def operands_of(jaxpr: Any) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of what a jaxpr takes."""
-    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in _open(jaxpr)[0].invars]
+    return [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in opened(jaxpr)[0].invars]
 
 
 def evaluate(
@@ -227,46 +225,6 @@ def evaluate_in(dtype: Any, equations: Iterable[Equation], env: Mapping[int, Any
     return values[target]
 
 
-def is_linear(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
-    """Whether one equation is affine in its operands in `live`, jointly.
-
-    Decided by its derivative: the primitive's tangent is traced, and the equation is affine exactly where the tangent
-    does not depend on the point of linearization. A vanishing tangent (`floor`, comparisons) does not count, and
-    custom derivatives are never trusted.
-    """
-    if equation.name in CUSTOM_DERIVATIVES or not is_floating(equation, structs, live):
-        return False
-    by_point, by_direction = tangent_depends(equation, structs, live)
-    return not any(by_point) and all(by_direction)
-
-
-def is_elementwise(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
-    """Whether one equation maps its live operands, all of one shape, entry by entry to outputs of that shape."""
-    shapes = {structs[v].shape for v in equation.inputs if isinstance(v, int) and v in live}
-    shapes |= {structs[o].shape for o in equation.outputs}
-    if len(shapes) != 1:
-        return False
-    if equation.name in ELEMENTWISE:
-        return True
-    if equation.name not in CUSTOM_DERIVATIVES:
-        return False
-    body, consts = _open(equation.params["call_jaxpr"])
-    (shape,) = shapes
-    return not consts and _jaxpr_is_elementwise(body, shape)
-
-
-def work(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct]) -> int:
-    """How many numbers an equation's outputs hold, a convolution's patches included."""
-    size = max(math.prod(structs[o].shape) for o in equation.outputs)
-    if equation.name != "conv_general_dilated":
-        return size
-    right = equation.inputs[1]
-    shape = structs[right].shape if isinstance(right, int) else np.shape(right.value)
-    features = structs[equation.outputs[0]].shape[equation.params["dimension_numbers"][2][1]]
-    window = math.prod(shape) // features  # (kernel window) x (input channels of a group)
-    return max(size, size // features * window * equation.params["feature_group_count"])
-
-
 def linear_primitive(
     name: str,
     function: Callable[[Any, Any], Any],
@@ -299,56 +257,6 @@ def linear_primitive(
     return apply
 
 
-def has_choices(graph: Graph) -> bool:
-    """Whether any value that depends on the input is chosen between others: where kinks come from."""
-    live = graph.dependents([graph.input])
-
-    def names(equation: Equation) -> set[str]:
-        body = body_of(equation.params)
-        return {equation.name} | (set() if body is None else {e.primitive.name for e in all_equations(body)})
-
-    return any(names(e) & CHOICES for e in graph.equations if any(o in live for o in e.outputs))
-
-
-def dtype_of_least_precision(graph: Graph) -> Any:
-    """The least precise floating dtype among all values of a graph."""
-    floating = [s.dtype for s in graph.structs.values() if jnp.issubdtype(s.dtype, jnp.floating)]
-    return max(floating, key=lambda d: float(jnp.finfo(d).eps))
-
-
-def is_floating(equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]) -> bool:
-    """Whether all operands in `live` and all outputs of one equation are floating point."""
-    ids = [v for v in equation.inputs if isinstance(v, int) and v in live]
-    return all(jnp.issubdtype(structs[v].dtype, jnp.floating) for v in (*ids, *equation.outputs))
-
-
-def tangent_depends(
-    equation: Equation, structs: Mapping[int, jax.ShapeDtypeStruct], live: set[int]
-) -> tuple[list[bool], list[bool]]:
-    """Whether each output's tangent depends on the point, and on the direction, of the live operands.
-
-    Without a derivative rule: on the point, as far as we can tell, and on no direction.
-    """
-    where = [k for k, v in enumerate(equation.inputs) if isinstance(v, int) and v in live]
-    operands = [v.value if isinstance(v, Constant) else structs[v] for v in equation.inputs]
-    points = [operands[k] for k in where]
-    fixed = [v for k, v in enumerate(operands) if k not in where]
-
-    def tangent(points: Any, directions: Any, fixed: Any) -> Any:
-        def apply(*points: Any) -> Any:
-            moving, rest = dict(zip(where, points, strict=True)), iter(fixed)
-            return bind(equation, [moving[k] if k in moving else next(rest) for k in range(len(operands))])
-
-        return jax.jvp(apply, points, directions)[1]
-
-    try:
-        jaxpr = jax.make_jaxpr(tangent)(points, points, fixed).jaxpr
-    except NotImplementedError:
-        return [True], [False]
-    n = len(points)
-    return _depends(jaxpr, jaxpr.invars[:n]), _depends(jaxpr, jaxpr.invars[n : 2 * n])
-
-
 def body_of(params: Mapping[str, Any]) -> Any:
     """The first jaxpr that an equation's parameters carry; None if there is none."""
     kinds = (jex.Jaxpr, jex.ClosedJaxpr)
@@ -358,30 +266,17 @@ def body_of(params: Mapping[str, Any]) -> Any:
 
 def all_equations(jaxpr: Any) -> list[Any]:
     """All equations of a jaxpr, nested ones included."""
-    inner = [(e, body_of(e.params)) for e in _open(jaxpr)[0].eqns]
+    inner = [(e, body_of(e.params)) for e in opened(jaxpr)[0].eqns]
     return [e for eqn, body in inner for e in (eqn, *([] if body is None else all_equations(body)))]
 
 
-def _jaxpr_is_elementwise(jaxpr: Any, shape: tuple[int, ...]) -> bool:
-    for eqn in jaxpr.eqns:
-        inner = next((eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params), None)
-        if inner is not None:
-            if eqn.primitive.name not in CALLS | CUSTOM_DERIVATIVES:
-                return False
-            if not _jaxpr_is_elementwise(_open(inner)[0], shape):
-                return False
-        elif eqn.primitive.name not in ELEMENTWISE | {"broadcast_in_dim"}:
-            return False
-        if any(v.aval.shape not in ((), shape) for v in (*eqn.invars, *eqn.outvars)):
-            return False
-    return True
-
-
-def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr without its constants, and these."""
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, jex.ClosedJaxpr) else (jaxpr, ())
 
 
-def _depends(jaxpr: Any, sources: Iterable[Any]) -> list[bool]:
+def depends(jaxpr: Any, sources: Iterable[Any]) -> list[bool]:
+    """Whether each output of a jaxpr depends on any of the variables `sources`."""
     found = set(sources)
     for eqn in jaxpr.eqns:
         if any(not isinstance(v, jex.Literal) and v in found for v in eqn.invars):

@@ -12,7 +12,7 @@ from leakjax.models.differentiable import check_differentiable
 from leakjax.models.losses import LOSSES
 from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.programs import keep
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
 
@@ -60,7 +60,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
         return jaxprs.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
     check_differentiable(logits, dict(zip(paths, arrays, strict=True)), x)
-    return Network(logits, jaxprs.dtype_of_least_precision(graph), jaxprs.has_choices(graph))
+    return Network(logits, kinds.dtype_of_least_precision(graph), kinds.has_choices(graph))
 
 
 @keep(32)
