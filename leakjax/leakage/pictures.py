@@ -26,18 +26,18 @@ def pictures(
 ) -> tuple[Picture, ...]:
     """What comes back of `pixels` in [0, 1]: without noise, then at each level of `noise`.
 
-    The `psnr` of each is that of the best of the B images, in dB, expected over the noise.
+    The `psnr` of each is that of the best of the B images, in dB: expected over the noise, or what this draw gives, cut
+    to [0, 1], where that is more.
     """
     along = np.linalg.solve(prior.basis, (pixels - MIDDLE).ravel())
     draw = np.random.default_rng(seed).normal(size=along.size)
 
     def seen(sigma: float | None, kept: np.ndarray, spread: np.ndarray | float) -> Picture:
-        image = MIDDLE + (prior.basis @ (kept * along + spread * draw)).reshape(pixels.shape)
-        squares = (prior.basis @ ((kept - 1.0) * along)) ** 2 + prior.basis**2 @ np.broadcast_to(
-            spread, along.shape
-        ) ** 2
-        error = float(squares.reshape(len(pixels), -1).mean(axis=1).min())
-        return Picture(sigma=sigma, image=np.clip(image, 0.0, 1.0), psnr=-10 * np.log10(max(error, 1e-35)))
+        image = np.clip(MIDDLE + (prior.basis @ (kept * along + spread * draw)).reshape(pixels.shape), 0.0, 1.0)
+        bias, deviations = prior.basis @ ((kept - 1.0) * along), spread * np.ones(along.size)
+        expected = bias**2 + prior.basis**2 @ deviations**2
+        errors = [s.reshape(len(pixels), -1).mean(axis=1).min() for s in (expected, (image - pixels) ** 2)]
+        return Picture(sigma=sigma, image=image, psnr=-10 * np.log10(max(float(min(errors)), 1e-35)))
 
     # ascending: the last `rank` directions are those that the gradient sees
     ranked = (np.arange(along.size) >= along.size - leakage.rank).astype(float)

@@ -27,6 +27,7 @@ _TERMS = (
     ("PSNR", "Quality of an image in decibels, 10 log10(1 / mean squared error), pixels in 0 to 1."),
     ("PSNR bound", "No unbiased attack reaches more (Cramér–Rao). A biased one, with a prior, can."),
     ("PSNR with prior", "A local estimate for an attacker who knows that natural images are smooth."),
+    ("PSNR at this image", "The same estimate for the audited image itself, which may be smoother than most."),
     ("Effective dimensions", "Directions of the images that stand out of the noise."),
     ("Noise multiplier, clip, ε, δ", "The DP-SGD step that adds this noise, and the differential privacy it gives."),
     ("Withheld gradient", "A layer's gradient that stays on the client and is not sent."),

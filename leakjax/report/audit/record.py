@@ -122,7 +122,7 @@ class Picture:
     """What an attacker gets back of the audited images, (B, H, W, C) in [0, 1], at noise `sigma`, None for none.
 
     An estimate near the image, by an attacker who knows how smooth natural images are; see `leakage.pictures`. `psnr`:
-    of the image that comes back best, in dB, expected over the noise.
+    of the image that comes back best, in dB, as expected over the noise or as drawn here, the higher of the two.
     """
 
     sigma: float | None

@@ -102,9 +102,11 @@ def noise_section(audit: AuditRecord) -> str:
 def _noise_parts(title: str, points: Sequence[NoisePoint], audit: AuditRecord) -> list[str]:
     """A table of points and their plot."""
     known = [(f, name) for f, name in _DP_COLUMNS if any(getattr(p, f) is not None for p in points)]
-    columns = ["Noise σ", *(name for _, name in known), "PSNR bound, dB", "PSNR with prior, dB", "Effective dimensions"]
+    columns = ["Noise σ", *(name for _, name in known), "PSNR bound, dB", "PSNR with prior, dB"]
+    here = any(p.psnr_at_image is not None for p in points)
+    columns += ["PSNR at this image, dB"] * here + ["Effective dimensions"]
     measured = audit.leaked_dimensions is not None
-    rows = [_noise_row(point, [field for field, _ in known], measured) for point in points]
+    rows = [_noise_row(point, [field for field, _ in known], measured, here) for point in points]
     note = "“open”: the image is not determined, an unbiased attack has no finite error."
     shown = note if measured and any(p.psnr_bound is None for p in points) else ""
     return [table(title, columns, rows, note=shown), noise_plot(points)]
@@ -181,13 +183,14 @@ def _padded_row(layer: LayerAudit) -> tuple[str, ...]:
     return name(layer.name), rows, columns, rank, missing
 
 
-def _noise_row(point: NoisePoint, private: list[str], measured: bool) -> tuple[str, ...]:
+def _noise_row(point: NoisePoint, private: list[str], measured: bool, here: bool) -> tuple[str, ...]:
     bound = _OPEN if point.psnr_bound is None and measured else _decibels(point.psnr_bound)
     prior = _decibels(point.psnr_estimate_prior)
     rest = (real(getattr(point, field)) for field in private)
     error = point.effective_dimensions_error
     dimensions = real(point.effective_dimensions, 4) + ("" if error is None else f" ± {real(error, 2)}")
-    return real(point.sigma), *rest, bound, prior, dimensions
+    image = [_decibels(point.psnr_at_image)] if here else []
+    return real(point.sigma), *rest, bound, prior, *image, dimensions
 
 
 def _decibels(value: float | None) -> str:

@@ -51,7 +51,8 @@ def _bounds(point: NoisePoint, leaked: int | None) -> str:
         spread = "" if error is None else f" +- {error:,.0f}"
         return f"{point.effective_dimensions:,.0f}{spread} effective dimensions"
     bound = "undetermined" if point.psnr_bound is None else f"{point.psnr_bound:.1f} dB unbiased"
-    return bound + ("" if point.psnr_estimate_prior is None else f", {point.psnr_estimate_prior:.1f} dB with a prior")
+    bound += "" if point.psnr_estimate_prior is None else f", {point.psnr_estimate_prior:.1f} dB with a prior"
+    return bound + ("" if point.psnr_at_image is None else f", {point.psnr_at_image:.1f} dB at this image")
 
 
 def _private(point: NoisePoint) -> str:
