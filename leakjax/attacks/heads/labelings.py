@@ -1,7 +1,7 @@
 """Which labels the examples behind a gradient may have had."""
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from leakjax.attacks.adaptive import dummy_gradient
 from leakjax.attacks.heads.labels import rank_labels
@@ -9,7 +9,7 @@ from leakjax.attacks.heads.single import read_head
 from leakjax.attacks.problem import Problem
 
 
-def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, " B"]]:
+def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, " B"] | Float[np.ndarray, "B K"]]:
     """The given labels or the target alone, or up to `most` label vectors of one gradient, the most plausible first."""
     if problem.labels is not None:
         return [problem.labels[victim]]

@@ -124,7 +124,7 @@ def _refit(
     weighted = [float(np.sum(np.square(np.asarray(sent.weights[p] * n)))) for p, n in noise.items()]
     entries = sum(n.size for n in noise.values())
     left = max(1.0 - 0.5 * x.size / entries, 0.0) * sum(weighted) / len(noise)
-    explained = float(solution.residual[0]) <= np.sqrt(left)
+    explained = bool(float(solution.residual[0]) <= np.sqrt(left))
     return np.asarray(solution.x[0]) - x, explained
 
 
