@@ -148,12 +148,12 @@ def numeric_rank(geometry, rng):
 def random_axis(rng, pooling):
     side, size, stride = rng.integers(3, 9), rng.integers(1, 5), rng.integers(1, 4)
     dilation, low, high = rng.integers(1, 3), *rng.choice([0, 0, 0, 0, 1, 2], 2)
-    before = Window(2, 2, 0, side // 2) if pooling == "before" and side >= 6 else None
+    before = Window(2, 2, 0, int(side) // 2) if pooling == "before" and side >= 6 else None
     count = before.outputs if before else side
     outputs = (count + low + high - dilation * (size - 1) - 1) // stride + 1
     if outputs < 1:
         return None
-    after = Window(2, 2, 0, outputs // 2) if pooling == "after" and outputs >= 2 else None
+    after = Window(2, 2, 0, int(outputs) // 2) if pooling == "after" and outputs >= 2 else None
     return Axis(int(side), Window(*map(int, (size, stride, low, outputs, dilation, high))), before, after)
 
 
