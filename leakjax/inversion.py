@@ -340,7 +340,6 @@ def _assemble(
 ) -> Reconstruction:
     shape = tuple(observation.input_shape)
     unknowns = int(np.prod(shape))
-    low, high = observation.input_range
     images, labels, determined, residuals = [], [], [], []
     middle = 0.5 * (problem.limits[0] + problem.limits[1])
     certificates = [certify(problem, outcome, unknowns) for outcome in outcomes]
@@ -354,7 +353,7 @@ def _assemble(
         images.append(np.full(shape, middle) if best is None else best.image)
         labels.append(-1 if best is None else best.label)
         residuals.append(np.inf if best is None else best.gradient_residual)
-        shares = None if certificate.status == "failed" else agreed(outcome, high - low)
+        shares = None if certificate.status == "failed" else agreed(outcome, problem.gap)
         determined.append(np.zeros(shape) if shares is None else shares)
     return Reconstruction(
         attack=attack,

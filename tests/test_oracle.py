@@ -160,6 +160,21 @@ def test_rows_of_unknown_entries_are_dropped(rng):
     assert not np.any(kernel[..., :3])
 
 
+def test_a_weight_that_meets_hidden_entries_with_both_signs_is_dropped(rng):
+    def signs(params, x):
+        z = x @ params["w"]
+        return jnp.tanh(jnp.concatenate([z, -z], axis=1))
+
+    model = read_model((signs, {"w": rng.normal(size=(4, 3))})).astype(jnp.float64)
+    (segment,), variables = read_segments(model, (4,), jnp.float64).segments, model.variables
+    dz = jnp.asarray(rng.normal(size=segment.output.shape))
+    z, g = segment_rows(segment, variables, dz, jnp.asarray(rng.normal(size=segment.input.shape)))
+    known = jnp.ones(z.shape, bool)
+    system = layer_system(segment, variables, Preimage(z, known, jnp.ones_like(z), ~known), dz, g)
+    matrix = np.asarray(materialize(system.operator, system.vector)[0])
+    assert not np.any(matrix[z.size :])
+
+
 def observed(net, rng):
     image = rng.uniform(size=(1, 32, 32, 3))
     return image, observe(net, (image, np.array([3])), input_range=(0.0, 1.0))

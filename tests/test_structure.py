@@ -28,6 +28,7 @@ ROOMS = [
     "captures",
     "interop",
     "guard",
+    "attacks/tolerances.py",
     "attacks/problem.py",
     "attacks/adaptive.py",
     "attacks/candidates.py",

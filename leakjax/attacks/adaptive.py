@@ -74,7 +74,7 @@ def sends_signs(problem: Problem) -> bool:
 def tell(problem: Problem, victim: int) -> Told:
     """What to compare for one victim."""
     sent = _sent(problem, victim)
-    plain = Told(Sent(sent, inverse_norms(sent)), problem.matched)
+    plain = Told(Sent(sent, inverse_norms(sent)), problem.tolerances.matched)
     if problem.defense is None:
         return plain
     server = problem.defense.server
@@ -99,7 +99,7 @@ def _weighted(problem: Problem, sent: dict[str, Array], sigmas: dict[str, float]
     k = float(np.sqrt(len(sent))) / total
     entries = sum(g.size for p, g in sent.items() if over[p])
     weights = {p: jnp.asarray(k * over[p], problem.dtype) for p in sent}
-    matched = max(problem.matched, MARGIN * k * float(np.sqrt(entries / len(sent))))
+    matched = max(problem.tolerances.matched, MARGIN * k * float(np.sqrt(entries / len(sent))))
     return Told(Sent(sent, weights, _prior(problem, k)), matched, noisy=True)
 
 

@@ -38,7 +38,7 @@ def _has_no_start(problem: Problem, group: list[Outcome]) -> bool:
     if not first.candidates:
         return False
     failed = any(info.status == "failed" for info in first.layers) or not (
-        first.candidates[0].gradient_residual <= problem.matched
+        first.candidates[0].gradient_residual <= problem.tolerances.matched
     )
     open_head = first.layers[-1].status == "deficient"
     return failed and (open_head or keep_activations(problem) is not problem)

@@ -1,6 +1,7 @@
 """What every attack starts from: a chain of segments, weights, gradients, the loss. Never an image."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float, Int
 
+from leakjax.attacks.tolerances import Tolerances
 from leakjax.client.defenses import Setting
 from leakjax.constraints.layer import BLOCKS
 from leakjax.models.normalization import Limits
@@ -111,10 +113,15 @@ class Problem:
         return (self.examples, *self.input_shape)
 
     def in_range(self, x: np.ndarray) -> bool:
-        """Whether every entry of `x` could be in the input range, a two-hundredth of it beyond for rounding."""
+        """Whether every entry of `x` could be in the input range, a little of it beyond for rounding."""
         low, high = self.limits
-        slack = 5e-3 * (high - low)
+        slack = self.tolerances.slack * (high - low)
         return bool(np.all(x >= low - slack) and np.all(x <= high + slack))
+
+    @property
+    def gap(self) -> float:
+        """How far apart two images may lie that count as one."""
+        return self.tolerances.alike * (self.input_range[1] - self.input_range[0])
 
     @property
     def limits(self) -> tuple[Any, Any]:
@@ -126,20 +133,10 @@ class Problem:
         """How many gradients there are."""
         return len(next(iter(self.gradients.values())))
 
-    @property
-    def tolerance(self) -> float:
-        """Relative tolerance of linear solves: a few units of rounding of the solver's own dtype."""
-        return 2 * float(np.finfo(self.dtype).eps)
-
-    @property
-    def rounding(self) -> float:
-        """The larger of the client's and the solver's relative rounding."""
-        return max(self.noise, float(np.finfo(self.dtype).eps))
-
-    @property
-    def matched(self) -> float:
-        """Relative residual under which a system or a gradient counts as matched."""
-        return float(np.clip(1e3 * self.rounding, 1e-6, 1e-2))
+    @functools.cached_property
+    def tolerances(self) -> Tolerances:
+        """What counts as rounding in this problem."""
+        return Tolerances.of(self.dtype, self.noise)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

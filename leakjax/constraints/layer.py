@@ -71,9 +71,12 @@ def layer_system(
     origin, bias = segment_rows(segment, variables, dz, zero)
     damped = jnp.sqrt(preimage.slope**2 + slope_floor**2) if slope_floor else 1.0
     forward_weight = jnp.where(preimage.known & ("forward" in blocks), preimage.slope / damped, 0.0)
-    hidden = jnp.where(preimage.slope_known, 0.0, 1.0)
-    anywhere = jax.random.uniform(jax.random.key(1), zero.shape, dz.dtype, 0.5, 1.5)
-    touched = segment_rows(segment, variables, hidden.astype(dz.dtype), anywhere)[1]
+    # Bilinear in dz and x: what depends on a hidden entry of dz is 0 for no random pair, but with probability 0.
+    anywhere, weights = (
+        jax.random.uniform(jax.random.key(k), a.shape, dz.dtype, 0.5, 1.5) for k, a in ((1, zero), (2, dz))
+    )
+    hidden = jnp.where(preimage.slope_known, 0.0, weights)
+    touched = segment_rows(segment, variables, hidden, anywhere)[1]
     scale = _safe_inverse(jnp.linalg.norm(jnp.ravel(dz))) * ("gradient" in blocks)
     gradient_weight = {path: jnp.where(touched[path] == 0, scale, 0.0) for path in segment.paths}
     forward = forward_weight * (preimage.value - origin)

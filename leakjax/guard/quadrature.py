@@ -32,7 +32,11 @@ def errors_at_least(
 
 
 def _lanczos(apply: Callable[[Array], Array], v: Array, steps: int) -> Float[Array, "m m"]:
-    """The tridiagonal matrix of m = `steps` Lanczos steps from v, each orthogonalized twice; 0 after a breakdown."""
+    """The tridiagonal matrix of m = `steps` Lanczos steps from v, each orthogonalized twice; 0 after a breakdown.
+
+    Not matfree's, which divides by the length that a breakdown makes 0: an update that does not depend on a block of
+    the batch would score NaN, and the guard would block what leaks nothing.
+    """
     eps = jnp.finfo(v.dtype).eps
     basis, diagonal, beside = [v / jnp.linalg.norm(v)], [], []
     for _ in range(steps):

@@ -20,9 +20,8 @@ from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.jacobian import row_space
-from leakjax.solvers.linear import LsmrSolution, lsmr_condition, solve_side
+from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, solve_side
 
-NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
 LARGEST = 6000
 MOST_STEPS = 6000
 
@@ -56,7 +55,7 @@ def layer_leakage(
         for back in range(i + 1):
             span = tuple(segments[i - back : i + 1])
             probe = _probe(span)(variables, preimage, cotangents[i], xs[i - back])
-            full = float(probe.lost) <= NULL_SPACE
+            full = float(probe.lost) <= PROBE_LOSS
             if back == 0:
                 condition = lsmr_condition(probe)
                 rank = xs[i].size if full else _rank(span, variables, preimage, cotangents[i], xs[i])

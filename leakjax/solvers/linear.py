@@ -16,7 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
 _SMALL = 800
-_SEEN = 1e-6  # of a random x that comes back: no null space of a dimension that matters
+_SEEN = 1e-6  # of a random x: how near it must come back
+PROBE_LOSS = 3 * _SEEN
+"""Share `lost` of a random probe up to which a system has no null space. A solve that ended because it was near enough
+lost `_SEEN`; a single direction among n unknowns loses sqrt(1 / n) on average, 1e-3 of a million."""
 
 
 class LsmrSolution(NamedTuple):

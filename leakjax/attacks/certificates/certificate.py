@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 
 from leakjax.attacks.certificates.multiples import MULTIPLES
-from leakjax.attacks.certificates.residual_noise import HALF
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.reconstruction import Certificate, LayerInfo
 
@@ -56,15 +55,15 @@ _VAGUE = (
 def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     """The certificate of one outcome, for `unknowns` or what its first layer says; see `Certificate`.
 
-    A layer's relative error is estimated by its condition times its residual; where that exceeds 1e-3 at any layer
-    nothing is certified, nor where the only answer leaves the input range.
+    A layer's relative error is estimated by its condition times its residual; where that exceeds
+    `Tolerances.error` at any layer nothing is certified, nor where the only answer leaves the input range.
     """
     if not outcome.candidates:
         return Certificate.failure(unknowns, None, "head", outcome.reason or _HEAD)
     layers = outcome.layers
     unknowns = layers[0].unknowns
     condition = layers[0].condition
-    if outcome.multiples and (outcome.psnr_estimate is not None or problem.rounding > HALF):
+    if outcome.multiples and (outcome.psnr_estimate is not None or problem.tolerances.coarse):
         return Certificate(
             status="ambiguous",
             leaked_dimensions=0,
@@ -90,7 +89,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
     whole = layers[0].status in SOLVED
     several = len(outcome.candidates) > 1 or outcome.symmetry is not None or outcome.curved
     proof = outcome.proof or "local"
-    if problem.rounding > HALF:
+    if problem.tolerances.coarse:
         return Certificate.failure(unknowns, condition, layers[0].name, _COARSE)
     if whole and not several:
         if not problem.in_range(next(iter(outcome.candidates)).image):  # no image
@@ -116,7 +115,7 @@ def _within(problem: Problem, outcome: Outcome) -> bool:
     low, high = problem.limits
     x = np.asarray(outcome.candidates[0].image)
     beyond = np.sqrt(np.mean(((x - np.clip(x, low, high)) / (high - low)) ** 2))
-    return bool(beyond <= 3 * 10 ** (-(outcome.psnr_estimate or 0.0) / 20) + 5e-3)
+    return bool(beyond <= 3 * 10 ** (-(outcome.psnr_estimate or 0.0) / 20) + problem.tolerances.slack)
 
 
 def certify_together(certificates: list[Certificate], outcomes: list[Outcome], examples: int) -> list[Certificate]:
@@ -140,11 +139,11 @@ def _by_itself(certificate: Certificate, outcome: Outcome) -> Certificate:
     return dataclasses.replace(certificate, status="exact", proof="local", reason=None)
 
 
-def agreed(outcome: Outcome, width: float) -> np.ndarray | None:
+def agreed(outcome: Outcome, gap: float) -> np.ndarray | None:
     """The share of every entry that is determined: `seen`, but 0 where all candidates that there are differ, on curved
     sets, and where candidates were found by a search that may have missed others.
 
-    `width`: of the input range, of which differences below a millionth are rounding.
+    `gap`: the difference up to which two entries are one.
     """
     if outcome.seen is None or outcome.curved:
         return None
@@ -155,7 +154,7 @@ def agreed(outcome: Outcome, width: float) -> np.ndarray | None:
     images = [candidate.image for candidate in outcome.candidates]
     same = np.ones(images[0].shape, bool)
     for other in images[1:]:
-        same &= np.abs(other - images[0]) <= 1e-6 * width
+        same &= np.abs(other - images[0]) <= gap
     if outcome.moved is not None:
         same &= ~outcome.moved
     ray = images[0] / np.linalg.norm(images[0]) if outcome.multiples else 0.0
@@ -167,13 +166,13 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
     layers = outcome.layers
     backwards = list(reversed(layers))
     failed = next((info for info in backwards if info.status == "failed"), None)
-    vague = next((info for info in backwards if not relative_error(info) <= 1e-3), None)
+    vague = next((info for info in backwards if not relative_error(info) <= problem.tolerances.error), None)
     if failed is None and vague is not None:
         return vague.name, _VAGUE.format(layer=vague.name)
     if failed is not None:
         words = _STALLED if failed.name == "network" or failed.pull_back_depth else _LAYER
         return failed.name, words.format(layer=failed.name)
-    if not outcome.candidates[0].gradient_residual <= problem.matched:
+    if not outcome.candidates[0].gradient_residual <= problem.tolerances.matched:
         unsolved = next((info for info in backwards if info.status not in SOLVED), layers[0])
         return unsolved.name, _UNMATCHED
     unsolved = next((info for info in reversed(layers[1:]) if info.status not in SOLVED), None)

@@ -88,7 +88,7 @@ def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     labels = jnp.asarray([candidate.label for candidate in first])
     residual = max(candidate.gradient_residual for candidate in first)
     noisy = any(outcome.psnr_estimate is not None for outcome in group)
-    left = problem.rounding if noisy else max(residual, problem.rounding)
+    left = problem.tolerances.rounding if noisy else max(residual, problem.tolerances.rounding)
     hides = max(_LEAST, _MARGIN * left)
     away = functools.partial(_turned(_each(problem)), dict(problem.variables), x, labels)
     hidden = np.max([np.asarray(away(t, labels)) for t in _TRIED], axis=0) <= hides
@@ -103,9 +103,9 @@ def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
         ]
     if noisy:
         return [dataclasses.replace(o, psnr_estimate=None, refuted=True, reason=_NOISE) for o in group]
-    if residual > problem.matched:
+    if residual > problem.tolerances.matched:
         return group
-    open_factor = _open_factor(predicted(problem), float(problem.tolerance))
+    open_factor = _open_factor(predicted(problem), problem.tolerances.solve)
     if float(open_factor(dict(problem.variables), x, labels)) > hides:
         return group
     return [dataclasses.replace(o, multiples=True, curved=True) for o in group]

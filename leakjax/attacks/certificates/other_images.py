@@ -26,14 +26,8 @@ from leakjax.solvers.jacobian import inverse_norms
 from leakjax.solvers.lsmr import lsmr
 
 ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
-ALIKE = 1e-6  # of the input range: two images that differ by less are one
-SYMMETRIC = 1e-9  # relative difference of two gradients that a symmetry of the network leaves, in float64
 STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
 _DIRECTIONS = 2
-_OPEN = 1e-8  # relative change of the gradient, to first order, of a difference that lies in open directions
-_ALONG = 1e-6  # the same of two answers that were each solved to rounding
-BESIDE, KINKED = 1e-9, 1e-3
-"""How far from an answer, in units of the range, its derivative is looked at again, and by how much it may differ."""
 _INNER = 6000
 
 
@@ -57,7 +51,7 @@ def seek_others(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> 
 
 
 def _sound(problem: Problem, outcome: Outcome) -> bool:
-    matched = outcome.candidates[0].gradient_residual <= problem.matched
+    matched = outcome.candidates[0].gradient_residual <= problem.tolerances.matched
     return matched and all(info.status != "failed" for info in outcome.layers)
 
 
@@ -67,20 +61,13 @@ def tags_of(group: list[Outcome]) -> Array:
     return jnp.asarray([c.label if c.target is None else c.target for c in first])
 
 
-def _same(problem: Problem) -> float:
-    """Relative difference, parameter by parameter, of two gradients that count as the same: rounding, no more.
-
-    At most 1e-5: half precision would call many images alike that its noise lets an estimate tell apart.
-    """
-    return float(np.clip(30 * problem.rounding, 1e-10, 1e-5))
-
-
 def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     answer = np.stack([o.candidates[0].image for o in group]).astype(problem.dtype)
     labels = tags_of(group)
-    gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
+    limits, gap = problem.tolerances, problem.gap
     error = float(np.nan_to_num(relative_error(group[0].layers[0]), nan=np.inf))
-    same = float(np.clip(10 * error, _same(problem), 1e-5))  # what moves with the answer's own error
+    # What a symmetry leaves moves with the answer's own error.
+    same = float(np.clip(10 * error, limits.same_gradient, limits.same_at_most))
     result = list(group)
     for b, outcome in enumerate(group):
         images, names = _orbit(problem, answer, labels, b, gap, same)
@@ -109,8 +96,8 @@ def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> b
     """
     width = problem.input_range[1] - problem.input_range[0]
     given = dict(problem.variables), jnp.asarray(x, problem.dtype), labels
-    away = _kinks(predicted(problem))(*given, jnp.asarray(BESIDE * width, problem.dtype))
-    return not float(away) <= KINKED
+    away = _kinks(predicted(problem))(*given, jnp.asarray(problem.tolerances.kink_step * width, problem.dtype))
+    return not float(away) <= problem.tolerances.kink_change
 
 
 @keep(16)
@@ -138,14 +125,14 @@ def same_open_set(
 ) -> bool:
     """Whether `other` differs from x, to first order, in nothing but directions that the gradient leaves open."""
     given = dict(problem.variables), jnp.asarray(x), jnp.asarray(labels)
-    return float(_slopes(predicted(problem))(*given, jnp.asarray(other)[None])[0]) <= _ALONG
+    return float(_slopes(predicted(problem))(*given, jnp.asarray(other)[None])[0]) <= problem.tolerances.open_answers
 
 
 def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
     """Images in range of some example, other than x, that a symmetry of the network gives: the gradient stays as it is
     to the last digits, however noisy x is."""
-    gap = ALIKE * (problem.input_range[1] - problem.input_range[0])
-    return [o for b in range(len(x)) for o in _orbit(problem, x, labels, b, gap, SYMMETRIC)[0] if problem.in_range(o)]
+    gap, same = problem.gap, problem.tolerances.symmetric
+    return [o for b in range(len(x)) for o in _orbit(problem, x, labels, b, gap, same)[0] if problem.in_range(o)]
 
 
 def _orbit(
@@ -197,7 +184,7 @@ def _with_same_gradient(
     stack = np.repeat(np.asarray(given[1])[None], len(moved), axis=0)
     stack[:, b] = np.stack(moved)
     holds = np.asarray(measure(*given, jnp.asarray(stack))) <= same
-    seen = np.asarray(_slopes(predicted(problem))(*given, jnp.asarray(stack))) > _OPEN
+    seen = np.asarray(_slopes(predicted(problem))(*given, jnp.asarray(stack))) > problem.tolerances.open_step
     return [x for x, kept in zip(moved, holds & seen, strict=True) if kept]
 
 
@@ -248,9 +235,9 @@ def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     answer = jnp.asarray(np.stack([o.candidates[0].image for o in group]), problem.dtype)
     labels = tags_of(group)
     width = problem.input_range[1] - problem.input_range[0]
-    look = _along_open(predicted(problem), float(problem.tolerance))
+    look = _along_open(predicted(problem), problem.tolerances.solve)
     away = np.asarray(look(dict(problem.variables), answer, labels, width * jnp.asarray(STEPS, problem.dtype)))
-    curved = not bool(np.all(away <= max(1e-7, problem.matched / 10)))
+    curved = not bool(np.all(away <= problem.tolerances.open_far))
     return [dataclasses.replace(o, curved=curved) for o in group]
 
 

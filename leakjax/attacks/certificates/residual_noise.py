@@ -28,9 +28,6 @@ and what a fit takes away from small parameters is left out of account."""
 SPIKE = 1.6
 """How many times a noise matrix's expected largest singular value, squared, counts as structure."""
 
-HALF = 1e-5
-"""Relative rounding of a client above which no answer is exact: half precision (float32 has 1e-7)."""
-
 ROUNDED = 8.0
 """Times the rounding of the entries themselves that is left where their sums were rounded as well."""
 

@@ -43,7 +43,7 @@ def _head_labels(problem: Problem) -> dict[int, Int[np.ndarray, " 1"]]:
     if problem.labels is not None or problem.examples > 1 or head is None or not (head.linear and head.paths):
         return {}
     sent = {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths}
-    options = {"labels": None, "tolerance": problem.tolerance, "accept": problem.matched}
+    options = {"labels": None, "tolerance": problem.tolerances.solve, "accept": problem.tolerances.matched}
     found = read_head(head, problem.variables, sent, problem.loss, **options).candidates
     best = sorted(found, key=lambda candidate: -candidate.residual)
     return {candidate.victim: np.array([candidate.label]) for candidate in best}

@@ -101,7 +101,7 @@ def rescaled(outcomes: list[Outcome], scalings: list[Scaling]) -> list[Outcome]:
 def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     """From dz, which the bias gives, and z."""
     gradient = {p: problem.gradients[p][victim] for p in head.paths}
-    dz, x = read_input(head, problem.variables, gradient, problem.tolerance)
+    dz, x = read_input(head, problem.variables, gradient, problem.tolerances.solve)
     outputs = int(np.prod(head.output.shape))
     labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
     z = head.function(dict(problem.variables), jnp.asarray(x))
@@ -115,7 +115,7 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     factors = pulls @ flat / np.maximum(np.sum(pulls**2, axis=1), np.finfo(float).tiny)
     free = np.linalg.norm(flat - factors[:, None] * pulls, axis=1) / size
     plain = np.linalg.norm(flat - pulls, axis=1) / size
-    unscaled_fits = float(np.min(plain)) <= max(1e-9, 1e3 * problem.rounding)
+    unscaled_fits = float(np.min(plain)) <= problem.tolerances.summed
     if unscaled_fits or known is not None or not float(np.min(free)) <= min(FIT, GAIN * float(np.min(plain))):
         if unscaled_fits or problem.labels is not None or float(np.min(plain)) <= FIT:
             return Scaling(known or 1.0)
@@ -143,7 +143,7 @@ def _target(problem: Problem, head: Segment, z: Array, dz: Array) -> np.ndarray 
         return None
     if problem.loss == "squared_error":
         return t
-    slack = max(1e-6, 1e3 * problem.rounding)
+    slack = max(1e-6, 1e3 * problem.tolerances.rounding)
     share = problem.loss == "sigmoid_binary_cross_entropy" or abs(float(np.sum(t)) - 1.0) <= slack
     return t if share and t.min() >= -slack and t.max() <= 1.0 + slack else None
 
@@ -164,9 +164,9 @@ def _fits_unscaled(problem: Problem, head: Segment, gradient: Any, victim: int) 
     """Whether some label explains a head without bias with c = 1."""
     arrays = {p: np.asarray(g, problem.dtype)[None] for p, g in gradient.items()}
     labels = None if problem.labels is None else problem.labels[victim]
-    options = {"labels": labels, "tolerance": problem.tolerance, "accept": problem.matched}
+    options = {"labels": labels, "tolerance": problem.tolerances.solve, "accept": problem.tolerances.matched}
     found = read_head(head, problem.variables, arrays, problem.loss, **options).candidates
-    return any(candidate.residual <= problem.matched for candidate in found)
+    return any(candidate.residual <= problem.tolerances.matched for candidate in found)
 
 
 def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
@@ -182,7 +182,7 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
         divided = ({p: g / factor for p, g in gradient.items()} for factor in _DOUBLED)
         fits = (_fits_unscaled(problem, head, smaller, victim) for smaller in divided)
         return Scaling(next((factor for factor, fit in zip(_DOUBLED, fits, strict=True) if fit), 1.0))
-    direction, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerance)
+    direction, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerances.solve)
     flat = np.asarray(direction, float).ravel()
     labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
     best: tuple[float, float] | None = None
@@ -213,6 +213,6 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
                 p = pull(np.full(8, t))[0]
                 if found.fun <= FIT and (best is None or found.fun < best[0]):
                     best = (float(found.fun), float((flat @ p) / (p @ p)))
-    if best is None or abs(best[1] - 1.0) <= max(1e-6, 1e3 * problem.rounding):
+    if best is None or abs(best[1] - 1.0) <= max(1e-6, 1e3 * problem.tolerances.rounding):
         return Scaling()
     return Scaling(best[1])

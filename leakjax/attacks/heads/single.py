@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float
+from scipy.optimize import root_scalar
 
 from leakjax.constraints.layer import layer_system, loss_pull
 from leakjax.models.activations import Preimage
@@ -209,7 +210,11 @@ def _ray(segment: Segment, loss: str) -> Callable[..., Any]:
 def _scalar_roots(
     segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: Array, given: int | None
 ) -> list[HeadCandidate]:
-    """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then bisection."""
+    """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then Brent's method.
+
+    t = 1 / ||dz||: from 1e-5, logits of 1e5 under a squared error, to 1e16, where a probability is 1 in float64. Two
+    roots within a step of the grid, 0.8 %, are missed.
+    """
     z0 = segment.function(variables, jnp.zeros_like(x))
     a = segment.function(variables, x) - z0
     flat = direction.ravel()
@@ -231,15 +236,12 @@ def _scalar_roots(
             grid = sign * sizes
             values = excess(grid)
             crossings = np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0)
-            low, high = grid[crossings], grid[crossings + 1]
-            rising = values[crossings] < 0
-            padded = np.full((2, 8), sign)
-            for _ in range(70 if len(low) else 0):
-                middle = 0.5 * (low + high)
-                padded[0, : len(low)] = middle[:8]
-                below = (excess(padded[0])[: len(low)] < 0) == rising[:8]
-                low, high = np.where(below, middle, low), np.where(below, high, middle)
-            for t in 0.5 * (low + high)[:8]:
+            for k in crossings[:8]:
+
+                def at(t: float, excess: Any = excess) -> float:
+                    return float(excess(np.full(8, t))[0])
+
+                t = root_scalar(at, bracket=np.sort(grid[k : k + 2]), method="brentq", xtol=1e-300).root
                 off = np.asarray(ray(jnp.full(8, t, x.dtype), y), float)[0] - flat
                 dz = (direction / t).astype(direction.dtype)
                 candidates.append(

@@ -33,7 +33,7 @@ def close(problem: Problem, position: int, solved: Solved, k: int, path: Path, n
         return None
     x = np.asarray(solution.x[k]).ravel()
     found = close_null_space(problem, before, null, x, noise_level(problem, x, residual))
-    if found is None or not found.residual <= problem.matched:
+    if found is None or not found.residual <= problem.tolerances.matched:
         return None
     pairs = ((lsmr_condition(solution, k), residual), (found.condition, found.residual))
     condition, residual = max(pairs, key=lambda pair: pair[0] * pair[1])

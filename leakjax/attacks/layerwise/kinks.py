@@ -38,7 +38,7 @@ def mend_kinks(
         """Paths whose system was solved and does not fit (where a step limit was met, it is conditioning)."""
         solution = solved.solution
         converged = solution.steps < max_steps(segment)
-        return np.flatnonzero(certain & converged & (solution.residual > max(30 * problem.rounding, 1e-9)))
+        return np.flatnonzero(certain & converged & (solution.residual > problem.tolerances.kinked))
 
     if segment.activation.has_masks:
         for factor in NOISE_FACTORS:  # an entry near 0 was taken for the wrong side: move the level

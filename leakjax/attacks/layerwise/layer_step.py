@@ -23,13 +23,7 @@ SLOPE_FLOOR = 1e-2
 MOST_STEPS = 6000
 LARGE = 2**16
 """Numbers of a layer from which on its chunks are not run at once: a core's cache does not hold them, and runs side by
-side bring nothing (55x55x64 from 224x224x3 once came out wrong, see `CLEAN`)."""
-
-CLEAN = 1e-9, 3e-6
-"""Relative residual (above the client's own rounding), and share of a probe that is lost, up to which a solution that
-ran beside others is taken. Two runs of one program at once have returned wrong numbers on CPUs (`side_by_side.ALONE`):
-a wrong solution fits its system no better than by chance, so every other is run again, alone. Deficient layers pay for
-that by a second run of their probe."""
+side bring nothing (55x55x64 from 224x224x3 once came out wrong, see `run_steps`)."""
 
 
 class LayerState(NamedTuple):
@@ -111,7 +105,7 @@ def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, moni
 
 
 def _floor(problem: Problem) -> float:
-    return SLOPE_FLOOR if problem.rounding < 1e-12 else 0.0
+    return SLOPE_FLOOR if problem.tolerances.rounding < 1e-12 else 0.0
 
 
 @keep(64)
@@ -138,8 +132,11 @@ def run_steps(
     """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     On CPUs the chunks, and the two right-hand sides of each, run side by side, one a core: a lone victim stays in its
-    core's cache and waits for no other; what is not `CLEAN` then runs again alone. Layers beyond a core's cache go one
-    after another (`LARGE`). Where the problem has several devices, each takes its share of every chunk.
+    core's cache and waits for no other. Two runs of one program at once have returned wrong numbers on CPUs
+    (`runtime.cores.ALONE`): a wrong solution fits its system no better than by chance, so what is above
+    `Tolerances.clean`, or a probe above `Tolerances.probe`, runs again, alone; deficient layers pay for that by a
+    second run of their probe. Layers beyond a core's cache go one after another (`LARGE`). Where the problem has
+    several devices, each takes its share of every chunk.
     """
     whole, part = (placement(problem.devices, split=split) for split in (False, True))
     with compute_in(str(problem.dtype)):
@@ -175,8 +172,8 @@ def run_steps(
 
 def _is_clean(problem: Problem, solution: LsmrSolution, random: bool) -> bool:
     """Whether all solutions of a chunk meet their own equations: a probe its known answer."""
-    fitting = max(CLEAN[0], 100 * problem.rounding)
-    left, most = (solution.lost, CLEAN[1]) if random else (solution.residual, fitting)
+    fitting = problem.tolerances.clean
+    left, most = (solution.lost, problem.tolerances.probe) if random else (solution.residual, fitting)
     return bool(np.all(np.asarray(left) <= most))
 
 

@@ -41,7 +41,7 @@ def lift(problem: Problem, segment: Segment, known: Known) -> Lifted | None:
         return None
     given, inside = arrays(problem, [segment], known), []
     for k in reversed(range(len(segment.stages))):
-        solve = _program(segment, k, float(problem.tolerance))
+        solve = _program(segment, k, problem.tolerances.solve)
         *_, lost = solve(*given, inside, jnp.asarray(True))
         if k > 0 and not lost <= _determined(problem.dtype):
             break

@@ -23,7 +23,8 @@ def outcomes(problem: Problem, paths: list[Path]) -> list[Outcome]:
     for victim in range(problem.victims):
         mine = [(r, p) for r, p in zip(residuals, paths, strict=True) if p.victim == victim]
         best = min((r for r, _ in mine), default=np.inf)
-        mine = sorted((pair for pair in mine if pair[0] <= max(10 * best, problem.matched)), key=lambda pair: pair[0])
+        most = max(10 * best, problem.tolerances.matched)
+        mine = sorted((pair for pair in mine if pair[0] <= most), key=lambda pair: pair[0])
         whole = all(p.layers[0].status != "deficient" for _, p in mine)
         mine = kept(problem, mine, lambda pair: pair[1].x, whole=whole)
         layers = mine[0][1].layers if mine else ()

@@ -8,6 +8,7 @@ from leakjax.attacks.problem import Problem
 from leakjax.reconstruction import LayerInfo
 from leakjax.segments.chain import Segment
 
+LEAST = 3e-12  # of the size of x: what solves in float64 leave of an exact zero behind well-conditioned layers
 EXACT_SHARE, NOISY_SHARE = 0.03, 0.002  # of the misfit left by the next layer, for the tolerance of this one
 
 
@@ -50,13 +51,14 @@ class Path:
 
 def noise_level(problem: Problem, x: np.ndarray, residual: float) -> float:
     """Absolute level under which an entry of x may be rounding."""
-    return 30 * max(residual if residual < 1e-3 else 0.0, problem.rounding, 3e-12) * float(np.sqrt(np.mean(x**2)))
+    known = residual if residual < problem.tolerances.error else 0.0
+    return 30 * max(known, problem.tolerances.rounding, LEAST) * float(np.sqrt(np.mean(x**2)))
 
 
 def solve_tolerance(problem: Problem, residual: float) -> float:
     """Relative tolerance of a layer's solve: well below the misfit that the layer after it left, and no lower."""
     share = EXACT_SHARE if problem.noise < 1e-12 else NOISY_SHARE
-    return float(np.clip(share * residual, problem.tolerance, 1e-7))
+    return float(np.clip(share * residual, problem.tolerances.solve, 1e-7))
 
 
 def layer_info(
@@ -64,7 +66,7 @@ def layer_info(
 ) -> LayerInfo:
     """What a layer's own system gave, with the status that follows."""
     fitting = "determined" if rank == unknowns else "deficient"
-    status = fitting if residual <= problem.matched else "failed"
+    status = fitting if residual <= problem.tolerances.matched else "failed"
     deficiency = None if rank is None else rank - unknowns
     return LayerInfo(
         name=name,
@@ -98,6 +100,6 @@ def drop_misfits(problem: Problem, paths: list[Path]) -> list[Path]:
     kept = []
     for path in paths:
         best = np.nanmin([p.layers[0].residual for p in paths if p.victim == path.victim] + [np.inf])
-        if path.anchor is not None or path.layers[0].residual <= max(1e3 * best, problem.matched):
+        if path.anchor is not None or path.layers[0].residual <= max(1e3 * best, problem.tolerances.matched):
             kept.append(path)
     return kept

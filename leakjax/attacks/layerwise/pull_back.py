@@ -53,14 +53,14 @@ def pull_back(
     From each start until one matches: Levenberg-Marquardt, and again after continuation from smoothed activations.
     Where a segment is nonlinear full steps come first, and again after continuation. The smallest residual is kept.
     """
-    programs = _programs(tuple(segments), float(problem.tolerance))
+    programs = _programs(tuple(segments), problem.tolerances.solve)
     plain, full = programs.plain, programs.full
     given = arrays(problem, segments, known)
     tried: list[NewtonSolution] = []
 
     def attempt(solve: Any, start: Any) -> bool:
         tried.append(solve(*given, jnp.asarray(start)))
-        return float(tried[-1].residual) <= problem.matched
+        return float(tried[-1].residual) <= problem.tolerances.matched
 
     def attempt_smoothed(solve: Any, start: Any) -> bool:
         smoothed = programs.smooth(*given, jnp.asarray(start))
@@ -97,7 +97,7 @@ def meet_top(
     Of the last segment only the stages behind the values `inside` it (`lift`) count: their rows are linear in what they
     read, and so continuous in u where gradient rows before them jump with every kink.
     """
-    solve = _top(tuple(segments), float(problem.tolerance))
+    solve = _top(tuple(segments), problem.tolerances.solve)
     x, misfit = solve(*arrays(problem, segments, known), list(inside), jnp.asarray(start))
     return np.asarray(x), float(misfit)
 
@@ -155,7 +155,7 @@ def products(
     problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
-    programs = _programs(tuple(segments), float(problem.tolerance))
+    programs = _programs(tuple(segments), problem.tolerances.solve)
     given = arrays(problem, segments, known)
     return lambda v: np.asarray(programs.products(*given, jnp.asarray(x), jnp.asarray(v)))
 

@@ -17,7 +17,6 @@ from leakjax.solvers.jacobian import rank_tolerance, row_space
 from leakjax.solvers.linear import DenseSolution, dense_bytes, solve_dense
 from leakjax.solvers.null_space import stacked_null_space
 
-NULL_SPACE = 3e-6  # a probe that comes back with less than this lost met no null space
 DENSE_SIDE = 4000
 
 

@@ -32,7 +32,7 @@ from leakjax.attacks.layerwise.path import (
     solve_tolerance,
 )
 from leakjax.attacks.layerwise.prior_choice import choose
-from leakjax.attacks.layerwise.ranks import NULL_SPACE, matrix_shape, solve_layer_densely
+from leakjax.attacks.layerwise.ranks import matrix_shape, solve_layer_densely
 from leakjax.attacks.layerwise.start import start
 from leakjax.attacks.layerwise.waiting import pull, wait
 from leakjax.attacks.problem import Monitor, Outcome, Problem
@@ -130,12 +130,12 @@ def _advance(problem: Problem, position: int, step: Step, size: int, paths: list
 def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path, waiting: bool, nulls: Nulls) -> Path:
     """The path one layer further: closed by the activation before it, waiting, or with the layer's own answer."""
     segment, state = problem.segments[position], solved.state
-    deficient = bool(solved.solution.lost[k] > NULL_SPACE)
+    deficient = bool(solved.solution.lost[k] > problem.tolerances.probe)
     if waiting and deficient and path.certain:
         closed = close(problem, position, solved, k, path, nulls)
         if closed is not None:
             return closed
-    answer, anchor = _by_lsmr(segment, solved, k), path.anchor
+    answer, anchor = _by_lsmr(segment, solved, k, problem.tolerances.probe), path.anchor
     here = Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     if anchor is not None or (waiting and deficient):
         anchor = anchor or here
@@ -174,10 +174,10 @@ class _Answer(NamedTuple):
     seen: np.ndarray | None
 
 
-def _by_lsmr(segment: Segment, solved: Solved, k: int) -> _Answer:
+def _by_lsmr(segment: Segment, solved: Solved, k: int, probe: float) -> _Answer:
     """What LSMR found; of full rank where it lost nothing of a random right-hand side."""
     solution, x = solved.solution, np.asarray(solved.solution.x[k])
-    whole = bool(solution.lost[k] <= NULL_SPACE)
+    whole = bool(solution.lost[k] <= probe)
     return _Answer(
         x=x,
         dx=solved.dx[k],

@@ -14,8 +14,6 @@ from leakjax.segments.chain import Segment
 
 MORE = 12  # starts beyond the first few, where the first solution leaves the range
 SPARE = 2.0  # equations for every unknown, from which on a second solution would be a coincidence
-SLACK = 5e-3  # of the range, for rounding
-ALIKE = 1e-6  # relative difference of two solutions that count as one
 
 
 def all_roots(
@@ -34,7 +32,8 @@ def all_roots(
     low, high = input_limits(problem, position)
 
     def inside(one: PullBack) -> bool:
-        slack = SLACK * (high - low if np.isfinite(high - low) else float(np.sqrt(np.mean(np.asarray(one.x) ** 2))))
+        width = high - low if np.isfinite(high - low) else float(np.sqrt(np.mean(np.asarray(one.x) ** 2)))
+        slack = problem.tolerances.slack * width
         return low - slack <= float(np.min(one.x)) and float(np.max(one.x)) <= high + slack
 
     solutions = [found]
@@ -42,8 +41,9 @@ def all_roots(
         more = () if inside(found) else starts(problem, position, np.asarray(found.x), MORE)
         for start in itertools.chain(own, more):
             other = pull_back(problem, segments, known, [start], quick=True)
-            same = any(np.linalg.norm(other.x - one.x) <= ALIKE * np.linalg.norm(one.x) for one in solutions)
-            if float(other.residual) <= problem.matched and not same:
+            alike = problem.tolerances.alike
+            same = any(np.linalg.norm(other.x - one.x) <= alike * np.linalg.norm(one.x) for one in solutions)
+            if float(other.residual) <= problem.tolerances.matched and not same:
                 solutions.append(other)
     return [one for one in solutions if inside(one)] or solutions
 

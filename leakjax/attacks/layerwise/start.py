@@ -7,7 +7,7 @@ from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.heads.single import read_head
 from leakjax.attacks.layerwise.layer_step import pull_back_cotangent
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
-from leakjax.attacks.layerwise.ranks import NULL_SPACE, head_rank
+from leakjax.attacks.layerwise.ranks import head_rank
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.runtime.devices import solved_together
@@ -38,7 +38,8 @@ def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
     dense = read_dense_head(head, problem.variables, problem.loss) if misfits else None
     for victim in misfits if dense else []:
         assert dense is not None
-        shown = examples_shown(dense, {p: problem.gradients[p][victim] for p in head.paths}, problem.rounding)
+        mine = {p: problem.gradients[p][victim] for p in head.paths}
+        shown = examples_shown(dense, mine, problem.tolerances.rounding)
         if shown > 1:
             monitor.reasons[victim] = _COUNT.format(shown=shown, told=1)
             if shown < min(dense.where.shape):
@@ -54,8 +55,8 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         {p: np.asarray(problem.gradients[p][victims], problem.dtype) for p in head.paths},
         problem.loss,
         labels=None if problem.labels is None else problem.labels[victims, 0],
-        tolerance=problem.tolerance,
-        accept=problem.matched,
+        tolerance=problem.tolerances.solve,
+        accept=problem.tolerances.matched,
     )
     paths = []
     for candidate in reading.candidates:
@@ -66,7 +67,7 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
             continue  # every label is as wrong
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
         condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
-        if lost > NULL_SPACE:
+        if lost > problem.tolerances.probe:
             rank, seen = head_rank(problem, head, candidate.dz)
         info = layer_info(
             problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v])
@@ -95,12 +96,12 @@ def _of_batches(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]
             {p: problem.gradients[p][v] for p in head.paths},
             problem.loss,
             labelings=labelings(problem, v, LABELINGS),
-            rounding=problem.rounding,
-            accept=problem.matched,
+            rounding=problem.tolerances.rounding,
+            accept=problem.tolerances.matched,
         )
         separable |= found is not None
         if not found:
-            shown = examples_shown(dense, {p: problem.gradients[p][v] for p in head.paths}, problem.rounding)
+            shown = examples_shown(dense, {p: problem.gradients[p][v] for p in head.paths}, problem.tolerances.rounding)
             ranks.append(shown)
             if shown > problem.examples:
                 monitor.reasons[v] = _COUNT.format(shown=shown, told=problem.examples)

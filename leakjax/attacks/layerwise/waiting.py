@@ -19,7 +19,7 @@ import numpy as np
 from leakjax.attacks.layerwise.lifted import lift
 from leakjax.attacks.layerwise.path import Anchor, Path, noise_level
 from leakjax.attacks.layerwise.pull_back import Known, PullBack, meet_top, pull_back
-from leakjax.attacks.layerwise.ranks import NULL_SPACE, pulled_rank
+from leakjax.attacks.layerwise.ranks import pulled_rank
 from leakjax.attacks.layerwise.roots import all_roots, near
 from leakjax.attacks.layerwise.starts import starts
 from leakjax.attacks.problem import Monitor, Problem
@@ -62,7 +62,7 @@ class Waiting:
 
     def matches(self, residual: Any) -> bool:
         """Whether a relative residual is rounding."""
-        return float(residual) <= self.problem.matched
+        return float(residual) <= self.problem.tolerances.matched
 
 
 class Begin(NamedTuple):
@@ -150,9 +150,9 @@ def _lift(waiting: Waiting, plain: Begin) -> Begin | StillOpen:
     if lifted is None or lifted.x is None or lifted.dx is None:
         return plain._replace(anchor=anchor)
     invertible = all(stage.activation is None or stage.activation.kind for stage in segment.stages)
-    if lifted.lost > NULL_SPACE and waiting.position > 0 and invertible:
+    if lifted.lost > waiting.problem.tolerances.probe and waiting.position > 0 and invertible:
         return StillOpen(anchor, lifted.x, lifted.dx)
-    return Begin(anchor, [lifted.x, *plain.guesses], alone=lifted.lost <= NULL_SPACE)
+    return Begin(anchor, [lifted.x, *plain.guesses], alone=lifted.lost <= waiting.problem.tolerances.probe)
 
 
 def _meet_the_top(waiting: Waiting, plain: Begin) -> Begin | StillOpen:
@@ -175,10 +175,10 @@ def _newton(waiting: Waiting, begin: Begin) -> list[PullBack]:
     """The solutions of the pulled-back residual: one, or all that the starts lead to where it may have several."""
     problem, segments, known = waiting.problem, waiting.segments, waiting.known
     found = pull_back(problem, segments, known, begin.guesses, quick=not waiting.linear)
-    determined = float(found.probe.lost) <= NULL_SPACE
+    determined = float(found.probe.lost) <= waiting.problem.tolerances.probe
     if not waiting.linear and (determined or waiting.position == 0) and not waiting.matches(found.residual):
         found = pull_back(problem, segments, known, begin.guesses)
-        determined = float(found.probe.lost) <= NULL_SPACE
+        determined = float(found.probe.lost) <= waiting.problem.tolerances.probe
     if waiting.own_starts and not begin.alone and determined and waiting.matches(found.residual):
         return all_roots(problem, waiting.position, segments, known, waiting.own_starts, found)
     return [found]
@@ -187,7 +187,7 @@ def _newton(waiting: Waiting, begin: Begin) -> list[PullBack]:
 def _state(waiting: Waiting, found: PullBack) -> Determined | StillOpen | Failed:
     """What a solution is: at the image the end, before it only where it matches and no direction is lost."""
     x, matched = np.asarray(found.x), waiting.matches(found.residual)
-    if matched and found.probe.lost <= NULL_SPACE:
+    if matched and found.probe.lost <= waiting.problem.tolerances.probe:
         return Determined(found, x.size, np.ones(x.shape))
     if waiting.position > 0:
         return StillOpen(waiting.anchor, x, np.asarray(found.dx))

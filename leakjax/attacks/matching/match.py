@@ -180,7 +180,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
             Rows(*(functools.partial(function, *known, here) for function in rows)),
             np.zeros(here.size, problem.dtype),
             size=float(np.sqrt(len(problem.gradients))),
-            tolerance=10 * float(problem.tolerance),
+            tolerance=10 * problem.tolerances.solve,
             max_steps=OUTER,
             tell=monitor.tell,
         )
@@ -195,7 +195,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
 def _solve(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> Found:
     """With the prior first, where there is one; without it afterwards, unless noise remains."""
     forcing = {"forcing": FINE} if told.noisy else {}
-    programs = match_programs(compare(problem, told), float(problem.tolerance), **forcing)
+    programs = match_programs(compare(problem, told), problem.tolerances.solve, **forcing)
     held = told.sent.prior is not None
     known = given(problem, told, start.labels, prior=held)
     starts = jnp.asarray(start.xs, problem.dtype)

@@ -19,7 +19,7 @@ import numpy as np
 from leakjax.attacks.adaptive import Told, certifiable, noise_of, sends_signs, tell
 from leakjax.attacks.certificates.certificate import relative_error
 from leakjax.attacks.certificates.other_images import at_kink, other_images, tags_of
-from leakjax.attacks.certificates.residual_noise import HALF, Noise, read_noise, read_rounding
+from leakjax.attacks.certificates.residual_noise import Noise, read_noise, read_rounding
 from leakjax.attacks.matching.outcome import misfit
 from leakjax.attacks.matching.polishing import SMALL, Polished, errors, polish, sent_by, told_of
 from leakjax.attacks.problem import Monitor, Outcome, Problem
@@ -98,8 +98,9 @@ def _concerned(problem: Problem, group: list[Outcome], sigma: float | None) -> b
     if told:
         return not sends_signs(problem)
     layers = group[0].layers
-    clean = residual <= problem.matched and all(info.status != "failed" for info in layers)
-    sure = clean and all(relative_error(info) <= 1e-3 for info in layers) and problem.rounding <= HALF
+    clean = residual <= problem.tolerances.matched and all(info.status != "failed" for info in layers)
+    good = all(relative_error(info) <= problem.tolerances.error for info in layers)
+    sure = clean and good and not problem.tolerances.coarse
     near = NEAR_SMALL if layers[0].unknowns <= SMALL else NEAR
     return not sure and residual <= near and problem.local_steps == 1 and problem.defense is None
 
@@ -190,10 +191,10 @@ def _explained(
         level = noise_of(aware, victim)
         near = fit.residual <= NEAR_TOLD and misfit(aware, told, labels, fit.x) <= told.matched
         return Explained(aware, told, fit, Noise(_filled(level, fit.left), "white", 0.0)) if near and level else None
-    if problem.rounding > HALF:
-        noise = read_rounding(fit.left, sent_by(problem, victim), fit.x.size, problem.rounding)
+    if problem.tolerances.coarse:
+        noise = read_rounding(fit.left, sent_by(problem, victim), fit.x.size, problem.tolerances.rounding)
         return None if noise is None else Explained(aware, told, fit, noise)
-    if fit.residual <= 1e3 * problem.rounding and fit.condition * fit.residual <= 1e-3:
+    if fit.residual <= 1e3 * problem.tolerances.rounding and fit.condition * fit.residual <= problem.tolerances.error:
         return Explained(aware, told, fit, None)
     return _of_white_noise(problem, victim, labels, fit) or _of_its_spread(problem, told, victim, fit)
 

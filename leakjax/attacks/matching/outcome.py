@@ -9,7 +9,7 @@ from leakjax.attacks.adaptive import Told, predicted
 from leakjax.attacks.candidates import kept, split
 from leakjax.attacks.certificates.other_images import same_open_set
 from leakjax.attacks.certificates.symmetries import twins
-from leakjax.attacks.layerwise.ranks import DENSE_SIDE, NULL_SPACE
+from leakjax.attacks.layerwise.ranks import DENSE_SIDE
 from leakjax.attacks.matching.residual import Compare, match_programs
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.reconstruction import LayerInfo
@@ -44,7 +44,7 @@ def given(problem: Problem, told: Told, labels: np.ndarray, *, prior: bool = Fal
 
 def misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
     """||r|| / size, without a prior."""
-    program = match_programs(compare(problem, told), float(problem.tolerance)).misfit
+    program = match_programs(compare(problem, told), problem.tolerances.solve).misfit
     return float(program(*given(problem, told, labels), jnp.asarray(x)))
 
 
@@ -69,7 +69,7 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     for k, trial in enumerate(matching or trials[:1]):
         answers.append((trial.x, trial.labels, trial.residual, k))
         if matching and trial.labels.ndim == 1:
-            point = problem.variables, trial.x, trial.labels, problem.matched
+            point = problem.variables, trial.x, trial.labels, problem.tolerances.matched
             pairs = twins(problem.network.logits, predicted(problem), problem.loss, *point)
             answers += [(images, tags, trial.residual, k) for images, tags in pairs]
     answers = kept(problem, answers, lambda answer: answer[0], whole=whole)
@@ -97,17 +97,17 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
 
 def is_open(problem: Problem, told: Told, found: Found) -> bool:
     """Whether d r / d x at x leaves directions open: a random probe loses some of itself."""
-    look = match_programs(compare(problem, told), float(problem.tolerance)).look
-    return not float(look(*given(problem, told, found.labels), jnp.asarray(found.x)).lost) <= NULL_SPACE
+    look = match_programs(compare(problem, told), problem.tolerances.solve).look
+    return not float(look(*given(problem, told, found.labels), jnp.asarray(found.x)).lost) <= problem.tolerances.probe
 
 
 def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
-    programs = match_programs(compare(problem, told), float(problem.tolerance))
+    programs = match_programs(compare(problem, told), problem.tolerances.solve)
     point = *given(problem, told, found.labels), jnp.asarray(found.x)
     probe: LsmrSolution = programs.look(*point)
     condition, n = lsmr_condition(probe), found.x.size
-    if float(probe.lost) <= NULL_SPACE:
+    if float(probe.lost) <= problem.tolerances.probe:
         return n, np.ones(found.x.shape), condition
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):

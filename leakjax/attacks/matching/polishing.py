@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from leakjax.attacks.adaptive import Told, predicted
 from leakjax.attacks.certificates.residual_noise import Noise, draw_noise
-from leakjax.attacks.layerwise.ranks import NULL_SPACE
 from leakjax.attacks.matching.outcome import compare, given
 from leakjax.attacks.matching.residual import Compare, match_programs, residual_of
 from leakjax.attacks.problem import Problem
@@ -59,7 +58,7 @@ def sent_by(problem: Problem, victim: int) -> dict[str, np.ndarray]:
 def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray, *, smoothed: bool) -> Polished:
     """The fit from x; `smoothed` by way of the network with its kinks rounded off and sharpened again, where the
     pattern of signs at x may be another one than the fit's."""
-    programs = match_programs(compare(problem, told), float(problem.tolerance), 1e-4)
+    programs = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4)
     known = given(problem, told, labels, prior=told.sent.prior is not None)
     start = jnp.asarray(x)[None]
     solution = programs.solve(*known, programs.smooth(*known, start).x if smoothed else start)
@@ -71,7 +70,7 @@ def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.
     left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
-    determined = float(probe.lost) <= max(NULL_SPACE, 1e-3 * residual)
+    determined = float(probe.lost) <= max(problem.tolerances.probe, 1e-3 * residual)
     return Polished(x=best, residual=residual, left=left, determined=determined, condition=lsmr_condition(probe))
 
 
@@ -87,7 +86,7 @@ def errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, nois
     nearer to what one draw gives than the logarithm of the mean, which rare large draws decide. Draws whose fit leaves
     more than the draw itself would, at another pattern of kinks, are left out: no such fit is taken for an answer.
     """
-    propagate = _propagation(compare(problem, told), float(problem.tolerance))
+    propagate = _propagation(compare(problem, told), problem.tolerances.solve)
     held = told.sent.prior is not None
     known = given(problem, told, labels, prior=held)
     rng = np.random.default_rng(0)
@@ -116,7 +115,7 @@ def _refit(
 ) -> tuple[np.ndarray, bool]:
     """x' - x of the fit x' to g(x) + n: what noise does beyond the first order; whether it takes at least half as much
     from ||W n|| as the unknowns are expected to."""
-    solve = match_programs(compare(problem, told), float(problem.tolerance), 1e-4).solve
+    solve = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4).solve
     variables, sent, tags = given(problem, told, labels)
     there = _prediction(predicted(problem))(variables, jnp.asarray(x), tags)
     again = sent._replace(gradient={p: g + noise[p] for p, g in there.items()})

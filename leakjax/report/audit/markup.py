@@ -1,4 +1,9 @@
-"""Small pieces of HTML: text that is escaped, numbers that are readable, tables that scroll, sections with a name."""
+"""Small pieces of HTML: text that is escaped, numbers that are readable, tables that scroll, sections with a name.
+
+Every value becomes text through `text` or `name`, as an autoescaping template would have it; the test of the page puts
+markup into every name that a user chooses. A template engine would be a dependency more for pages that are mostly
+numbers, of which each kind has a function here.
+"""
 
 import base64
 import html
