@@ -6,7 +6,6 @@ from typing import Any
 
 import dm_pix
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
@@ -44,7 +43,7 @@ def ssim(truth: Image, image: Image) -> float | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        a, b = (jnp.asarray(np.asarray(v, np.float32)) for v in (truth, image))
+        a, b = (np.asarray(v, np.float32) for v in (truth, image))
         return float(_ssim(a, b))
 
 

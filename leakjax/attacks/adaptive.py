@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.priors import DEVIATION
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient, example_gradients
 from leakjax.solvers.jacobian import inverse_norms
@@ -89,7 +90,7 @@ def tell(problem: Problem, victim: int) -> Told:
 
 
 def _sent(problem: Problem, victim: int) -> dict[str, Array]:
-    return {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}
+    return {p: to_device(g[victim]) for p, g in problem.gradients.items()}
 
 
 def _weighted(problem: Problem, sent: dict[str, Array], sigmas: dict[str, float]) -> Told:
@@ -98,7 +99,7 @@ def _weighted(problem: Problem, sent: dict[str, Array], sigmas: dict[str, float]
     total = float(np.sqrt(sum(over[p] ** 2 * float(jnp.sum(g**2)) for p, g in sent.items())))
     k = float(np.sqrt(len(sent))) / total
     entries = sum(g.size for p, g in sent.items() if over[p])
-    weights = {p: jnp.asarray(k * over[p], problem.dtype) for p in sent}
+    weights = {p: to_device(k * over[p], problem.dtype) for p in sent}
     matched = max(problem.tolerances.matched, MARGIN * k * float(np.sqrt(entries / len(sent))))
     return Told(Sent(sent, weights, _prior(problem, k)), matched, noisy=True)
 
@@ -119,7 +120,7 @@ def _root(problem: Problem) -> float:
 def _prior(problem: Problem, k: float) -> Array | None:
     """The weight of amplitudes of the image's own scale, `DEVIATION` of the range each; None without a prior."""
     low, high = problem.input_range
-    return None if problem.prior == "none" else jnp.asarray(k / (DEVIATION * (high - low)), problem.dtype)
+    return None if problem.prior == "none" else to_device(k / (DEVIATION * (high - low)), problem.dtype)
 
 
 @keep(32)

@@ -19,6 +19,7 @@ from leakjax.models.differentiable import check_trainable
 from leakjax.models.losses import LOSSES, labels_of
 from leakjax.models.normalization import Limits, channel_limits, check_normalization, hull, spread
 from leakjax.models.reader import Model, output_count, read_model
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.precision import compute_in
 
 LARGEST_GRADIENT = 1e100
@@ -147,7 +148,7 @@ def observe(
         update = client_program(read.apply, loss, tuple(read.params), *steps, protect.per_example)
         sent = []
         for victim, (x, y) in enumerate(zip(*groups, strict=True)):
-            inputs = jnp.asarray(x, floating)
+            inputs = to_device(x, floating)
             try:
                 g = update(read.variables, inputs, y)
             except Exception:  # where the model is the reason, it is named

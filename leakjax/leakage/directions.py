@@ -12,6 +12,7 @@ from leakjax.client.defenses import CUSTOM, build_defense
 from leakjax.client.observation import Observation
 from leakjax.errors import InputError
 from leakjax.reconstruction import Reconstruction
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.tracing.network import Gradient, Network, client_update, example_gradients, read_network
@@ -22,7 +23,7 @@ LARGEST = 6000
 
 def _space(gradient: Gradient, point: tuple[Any, ...], size: int, unknowns: int) -> RowSpace:
     product = jacobian_product(gradient)
-    return row_space(lambda v: product(*point, jnp.asarray(v)), size, unknowns)
+    return row_space(lambda v: product(*point, to_device(v)), size, unknowns)
 
 
 def undetermined_directions(
@@ -59,7 +60,7 @@ def undetermined_directions(
         network = read_network(model, observation.input_shape, observation.examples, jnp.float64)
         steps = observation.local_steps, observation.learning_rate
         gradient = client_update(network.logits, observation.loss, tuple(observation.gradients), *steps)
-        point = dict(model.variables), jnp.asarray(x, float), jnp.asarray(labels)
+        point = dict(model.variables), to_device(x, float), to_device(labels)
         size = sum(int(np.prod(p.shape)) for p in model.params.values())
         space = _space(gradient, point, size, x.size)
         sent = _told_of(observation, network, gradient)

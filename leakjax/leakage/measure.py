@@ -29,6 +29,7 @@ from leakjax.leakage.verdict import Doubt
 from leakjax.models.losses import LOSSES
 from leakjax.models.reader import Model
 from leakjax.report.audit.record import NoisePoint, Picture
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.segments.chain import Segment
 from leakjax.segments.tracing.network import Gradient, batch_gradient, read_network
@@ -58,7 +59,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     _refuse_not_finite(model)
     network = read_network(model, shape, len(x), jnp.float64)
     gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
-    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    arrays = dict(model.variables), to_device(x), to_device(y)
     sent = gradient(*arrays)
     _refuse_zero(sent)
     doubt = Doubt(silent=tuple(silent(sent)))
@@ -110,7 +111,7 @@ def _measure_rounded(
     front = rounded_front(model, np.asarray(x), asked.limits)
     if front is None or not _fits(x.size):
         return Measured(remarks=remarks, doubt=doubt)
-    behind, y = batch_gradient(front.logits, asked.loss, tuple(model.params)), jnp.asarray(front.y)
+    behind, y = batch_gradient(front.logits, asked.loss, tuple(model.params)), to_device(front.y)
     if spots_of(behind, variables, y, labels):
         return Measured(remarks=remarks, doubt=doubt)
     asked.tell("building the Jacobian behind the rounding")
@@ -150,7 +151,7 @@ def measure_without(
     if not kept:
         return 0, np.zeros(x.shape)
     logits = read_network(model, x.shape[1:], len(x), jnp.float64).logits
-    arrays = dict(model.variables), jnp.asarray(x), jnp.asarray(y)
+    arrays = dict(model.variables), to_device(x), to_device(y)
     found = dense_leakage(data_gradient(batch_gradient(logits, asked.loss, kept)), *arrays, asked.scale)
     return found.rank, found.map
 
@@ -172,12 +173,12 @@ def _refuse_zero(gradient: dict[str, Array]) -> None:
 
 
 def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: str) -> list[LayerLeakage]:
-    images, head = jnp.asarray(x), segments[-1]
+    images, head = to_device(x), segments[-1]
     z = push_forward(segments, model.variables, images)[1][-1]
 
     def mean_loss(z: Array) -> Array:
         logits = head.activation.function(model.variables, z)
-        return jnp.mean(jax.vmap(LOSSES[loss])(logits, jnp.asarray(y)))
+        return jnp.mean(jax.vmap(LOSSES[loss])(logits, to_device(y)))
 
     return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from leakjax.errors import InputError, unknown_name
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 
 Function = Callable[[Array], Array]
@@ -39,7 +40,7 @@ class Preimage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ActivationKind:
-    """A named activation: `function(z, p)`, its inverse, and how to recover its parameter p from its values.
+    """A named activation: `function(z, p)`, its inverse, and where its parameter p = -function(z, p) can be read.
 
     `domain(p)` is the open interval of outputs on which `inverse` holds; outputs outside it (ReLU's zeros, a saturated
     tanh) leave z unknown and have slope 0.
@@ -49,7 +50,7 @@ class ActivationKind:
     inverse: Callable[[Any, Any], Any]
     domain: Callable[[Any], tuple[float, float]]
     default: float | None = None
-    fit: Callable[[Callable[[float], float]], float] | None = None
+    fit_at: float | None = None
 
 
 def _whole(_: Any) -> tuple[float, float]:
@@ -75,14 +76,14 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
         inverse=lambda x, a: jnp.where(x >= 0, x, x / a),
         domain=_whole,
         default=0.2,
-        fit=lambda f: -f(-1.0),
+        fit_at=-1.0,
     ),
     "elu": ActivationKind(
         function=lambda z, a: jax.nn.elu(z, a),
         inverse=lambda x, a: jnp.where(x > 0, x, jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
         domain=lambda a: (-a, np.inf),
         default=1.0,
-        fit=lambda f: -f(-1e3),
+        fit_at=-1e3,
     ),
     "selu": ActivationKind(
         _selu,
@@ -96,7 +97,7 @@ ACTIVATIONS: Mapping[str, ActivationKind] = {
         inverse=lambda x, a: jnp.where(x > 0, x, a * jnp.log1p(jnp.where(x > 0, 0.0, x) / a)),
         domain=lambda a: (-a, np.inf),
         default=1.0,
-        fit=lambda f: -f(-1e6),
+        fit_at=-1e6,
     ),
     "softplus": ActivationKind(lambda z, _: jax.nn.softplus(z), lambda x, _: x + jnp.log(-jnp.expm1(-x)), _above(0.0)),
     "sigmoid": ActivationKind(
@@ -154,21 +155,19 @@ class Activation:
 
     def reach(self, variables: Any, dtype: Any) -> tuple[float, float]:
         """(least, greatest) value of the function, as sampled on [-1000, 1000]; infinite where it still grows there."""
-        grid = np.concatenate([-np.geomspace(1e3, 1e-3, 600), [0.0], np.geomspace(1e-3, 1e3, 600)])
-        values = np.asarray(self.function(variables, jnp.asarray(grid, dtype)), float)
-        growing = {float(values[k]) for k, other in ((0, 1), (-1, -2)) if abs(values[k] - values[other]) > 1.0}
-        low, high = float(np.min(values)), float(np.max(values))
-        return -np.inf if low in growing else low, np.inf if high in growing else high
+        if self.kind is not None:
+            return _reach_of_kind(self.kind, self.parameter, np.dtype(dtype))
+        return _reach(lambda z: _compiled(self.function)(variables, z), dtype)
 
     def is_piecewise_linear(self, variables: Any, dtype: Any) -> bool:
         """Whether act'' = 0 at every point of a sample of [-40, 40] that meets no kink."""
-        grid = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
+        grid = to_device(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
         _, second = jax.jvp(lambda z: self.slope(variables, z), (grid,), (jnp.ones_like(grid),))
         return bool(jnp.all(second == 0))
 
     def is_homogeneous(self, variables: Any, dtype: Any) -> bool:
         """Whether act(t z) = t act(z) for t > 0, at a sample of scales and of [-40, 40]."""
-        grid = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
+        grid = to_device(np.random.default_rng(0).uniform(-1, 1, 64) * np.geomspace(1e-2, 40, 64), dtype)
         value = self.function(variables, grid)
         tolerance = 100 * float(jnp.finfo(dtype).eps)
         scales = (0.3, 2.0)
@@ -202,6 +201,39 @@ class Activation:
         return value, known, known | (flat & (candidates == 0))
 
 
+_GRID = np.concatenate([-np.geomspace(40.0, 1e-3, 100), [0.0], np.geomspace(1e-3, 40.0, 100)])
+"""Where functions are compared: finest near 0, as far as a logistic function leaves its ends in float32."""
+
+
+@keep(128)
+def _compiled(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Array]:
+    return jax.jit(function)
+
+
+@keep(128)
+def _on_grid(kind: ActivationKind, parameter: float | None, dtype: Any) -> Float[np.ndarray, " G"]:
+    return np.asarray(kind.function(to_device(_GRID, dtype), parameter), float)
+
+
+@keep(128)
+def _reach_of_kind(kind: ActivationKind, parameter: float | None, dtype: Any) -> tuple[float, float]:
+    return _reach(lambda z: kind.function(z, parameter), dtype)
+
+
+def _reach(function: Function, dtype: Any) -> tuple[float, float]:
+    grid = np.concatenate([-np.geomspace(1e3, 1e-3, 600), [0.0], np.geomspace(1e-3, 1e3, 600)])
+    values = np.asarray(function(to_device(grid, dtype)), float)
+    growing = {float(values[k]) for k, other in ((0, 1), (-1, -2)) if abs(values[k] - values[other]) > 1.0}
+    low, high = float(np.min(values)), float(np.max(values))
+    return -np.inf if low in growing else low, np.inf if high in growing else high
+
+
+@keep(128)
+def preimage_program(activation: Activation) -> Callable[[Any, Any, Any], Preimage]:
+    """`activation.preimage` as ONE compiled program (variables, x, noise), for whoever calls it outside of others."""
+    return jax.jit(activation.preimage)
+
+
 def build_activation(
     function: Callable[[Any, Any], Any], variables: Any, dtype: Any, *, parametric: bool = False
 ) -> Activation:
@@ -211,18 +243,19 @@ def build_activation(
     whether the function depends on `variables` (then it is never taken for a closed form).
     """
     apply = jax.jit(functools.partial(function, variables))
-    grid = np.concatenate([-np.geomspace(40.0, 1e-3, 100), [0.0], np.geomspace(1e-3, 40.0, 100)])
-    values = np.asarray(apply(jnp.asarray(grid, dtype)), float)
+    points = [kind.fit_at for kind in ACTIVATIONS.values() if kind.fit_at is not None]
+    everywhere = np.asarray(apply(to_device(np.concatenate([_GRID, points]), dtype)), float)
+    values, at = everywhere[: len(_GRID)], dict(zip(points, everywhere[len(_GRID) :], strict=True))
     tolerance = 100 * float(jnp.finfo(dtype).eps)
     for name, kind in ACTIVATIONS.items():
         if parametric or name in _PIECEWISE:
             continue
         p = None
-        if kind.fit is not None:
-            p = kind.fit(lambda z: float(apply(jnp.asarray([z], dtype))[0]))
+        if kind.fit_at is not None:
+            p = -float(at[kind.fit_at])
             if not np.isfinite(p) or p <= 0:
                 continue
-        reference = np.asarray(kind.function(jnp.asarray(grid, dtype), p), float)
+        reference = _on_grid(kind, p, np.dtype(dtype))
         if np.all(np.abs(reference - values) <= tolerance * np.maximum(1e-3, np.abs(values))):
             return Activation(name if p is None else f"{name}:{p:.6g}", function, kind, p)
     return Activation(
@@ -274,7 +307,7 @@ def _monotone_pieces(apply: Function, dtype: Any) -> tuple[Piece, ...]:
     More than `_MOST_PIECES` pieces count as none.
     """
     grid = np.sinh(np.linspace(-8.0, 8.0, 16001)) / np.sinh(8.0) * 1e3
-    values = np.asarray(apply(jnp.asarray(grid, dtype)), float)
+    values = np.asarray(apply(to_device(grid, dtype)), float)
     rounding = 8 * float(jnp.finfo(dtype).eps) * np.maximum(np.abs(values[1:]), np.abs(values[:-1]))
     with np.errstate(invalid="ignore"):
         steps = np.diff(values)

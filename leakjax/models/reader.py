@@ -10,6 +10,7 @@ import numpy as np
 from flax import linen, nnx
 
 from leakjax.errors import InputError, cannot_run, first_line
+from leakjax.runtime.arrays import to_device
 
 Arrays = Mapping[str, Any]
 
@@ -134,7 +135,7 @@ def _path(keys: Any) -> str:
 
 def _cast(arrays: Arrays, dtype: Any) -> Arrays:
     def cast(a: Any) -> Any:
-        return jnp.asarray(np.asarray(a), dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+        return to_device(np.asarray(a), dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
     return {path: cast(a) for path, a in arrays.items()}
 

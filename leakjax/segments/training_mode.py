@@ -82,8 +82,8 @@ def _is_id(value: Any) -> bool:
 def _mixes(model: Model, shape: tuple[int, ...], dtype: Any) -> bool:
     """Whether the logits of example 0 change with example 1; False where the model takes no batch of two."""
     draw = np.random.default_rng(0)
-    first, second, other = (jnp.asarray(draw.uniform(size=shape), dtype) for _ in range(3))
-    batches = (jnp.stack([first, second]), jnp.stack([first, other]))
+    first, second, other = (draw.uniform(size=shape).astype(dtype) for _ in range(3))
+    batches = np.stack([first, second]), np.stack([first, other])
     try:
         a, b = (np.asarray(_run(model.apply)(dict(model.variables), x), float) for x in batches)
     except Exception:  # a model of its own batch size

@@ -22,6 +22,7 @@ from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.models.losses import labels_of
 from leakjax.reconstruction import Certificate
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient, example_gradients
 from leakjax.solvers.jacobian import inverse_norms
@@ -84,8 +85,8 @@ def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     first = [outcome.candidates[0] for outcome in group]
     if any(candidate.target is not None or not np.all(np.isfinite(candidate.image)) for candidate in first):
         return group
-    x = jnp.asarray(np.stack([candidate.image for candidate in first]), problem.dtype)
-    labels = jnp.asarray([candidate.label for candidate in first])
+    x = to_device(np.stack([candidate.image for candidate in first]), problem.dtype)
+    labels = to_device([candidate.label for candidate in first])
     residual = max(candidate.gradient_residual for candidate in first)
     noisy = any(outcome.psnr_estimate is not None for outcome in group)
     left = problem.tolerances.rounding if noisy else max(residual, problem.tolerances.rounding)

@@ -20,6 +20,7 @@ from leakjax.attacks.adaptive import predicted
 from leakjax.attacks.certificates.certificate import relative_error
 from leakjax.attacks.certificates.moves import moves
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.jacobian import inverse_norms
@@ -58,7 +59,7 @@ def _sound(problem: Problem, outcome: Outcome) -> bool:
 def tags_of(group: list[Outcome]) -> Array:
     """The labels of the answers, (B,), or the target, (1, K)."""
     first = [outcome.candidates[0] for outcome in group]
-    return jnp.asarray([c.label if c.target is None else c.target for c in first])
+    return to_device([c.label if c.target is None else c.target for c in first])
 
 
 def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
@@ -95,8 +96,8 @@ def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> b
     There (a black image behind ReLU without biases) the Jacobian speaks of neither side, and its rank of nothing.
     """
     width = problem.input_range[1] - problem.input_range[0]
-    given = dict(problem.variables), jnp.asarray(x, problem.dtype), labels
-    away = _kinks(predicted(problem))(*given, jnp.asarray(problem.tolerances.kink_step * width, problem.dtype))
+    given = dict(problem.variables), to_device(x, problem.dtype), labels
+    away = _kinks(predicted(problem))(*given, to_device(problem.tolerances.kink_step * width, problem.dtype))
     return not float(away) <= problem.tolerances.kink_change
 
 
@@ -124,8 +125,8 @@ def same_open_set(
     problem: Problem, x: Float[np.ndarray, "B ..."], labels: np.ndarray, other: Float[np.ndarray, "B ..."]
 ) -> bool:
     """Whether `other` differs from x, to first order, in nothing but directions that the gradient leaves open."""
-    given = dict(problem.variables), jnp.asarray(x), jnp.asarray(labels)
-    return float(_slopes(predicted(problem))(*given, jnp.asarray(other)[None])[0]) <= problem.tolerances.open_answers
+    given = dict(problem.variables), to_device(x), to_device(labels)
+    return float(_slopes(predicted(problem))(*given, to_device(other)[None])[0]) <= problem.tolerances.open_answers
 
 
 def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
@@ -143,7 +144,7 @@ def _orbit(
     Up to `ORBIT`, by the moves that leave the gradient as it is, and by these again.
     """
     measure = _differences(predicted(problem))
-    given = dict(problem.variables), jnp.asarray(answer), labels
+    given = dict(problem.variables), to_device(answer), labels
     tried = list(moves(answer.shape[1:], problem.input_range))
 
     def fresh(x: np.ndarray, seen: Sequence[np.ndarray]) -> bool:
@@ -155,7 +156,7 @@ def _orbit(
         return [], []
     stack = np.repeat(answer[None], len(first), axis=0)
     stack[:, b] = np.stack([image for _, image in first])
-    holds = np.asarray(measure(*given, jnp.asarray(stack))) <= same
+    holds = np.asarray(measure(*given, to_device(stack))) <= same
     holding = [move for (move, _), kept in zip(first, holds, strict=True) if kept]
     names = list(dict.fromkeys(move.name for move in holding))
     found, frontier = [], [answer[b]]
@@ -183,8 +184,8 @@ def _with_same_gradient(
         return []
     stack = np.repeat(np.asarray(given[1])[None], len(moved), axis=0)
     stack[:, b] = np.stack(moved)
-    holds = np.asarray(measure(*given, jnp.asarray(stack))) <= same
-    seen = np.asarray(_slopes(predicted(problem))(*given, jnp.asarray(stack))) > problem.tolerances.open_step
+    holds = np.asarray(measure(*given, to_device(stack))) <= same
+    seen = np.asarray(_slopes(predicted(problem))(*given, to_device(stack))) > problem.tolerances.open_step
     return [x for x, kept in zip(moved, holds & seen, strict=True) if kept]
 
 
@@ -232,11 +233,11 @@ def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     info = group[0].layers[0]
     if info.rank == info.unknowns or info.rank == 0:
         return group
-    answer = jnp.asarray(np.stack([o.candidates[0].image for o in group]), problem.dtype)
+    answer = to_device(np.stack([o.candidates[0].image for o in group]), problem.dtype)
     labels = tags_of(group)
     width = problem.input_range[1] - problem.input_range[0]
     look = _along_open(predicted(problem), problem.tolerances.solve)
-    away = np.asarray(look(dict(problem.variables), answer, labels, width * jnp.asarray(STEPS, problem.dtype)))
+    away = np.asarray(look(dict(problem.variables), answer, labels, width * to_device(STEPS, problem.dtype)))
     curved = not bool(np.all(away <= problem.tolerances.open_far))
     return [dataclasses.replace(o, curved=curved) for o in group]
 

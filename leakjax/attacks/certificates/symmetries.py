@@ -13,6 +13,7 @@ import numpy as np
 
 from leakjax.models.losses import LOSSES, labels_of
 from leakjax.models.reader import Arrays
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient, Logits
 
@@ -29,17 +30,17 @@ def twins(
     """
     variables = dict(variables)
     run = jax.jit(logits)
-    z = run(variables, jnp.asarray(x))
+    z = run(variables, to_device(x))
 
     def is_ray(t: float) -> bool:
-        return float(jnp.linalg.norm(run(variables, jnp.asarray(t * x)) - t * z)) <= _SAME * float(jnp.linalg.norm(z))
+        return float(jnp.linalg.norm(run(variables, to_device(t * x)) - t * z)) <= _SAME * float(jnp.linalg.norm(z))
 
     homogeneous, odd = is_ray(2.0) and is_ray(0.5), is_ray(-1.0)
     scales = np.concatenate([_SCALES if homogeneous else [], (-_SCALES if homogeneous else [-1.0]) if odd else []])
     if not len(scales):
         return []
     measure = jax.jit(gradient)
-    given = measure(variables, jnp.asarray(x), jnp.asarray(labels))
+    given = measure(variables, to_device(x), to_device(labels))
     size = _norm(given)
     found = []
     for b in range(len(x)):
@@ -47,11 +48,11 @@ def twins(
             other, tags = np.array(x), np.array(labels)
             other[b] *= scale
             tags[b] = label
-            sent = measure(variables, jnp.asarray(other), jnp.asarray(tags))
+            sent = measure(variables, to_device(other), to_device(tags))
             if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
                 found.append((other, tags))
     if odd and len(x) > 1 and labels_of(z.shape[1]) == 2:  # all at once, where the model mixes its examples
-        sent = measure(variables, jnp.asarray(-x), jnp.asarray(1 - labels))
+        sent = measure(variables, to_device(-x), to_device(1 - labels))
         if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
             found.append((-x, 1 - labels))
     return found

@@ -29,6 +29,7 @@ from leakjax.attacks.heads.single import bias_path
 from leakjax.constraints.layer import loss_pull, segment_rows
 from leakjax.models.losses import labels_of
 from leakjax.models.reader import Arrays
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
@@ -135,14 +136,14 @@ def separate_examples(
     u, s, vt = u[:, :examples], s[:examples], vt[:examples]
     total = None if head.bias is None else _sum_of_pulls(segment, variables, head.bias, gradients[head.bias])
     basis = (s[:, None] * vt).reshape(segment.input.shape).astype(segment.input.dtype)
-    seen = segment.function(variables, jnp.asarray(basis)) - head.origin
+    seen = segment.function(variables, to_device(basis)) - head.origin
     equations = _Equations(
-        variables=dict(variables), origin=head.origin, seen=seen, u=jnp.asarray(u, basis.dtype), total=total
+        variables=dict(variables), origin=head.origin, seen=seen, u=to_device(u, basis.dtype), total=total
     )
     limit = min(_ENOUGH * rounding * s[0] / s[-1], accept)
 
     def attempt(labels: np.ndarray, steps: int, weighted: bool) -> tuple[np.ndarray, Any]:
-        return labels, _solver(segment, loss, weighted)(equations, jnp.asarray(labels), steps)
+        return labels, _solver(segment, loss, weighted)(equations, to_device(labels), steps)
 
     trials = []
     for steps in STEPS:
@@ -160,9 +161,7 @@ def separate_examples(
             if not residual <= limit:
                 continue
             weighted = not np.all(w == 1.0)
-            jacobian = _jacobian(segment, loss, weighted)(
-                equations, jnp.asarray(labels), jnp.asarray(c), jnp.asarray(w)
-            )
+            jacobian = _jacobian(segment, loss, weighted)(equations, to_device(labels), to_device(c), to_device(w))
             condition = _condition(np.asarray(jacobian), c, s)
             x = np.tensordot(c, basis, axes=1)
             one = BatchHead(labels=labels, dz=dz, x=x, residual=float(residual), condition=condition, weights=w)

@@ -25,6 +25,7 @@ from leakjax.attacks.heads.single import bias_path, read_head, read_input, read_
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.models.losses import labels_of
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 
@@ -104,8 +105,8 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     dz, x = read_input(head, problem.variables, gradient, problem.tolerances.solve)
     outputs = int(np.prod(head.output.shape))
     labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
-    z = head.function(dict(problem.variables), jnp.asarray(x))
-    pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, jnp.asarray(labels)))
+    z = head.function(dict(problem.variables), to_device(x))
+    pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, to_device(labels)))
     known = problem.factor(victim)
     dz = dz / (known or 1.0)
     flat = np.asarray(dz, float).ravel()
@@ -138,7 +139,7 @@ def _target(problem: Problem, head: Segment, z: Array, dz: Array) -> np.ndarray 
     if problem.loss == "softmax_cross_entropy":  # its slope at t = 0 does not hold that t sums to 1
         probabilities = jax.nn.softmax(head.activation.function(dict(problem.variables), z).ravel())
         t = np.asarray(probabilities - jnp.ravel(dz), float) if head.activation.name == "identity" else t
-    off = float(np.linalg.norm(np.asarray(pull(jnp.asarray(t, z.dtype))) - np.ravel(dz)))
+    off = float(np.linalg.norm(np.asarray(pull(to_device(t, z.dtype))) - np.ravel(dz)))
     if not off <= FIT * float(np.linalg.norm(dz)):
         return None
     if problem.loss == "squared_error":
@@ -190,7 +191,7 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
         for label in labels:
 
             def pull(t: np.ndarray, label: int = int(label)) -> np.ndarray:
-                return np.asarray(ray(jnp.asarray(t, problem.dtype), jnp.asarray(label)), float)
+                return np.asarray(ray(to_device(t, problem.dtype), to_device(label)), float)
 
             def away(t: np.ndarray, pull: Any = pull) -> np.ndarray:
                 """Sine of the angle between p and dz."""

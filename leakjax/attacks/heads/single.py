@@ -52,20 +52,29 @@ def bias_path(segment: Segment, variables: Arrays) -> str | None:
     It has a constant d f / d b of full row rank.
     """
     outputs = int(np.prod(segment.output.shape[1:]))
-    dtype = segment.input.dtype
-    points = [jax.random.normal(jax.random.key(k), segment.input.shape, dtype) for k in (0, 1)]
+    points = np.random.default_rng(0).normal(size=(2, *segment.input.shape)).astype(segment.input.dtype)
     for path in segment.paths:
         size = int(np.prod(variables[path].shape))
         if not outputs <= size <= 4 * outputs:
             continue
-
-        def at(b: Any, x: Any, path: str = path) -> Any:
-            return jnp.ravel(segment.function({**variables, path: b}, x)[0])
-
-        first, second = (np.asarray(jax.jacobian(at)(variables[path], x)).reshape(outputs, size) for x in points)
+        first, second = (np.asarray(_bias_slope(segment, path)(dict(variables), x)) for x in points)
         if np.array_equal(first, second) and np.linalg.matrix_rank(first) == outputs:
             return path
     return None
+
+
+@keep(64)
+def _bias_slope(segment: Segment, path: str) -> Callable[..., Any]:
+    """(variables, x) -> d f_0 / d b, (outputs of example 0, entries of b)."""
+
+    def slope(variables: Arrays, x: Array) -> Float[Array, "K b"]:
+        def output(b: Array) -> Array:
+            return jnp.ravel(segment.function({**variables, path: b}, x)[0])
+
+        by = jax.jacobian(output)(variables[path])
+        return by.reshape(len(by), -1)
+
+    return jax.jit(slope)
 
 
 def read_head(
@@ -84,28 +93,24 @@ def read_head(
     `tolerance`, of the linear solves; `accept`, the largest `residual` with which a candidate without bias stands.
     """
     path = bias_path(segment, variables)
-    arrays = {p: jnp.asarray(gradients[p]) for p in segment.paths}
+    arrays = {p: np.asarray(gradients[p]) for p in segment.paths}
     if path is not None:
-        dz, solution = _with_bias(segment, path, tolerance)(dict(variables), arrays)
+        dz, solution = jax.device_get(_with_bias(segment, path, tolerance)(dict(variables), arrays))
         labels_all = np.arange(labels_of(int(np.prod(segment.output.shape))))
-        off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, jnp.asarray(labels_all)))
+        off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, labels_all))
         candidates = []
         for v in range(len(dz)):
             least = float(np.min(off[v]))
             best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
             for label in map(int, best if labels is None else labels[v : v + 1]):
                 residual = float(off[v, label])
-                candidates.append(
-                    HeadCandidate(
-                        victim=v, label=label, dz=np.asarray(dz[v]), x=np.asarray(solution.x[v]), residual=residual
-                    )
-                )
+                candidates.append(HeadCandidate(victim=v, label=label, dz=dz[v], x=solution.x[v], residual=residual))
         return HeadReading(candidates, solution)
-    direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
+    direction, solution = jax.device_get(_rank_one(segment, tolerance)(dict(variables), arrays))
     candidates = []
     for v in range(len(direction)):
         given = None if labels is None else int(labels[v])
-        found = _scalar_roots(segment, variables, loss, np.asarray(direction[v]), solution.x[v], given)
+        found = _scalar_roots(segment, variables, loss, direction[v], solution.x[v], given)
         best = min((c.residual for c in found), default=np.inf)
         candidates += [c._replace(victim=v) for c in found if c.residual <= max(accept, 10 * best)]
     return HeadReading(candidates, solution)
@@ -117,7 +122,7 @@ def read_input(
     """(dz, x) of one gradient of a head with bias: dL/dz as it was sent, and the input, whatever factor dz has."""
     path = bias_path(segment, variables)
     assert path is not None, "the head has no bias"
-    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
     dz, solution = _with_bias(segment, path, tolerance)(dict(variables), arrays)
     return dz[0], solution.x[0]
 
@@ -126,11 +131,9 @@ def read_ray(
     segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
 ) -> tuple[Float[Array, "..."], Callable[[Array, Array], Array]]:
     """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
-    arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
+    arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
-    x = solution.x[0]
-    z0 = segment.function(variables, jnp.zeros_like(x))
-    along = segment.function(variables, x) - z0
+    z0, along = _line(segment)(dict(variables), solution.x[0])
     return direction[0], functools.partial(_ray(segment, loss), dict(variables), z0, along)
 
 
@@ -185,13 +188,14 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
 
     def factor(variables: Arrays, gradient: Arrays) -> Any:
         gradient = {p: gradient[p] for p in segment.paths}
-        dz = jax.random.normal(jax.random.key(2), segment.output.shape, segment.input.dtype)
-        solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
-        dz = direction_of(variables, solution.x, gradient)
-        for _ in range(2):
+
+        def improve(dz: Array, _: None) -> tuple[Array, LsmrSolution]:
             solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
-            dz = direction_of(variables, solution.x, gradient)
-        size = jnp.linalg.norm(dz)
+            return direction_of(variables, solution.x, gradient), solution
+
+        dz = jax.random.normal(jax.random.key(2), segment.output.shape, segment.input.dtype)
+        dz, solutions = jax.lax.scan(improve, dz, None, length=3)
+        solution, size = jax.tree.map(lambda a: a[-1], solutions), jnp.linalg.norm(dz)
         return dz / size, solution._replace(x=solution.x * size)
 
     return jax.jit(jax.vmap(factor, in_axes=(None, 0)))
@@ -207,16 +211,26 @@ def _ray(segment: Segment, loss: str) -> Callable[..., Any]:
     return jax.jit(pulls)
 
 
+@keep(32)
+def _line(segment: Segment) -> Callable[..., tuple[Array, Array]]:
+    """(variables, x) -> f(0), f(x) - f(0): the logits along t x are the first plus t times the second."""
+
+    def ends(variables: Arrays, x: Array) -> tuple[Array, Array]:
+        at_zero = segment.function(variables, jnp.zeros_like(x))
+        return at_zero, segment.function(variables, x) - at_zero
+
+    return jax.jit(ends)
+
+
 def _scalar_roots(
-    segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: Array, given: int | None
+    segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: np.ndarray, given: int | None
 ) -> list[HeadCandidate]:
     """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then Brent's method.
 
     t = 1 / ||dz||: from 1e-5, logits of 1e5 under a squared error, to 1e16, where a probability is 1 in float64. Two
     roots within a step of the grid, 0.8 %, are missed.
     """
-    z0 = segment.function(variables, jnp.zeros_like(x))
-    a = segment.function(variables, x) - z0
+    z0, a = _line(segment)(dict(variables), x)
     flat = direction.ravel()
     ray = functools.partial(_ray(segment, loss), dict(variables), z0, a)
     outputs = flat.size
@@ -228,10 +242,10 @@ def _scalar_roots(
         else:
             labels = list(range(labels_of(outputs)))
         for label in labels if given is None else [given]:
-            y = jnp.asarray(label)
+            y = np.asarray(label)
 
-            def excess(t: np.ndarray, y: Array = y) -> np.ndarray:
-                return np.asarray(ray(jnp.asarray(t, x.dtype), y), float) @ flat - 1.0
+            def excess(t: np.ndarray, y: np.ndarray = y) -> np.ndarray:
+                return np.asarray(ray(np.asarray(t, x.dtype), y), float) @ flat - 1.0
 
             grid = sign * sizes
             values = excess(grid)
@@ -242,11 +256,15 @@ def _scalar_roots(
                     return float(excess(np.full(8, t))[0])
 
                 t = root_scalar(at, bracket=np.sort(grid[k : k + 2]), method="brentq", xtol=1e-300).root
-                off = np.asarray(ray(jnp.full(8, t, x.dtype), y), float)[0] - flat
+                off = np.asarray(ray(np.full(8, t, x.dtype), y), float)[0] - flat
                 dz = (direction / t).astype(direction.dtype)
                 candidates.append(
                     HeadCandidate(
-                        victim=0, label=label, dz=dz, x=np.asarray(x * t), residual=float(np.linalg.norm(off))
+                        victim=0,
+                        label=label,
+                        dz=dz,
+                        x=np.asarray(x) * x.dtype.type(t),
+                        residual=float(np.linalg.norm(off)),
                     )
                 )
     return candidates

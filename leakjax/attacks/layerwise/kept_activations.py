@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from leakjax.attacks.problem import Problem
 from leakjax.models.activations import ACTIVATIONS, Activation
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Chain, Segment
 from leakjax.segments.tracing.smoothing import gaussian_mean
@@ -36,7 +37,7 @@ def keep_activations(problem: Problem) -> Problem:
 def _invertible(activation: Activation, problem: Problem) -> bool:
     if activation.kind is not None:
         return True
-    z = jnp.asarray(_SAMPLE, problem.dtype)
+    z = to_device(_SAMPLE, problem.dtype)
     known = activation.preimage(problem.variables, activation.function(problem.variables, z)).known
     return float(jnp.mean(known)) >= KNOWN
 

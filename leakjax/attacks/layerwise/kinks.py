@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.layerwise.layer_step import LayerState, Step, max_steps, run_steps
 from leakjax.attacks.problem import Problem
+from leakjax.models.activations import preimage_program
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import LsmrSolution
 
@@ -71,8 +71,8 @@ def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) 
     x, noise = state.x[k].reshape(segment.output.shape), state.noise[k]
 
     def slope(x: np.ndarray) -> np.ndarray:
-        preimage = segment.activation.preimage(problem.variables, jnp.asarray(x), jnp.asarray(noise, x.dtype))
-        return np.asarray(preimage.slope)
+        preimage = preimage_program(segment.activation)
+        return np.asarray(preimage(dict(problem.variables), x, np.asarray(noise, x.dtype)).slope)
 
     here, move = slope(x), np.zeros_like(x)
     steps = np.geomspace(1e-3, 1, 10) if segment.activation.has_masks else np.ones(1)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.layer import BLOCKS, layer_system
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.cores import ALONE, cores
 from leakjax.runtime.devices import placement, spread
 from leakjax.runtime.precision import compute_in
@@ -119,8 +119,8 @@ def _matrix(segment: Segment, floor: float, blocks: tuple[str, ...]) -> Any:
 
 def dense_system(problem: Problem, segment: Segment, state: LayerState, path: int, victim: int) -> Any:
     """(dz, matrix, vector) of one path's system, as numpy arrays."""
-    gradient = {p: jnp.asarray(problem.gradients[p][victim], problem.dtype) for p in segment.paths}
-    arrays = (jnp.asarray(state.x[path]), jnp.asarray(state.dx[path]), jnp.asarray(state.noise[path]))
+    gradient = {p: to_device(problem.gradients[p][victim], problem.dtype) for p in segment.paths}
+    arrays = (to_device(state.x[path]), to_device(state.dx[path]), to_device(state.noise[path]))
     build = _matrix(segment, _floor(problem), problem.blocks(segment))
     with ALONE:
         return tuple(map(np.asarray, build(dict(problem.variables), *arrays, gradient)))
@@ -186,4 +186,9 @@ def workers(problem: Problem) -> int:
 
 def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:
     """dL/dx = (df/dx)^T dz."""
-    return np.asarray(jax.vjp(lambda x: segment.function(variables, x), jnp.asarray(x))[1](jnp.asarray(dz))[0])
+    return np.asarray(_cotangent(segment)(dict(variables), x, dz))
+
+
+@keep(64)
+def _cotangent(segment: Segment) -> Any:
+    return jax.jit(lambda variables, x, dz: jax.vjp(lambda x: segment.function(variables, x), x)[1](dz)[0])

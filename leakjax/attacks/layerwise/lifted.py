@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool
 from leakjax.attacks.layerwise.pull_back import Known, arrays
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.stages import lifted_rows, look_inside
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.lsmr import lsmr
@@ -42,10 +43,10 @@ def lift(problem: Problem, segment: Segment, known: Known) -> Lifted | None:
     given, inside = arrays(problem, [segment], known), []
     for k in reversed(range(len(segment.stages))):
         solve = _program(segment, k, problem.tolerances.solve)
-        *_, lost = solve(*given, inside, jnp.asarray(True))
+        *_, lost = solve(*given, inside, to_device(True))
         if k > 0 and not lost <= _determined(problem.dtype):
             break
-        value, dx, _ = solve(*given, inside, jnp.asarray(False))
+        value, dx, _ = solve(*given, inside, to_device(False))
         if k == 0:
             return Lifted(tuple(inside), np.asarray(value), np.asarray(dx), float(lost))
         inside.append(np.asarray(value))

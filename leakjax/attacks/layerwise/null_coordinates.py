@@ -18,6 +18,7 @@ import lineax as lx
 import numpy as np
 
 from leakjax.attacks.problem import Problem
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.cores import ALONE
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
@@ -87,7 +88,7 @@ def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np
     invert = _preimage(before)
 
     def residual(c: np.ndarray) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
-        z, slope = map(np.asarray, invert(dict(problem.variables), jnp.asarray(origin + null @ c)))
+        z, slope = map(np.asarray, invert(dict(problem.variables), to_device(origin + null @ c)))
         return across.T @ (z - bias), lambda: (across / slope[:, None]).T @ null
 
     c = np.zeros(null.shape[1])

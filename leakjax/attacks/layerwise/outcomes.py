@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.candidates import kept, split
@@ -12,6 +11,7 @@ from leakjax.attacks.problem import Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.constraints.pull_back import pull_gradients, push_forward
 from leakjax.reconstruction import Proof
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 
@@ -65,8 +65,8 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
     residuals = []
     for path in paths:
         weights = np.ones(problem.examples) if path.weights is None else path.weights
-        point = dict(problem.variables), jnp.asarray(path.x, problem.dtype), jnp.asarray(path.labels)
-        found = gradient(*point, jnp.asarray(weights, problem.dtype))
+        point = dict(problem.variables), to_device(path.x, problem.dtype), to_device(path.labels)
+        found = gradient(*point, to_device(weights, problem.dtype))
         given = {p: problem.gradients[p][path.victim] for p in found}
         error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
         residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))

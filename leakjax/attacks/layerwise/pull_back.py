@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.pull_back import Residual, pull_gradients, pulled_back, push_forward
 from leakjax.constraints.stages import lifted_rows, look_inside, stages_of
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.descent import DIVERGED, descend
@@ -59,11 +60,11 @@ def pull_back(
     tried: list[NewtonSolution] = []
 
     def attempt(solve: Any, start: Any) -> bool:
-        tried.append(solve(*given, jnp.asarray(start)))
+        tried.append(solve(*given, to_device(start)))
         return float(tried[-1].residual) <= problem.tolerances.matched
 
     def attempt_smoothed(solve: Any, start: Any) -> bool:
-        smoothed = programs.smooth(*given, jnp.asarray(start))
+        smoothed = programs.smooth(*given, to_device(start))
         matched = attempt(solve, smoothed.x)
         tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
         return matched
@@ -98,7 +99,7 @@ def meet_top(
     read, and so continuous in u where gradient rows before them jump with every kink.
     """
     solve = _top(tuple(segments), problem.tolerances.solve)
-    x, misfit = solve(*arrays(problem, segments, known), list(inside), jnp.asarray(start))
+    x, misfit = solve(*arrays(problem, segments, known), list(inside), to_device(start))
     return np.asarray(x), float(misfit)
 
 
@@ -157,13 +158,13 @@ def products(
     """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
     programs = _programs(tuple(segments), problem.tolerances.solve)
     given = arrays(problem, segments, known)
-    return lambda v: np.asarray(programs.products(*given, jnp.asarray(x), jnp.asarray(v)))
+    return lambda v: np.asarray(programs.products(*given, to_device(x), to_device(v)))
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
     """What the programs of this module take before u: weights, what is known at the output, and the gradients."""
-    gradient = {p: jnp.asarray(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
-    return dict(problem.variables), jnp.asarray(known.x), jnp.asarray(known.dx), jnp.asarray(known.noise), gradient
+    gradient = {p: to_device(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
+    return dict(problem.variables), to_device(known.x), to_device(known.dx), to_device(known.noise), gradient
 
 
 def read_known(

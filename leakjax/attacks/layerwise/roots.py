@@ -3,13 +3,13 @@
 import itertools
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.layerwise.path import Path
 from leakjax.attacks.layerwise.pull_back import Known, PullBack, pull_back
 from leakjax.attacks.layerwise.starts import input_limits, starts
 from leakjax.attacks.problem import Problem
+from leakjax.models.activations import preimage_program
 from leakjax.segments.chain import Segment
 
 MORE = 12  # starts beyond the first few, where the first solution leaves the range
@@ -54,12 +54,13 @@ def near(problem: Problem, position: int, path: Path) -> np.ndarray:
     if segment.linear:
         return path.x
     x = path.x.reshape(segment.output.shape)
-    return np.asarray(segment.activation.preimage(problem.variables, jnp.asarray(x), path.noise).value)
+    return np.asarray(preimage_program(segment.activation)(dict(problem.variables), x, path.noise).value)
 
 
 def _equations(problem: Problem, segments: Sequence[Segment], known: Known) -> int:
     """How many equations the segments put on what enters them: known outputs, and gradient entries that are not 0."""
     top = segments[-1]
-    x = jnp.asarray(known.x).reshape(top.output.shape)
-    outputs = int(np.count_nonzero(np.asarray(top.activation.preimage(problem.variables, x, known.noise).known)))
+    preimage = preimage_program(top.activation)
+    given = preimage(dict(problem.variables), np.asarray(known.x).reshape(top.output.shape), known.noise)
+    outputs = int(np.count_nonzero(np.asarray(given.known)))
     return outputs + sum(int(np.count_nonzero(problem.gradients[p][known.victim])) for s in segments for p in s.paths)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from leakjax.attacks.adaptive import tell
 from leakjax.attacks.matching.outcome import Found, matched_outcomes
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.descent import descend
@@ -72,15 +73,15 @@ def match_by_descent(
     time. Returns an `Outcome` an example.
     """
     program = _program(problem.client, recipe, problem.input_range)
-    steps = jnp.asarray(problem.steps or recipe.steps)
+    steps = to_device(problem.steps or recipe.steps)
     size, found = min(problem.chunk, problem.victims), []
     for first in range(0, problem.victims, size):
         monitor.tell(f"matching gradients {first} to {min(first + size, problem.victims) - 1}")
         rows = np.minimum(np.arange(first, first + size), problem.victims - 1)
-        sent = {p: jnp.asarray(g[rows], problem.dtype) for p, g in problem.gradients.items()}
-        tags = None if labels is None else jnp.asarray(labels[rows])
+        sent = {p: to_device(g[rows], problem.dtype) for p, g in problem.gradients.items()}
+        tags = None if labels is None else to_device(labels[rows])
         noise = [_noise(problem, int(victim), labels is None) for victim in rows]
-        starts = jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts), problem.dtype), *noise)
+        starts = jax.tree.map(lambda *parts: to_device(np.stack(parts), problem.dtype), *noise)
         answer = jax.tree.map(np.asarray, program(dict(problem.variables), steps, sent, tags, starts))
         found += [Found(*(part[k] for part in answer)) for k in range(min(size, problem.victims - first))]
     outcomes = []

@@ -22,6 +22,7 @@ from leakjax.attacks.layerwise.pull_back import Known, arrays, read_known
 from leakjax.attacks.layerwise.recursion import follow
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.constraints.priors import PRIORS
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.segments.tracing.network import Gradient
@@ -48,12 +49,12 @@ def _match(problem: Problem, monitor: Monitor, path: Path) -> Path:
         problem.optimizer,
         problem.steps or STEPS,
     )
-    sent = {p: jnp.asarray(g[path.victim]) for p, g in problem.gradients.items()}
+    sent = {p: to_device(g[path.victim]) for p, g in problem.gradients.items()}
     known = Known(path.source.x, path.source.dx, path.source.noise, path.victim)
     low, high = problem.input_range
-    x = jnp.clip(jnp.asarray(path.x, problem.dtype), low, high)
+    x = jnp.clip(to_device(path.x, problem.dtype), low, high)
     for weight in WEIGHTS:
-        x = program(sent, arrays(problem, problem.segments[:1], known), jnp.asarray(path.labels), weight, x)
+        x = program(sent, arrays(problem, problem.segments[:1], known), to_device(path.labels), weight, x)
     return dataclasses.replace(path, x=np.asarray(x))
 
 

@@ -23,6 +23,7 @@ from leakjax.attacks.matching.residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
@@ -165,7 +166,7 @@ def _noise(problem: Problem, attempt: int) -> np.ndarray:
     low, high = problem.input_range
     noise = np.random.default_rng((attempt, problem.seed)).normal(size=(problem.starts, *problem.batch_shape))
     if problem.solver == "dense":
-        noise = np.stack([from_natural(jnp.asarray(one)) for one in noise])
+        noise = np.stack([from_natural(to_device(one)) for one in noise])
     spread = (SMOOTH_SPREADS if problem.solver == "dense" else SPREADS)[attempt % len(SPREADS)] * (high - low)
     return (0.5 * (low + high) + spread * noise).astype(problem.dtype)
 
@@ -175,7 +176,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
     rows, known = dense_rows(compare(problem, told)), given(problem, told, start.labels, prior=told.noisy)
     trials = []
     for first in start.xs:
-        here = jnp.asarray(first)
+        here = to_device(first)
         solution = dense_levenberg_marquardt(
             Rows(*(functools.partial(function, *known, here) for function in rows)),
             np.zeros(here.size, problem.dtype),
@@ -184,7 +185,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
             max_steps=OUTER,
             tell=monitor.tell,
         )
-        x = np.asarray(here + from_natural(jnp.asarray(solution.x.reshape(here.shape))))
+        x = np.asarray(here + from_natural(to_device(solution.x.reshape(here.shape))))
         residual = misfit(problem, told, start.labels, x) if told.noisy else solution.residual
         trials.append(Found(x, start.labels, residual, solution.steps))
         if residual <= told.matched:
@@ -198,7 +199,7 @@ def _solve(problem: Problem, monitor: Monitor, told: Told, start: _Start) -> Fou
     programs = match_programs(compare(problem, told), problem.tolerances.solve, **forcing)
     held = told.sent.prior is not None
     known = given(problem, told, start.labels, prior=held)
-    starts = jnp.asarray(start.xs, problem.dtype)
+    starts = to_device(start.xs, problem.dtype)
     solution = programs.solve(*known, starts)
     steps = int(jnp.sum(solution.inner_steps))
     if not float(jnp.nanmin(solution.residual)) <= told.matched and start.smoothed:

@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.adaptive import Told, certifiable, noise_of, sends_signs, tell
@@ -24,6 +23,7 @@ from leakjax.attacks.matching.outcome import misfit
 from leakjax.attacks.matching.polishing import SMALL, Polished, errors, polish, sent_by, told_of
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.reconstruction import Candidate, LayerInfo
+from leakjax.runtime.arrays import to_device
 
 NEAR, NEAR_SMALL, NEAR_TOLD = 0.05, 0.5, 0.6
 """||g(x) - s|| / ||s|| up to which what is left may be noise that nobody told of (for no more than `SMALL` unknowns the
@@ -128,7 +128,7 @@ def _estimated(
         return _matched(problem, labels, group, fit)
     if several and fit.residual > FAINT and sigma is None:
         return group  # more examples than were told of are no noise
-    if not fit.determined or other_images(problem, fit.x, jnp.asarray(labels)):
+    if not fit.determined or other_images(problem, fit.x, to_device(labels)):
         return group
     if len(group) == 1 and _another_fits(problem, victim, group[0], sigma, found):
         return [dataclasses.replace(group[0], reason=_ANOTHER)]
@@ -224,7 +224,7 @@ def _of_its_spread(problem: Problem, told: Told, victim: int, fit: Polished) -> 
 
 def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Polished) -> list[Outcome]:
     """The group where the polish matched the gradient to rounding: there was no noise, the layers lost digits."""
-    tags = jnp.asarray(labels)
+    tags = to_device(labels)
     if not fit.determined or other_images(problem, fit.x, tags) or at_kink(problem, fit.x, tags):
         return group
     info = LayerInfo(

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from leakjax.attacks.adaptive import Told, predicted
@@ -13,6 +12,7 @@ from leakjax.attacks.layerwise.ranks import DENSE_SIDE
 from leakjax.attacks.matching.residual import Compare, match_programs
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.reconstruction import LayerInfo
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.solvers.jacobian import row_space
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition
@@ -39,13 +39,13 @@ def compare(problem: Problem, told: Told) -> Compare:
 def given(problem: Problem, told: Told, labels: np.ndarray, *, prior: bool = False) -> tuple[Any, Any, Any]:
     """What the compiled programs take before x: weights, what was sent, labels."""
     sent = told.sent if prior else told.sent._replace(prior=None)
-    return dict(problem.variables), sent, jnp.asarray(labels)
+    return dict(problem.variables), sent, to_device(labels)
 
 
 def misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
     """||r|| / size, without a prior."""
     program = match_programs(compare(problem, told), problem.tolerances.solve).misfit
-    return float(program(*given(problem, told, labels), jnp.asarray(x)))
+    return float(program(*given(problem, told, labels), to_device(x)))
 
 
 def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[Outcome]:
@@ -98,13 +98,13 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
 def is_open(problem: Problem, told: Told, found: Found) -> bool:
     """Whether d r / d x at x leaves directions open: a random probe loses some of itself."""
     look = match_programs(compare(problem, told), problem.tolerances.solve).look
-    return not float(look(*given(problem, told, found.labels), jnp.asarray(found.x)).lost) <= problem.tolerances.probe
+    return not float(look(*given(problem, told, found.labels), to_device(found.x)).lost) <= problem.tolerances.probe
 
 
 def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
     programs = match_programs(compare(problem, told), problem.tolerances.solve)
-    point = *given(problem, told, found.labels), jnp.asarray(found.x)
+    point = *given(problem, told, found.labels), to_device(found.x)
     probe: LsmrSolution = programs.look(*point)
     condition, n = lsmr_condition(probe), found.x.size
     if float(probe.lost) <= problem.tolerances.probe:
@@ -113,7 +113,7 @@ def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None,
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
     rows = sum(g[0].size for g in problem.gradients.values())
-    space = row_space(lambda v: programs.products(*point, jnp.asarray(v)), rows, n)
+    space = row_space(lambda v: programs.products(*point, to_device(v)), rows, n)
     if space.rank:
         condition = float(np.sqrt(space.values[-1] / space.values[n - space.rank]))
     return space.rank, space.share.reshape(found.x.shape), condition

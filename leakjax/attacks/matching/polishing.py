@@ -20,6 +20,7 @@ from leakjax.attacks.matching.residual import Compare, match_programs, residual_
 from leakjax.attacks.problem import Problem
 from leakjax.client.defenses import build_defense
 from leakjax.constraints.priors import DEVIATION
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.solvers.linear import lsmr_condition
 from leakjax.solvers.lsmr import lsmr
@@ -60,13 +61,13 @@ def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.
     pattern of signs at x may be another one than the fit's."""
     programs = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4)
     known = given(problem, told, labels, prior=told.sent.prior is not None)
-    start = jnp.asarray(x)[None]
+    start = to_device(x)[None]
     solution = programs.solve(*known, programs.smooth(*known, start).x if smoothed else start)
     best = np.asarray(solution.x[0])
     best = best if np.all(np.isfinite(best)) else x
-    probe = programs.look(*given(problem, told, labels), jnp.asarray(best))
+    probe = programs.look(*given(problem, told, labels), to_device(best))
     sent = sent_by(problem, victim)
-    there = _prediction(predicted(problem))(dict(problem.variables), jnp.asarray(best), jnp.asarray(labels))
+    there = _prediction(predicted(problem))(dict(problem.variables), to_device(best), to_device(labels))
     left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
@@ -93,9 +94,9 @@ def errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, nois
     low, high = problem.limits
     squares = []
     for _ in range(DRAWS):
-        n = {p: jnp.asarray(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
-        unit = jnp.asarray(rng.normal(size=x.shape), problem.dtype)
-        d, second = (np.asarray(a) for a in propagate(*known, jnp.asarray(x), n, unit))
+        n = {p: to_device(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
+        unit = to_device(rng.normal(size=x.shape), problem.dtype)
+        d, second = (np.asarray(a) for a in propagate(*known, to_device(x), n, unit))
         bent = not np.linalg.norm(second) <= BENT * np.linalg.norm(d)
         if bent and not held and x.size <= SMALL:
             d, explained = _refit(problem, told, labels, x, x + d, n)
@@ -117,9 +118,9 @@ def _refit(
     from ||W n|| as the unknowns are expected to."""
     solve = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4).solve
     variables, sent, tags = given(problem, told, labels)
-    there = _prediction(predicted(problem))(variables, jnp.asarray(x), tags)
+    there = _prediction(predicted(problem))(variables, to_device(x), tags)
     again = sent._replace(gradient={p: g + noise[p] for p, g in there.items()})
-    solution = solve(variables, again, tags, jnp.asarray(start)[None])
+    solution = solve(variables, again, tags, to_device(start)[None])
     weighted = [float(np.sum(np.square(np.asarray(sent.weights[p] * n)))) for p, n in noise.items()]
     entries = sum(n.size for n in noise.values())
     left = max(1.0 - 0.5 * x.size / entries, 0.0) * sum(weighted) / len(noise)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from leakjax.client.defenses.rounding import masked
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.models.reader import Model
+from leakjax.runtime.arrays import to_device
 from leakjax.segments.chain import Chain, read_chain
 
 
@@ -35,7 +36,7 @@ def soteria(model: Model, x: Float[Any, "B H W C"], pruned: float) -> optax.Grad
 
 def soteria_mask(model: Model, x: Float[Any, "B H W C"], pruned: float) -> Mapping[str, Array]:
     """{path of W: 0 in the rows (n, 1) of the hidden features, 1 elsewhere}; where W is (K, n), columns (1, n)."""
-    images = jnp.asarray(x)
+    images = to_device(x)
     chain = _chain(model, images.shape, images.dtype)
     head, variables = chain.segments[-1], model.variables
     outputs = int(np.prod(head.output.shape)) // len(images)
