@@ -9,7 +9,6 @@ Nothing is exact here: the system is a soft constraint, for it is as wrong as th
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from leakjax.attacks.layerwise.outcomes import outcomes
 from leakjax.attacks.layerwise.path import Path
-from leakjax.attacks.layerwise.pull_back import Known, arrays, read_known
+from leakjax.attacks.layerwise.pull_back import Given, Known, arrays, read_known
 from leakjax.attacks.layerwise.recursion import follow
 from leakjax.attacks.problem import DeviceLabels, Monitor, Outcome, Problem
 from leakjax.constraints.priors import PRIORS
@@ -75,7 +74,7 @@ def _program(
 
     def run(
         sent: Mapping[str, Float[Array, "..."]],
-        given: tuple[Any, ...],
+        given: Given,
         labels: DeviceLabels,
         weight: Float[Array, ""],
         start: Float[Array, "B *image"],
