@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from leakjax.attacks.tolerances import Tolerances
 from leakjax.client.defenses import Setting
@@ -22,6 +22,12 @@ from leakjax.solvers.descent import DEFAULT_OPTIMIZER, OPTIMIZERS
 PULL_BACKS = ("auto", "levenberg_marquardt", "optax")
 """What solves pulled-back constraints: an active set behind piecewise-linear activations and Levenberg-Marquardt
 elsewhere ("auto"), the latter alone, or first-order descent by the `optimizer` ("optax")."""
+
+Labels = Int[np.ndarray, " B"] | Float[np.ndarray, "B K"]
+"""Of the examples of a gradient: classes, or what the logits are compared with."""
+
+DeviceLabels = Int[Array, " B"] | Float[Array, "B K"]
+"""The same as compiled programs take them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +118,7 @@ class Problem:
         """(B, H, W, C): the images behind one gradient."""
         return (self.examples, *self.input_shape)
 
-    def in_range(self, x: np.ndarray) -> bool:
+    def in_range(self, x: Float[np.ndarray, "..."]) -> bool:
         """Whether every entry of `x` could be in the input range, a little of it beyond for rounding."""
         low, high = self.limits
         slack = self.tolerances.slack * (high - low)
@@ -124,7 +130,7 @@ class Problem:
         return self.tolerances.alike * (self.input_range[1] - self.input_range[0])
 
     @property
-    def limits(self) -> tuple[Any, Any]:
+    def limits(self) -> Limits:
         """(low, high) of a pixel: two numbers, or (C,) each where channels differ."""
         return self.input_range if self.channel_limits is None else self.channel_limits
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.layerwise.kinks import Solved
 from leakjax.attacks.layerwise.null_coordinates import applies, close_null_space
@@ -12,7 +13,7 @@ from leakjax.attacks.problem import Problem
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import lsmr_condition
 
-Nulls = dict[int, tuple[Path, np.ndarray | None]]
+Nulls = dict[int, tuple[Path, Float[np.ndarray, "n r"] | None]]
 """By victim: a path, and the null space of its layer's system."""
 
 
@@ -50,7 +51,7 @@ def close(problem: Problem, position: int, solved: Solved, k: int, path: Path, n
     )
 
 
-def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
+def _parallel(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"]) -> bool:
     """Whether a and b are the same but for rounding and a scale above 0."""
     along, size = float(np.vdot(b, a)), float(np.vdot(b, b))
     return along > 0 and bool(np.linalg.norm(a - along / size * b) <= 1e-10 * np.linalg.norm(a))
@@ -58,7 +59,7 @@ def _parallel(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _null_space(
     problem: Problem, segment: Segment, solved: Solved, k: int, path: Path, nulls: Nulls
-) -> np.ndarray | None:
+) -> Float[np.ndarray, "n r"] | None:
     """`layer_null_space` of path k, or that of the victim's other path where x and dL/dx differ by a scale alone and
     the activation is homogeneous, its slopes the same at any scale (the head's second root)."""
     other, null = nulls.get(path.victim, (None, None))

@@ -7,15 +7,15 @@ d/dtheta <dL/dx_{i+1}, act(f(theta, x))>. It is nonlinear, and solved as such.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.models.activations import ACTIVATIONS, Activation
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Chain, Segment
@@ -51,7 +51,9 @@ def _with_kept(chain: Chain, kept: tuple[int, ...]) -> Chain:
 def _kept(segment: Segment) -> Segment:
     inner, activation, dtype = segment.function, segment.activation, segment.output.dtype
 
-    def function(variables: Any, x: Array, smoothing: Any = None) -> Array:
+    def function(
+        variables: Arrays, x: Float[Array, "..."], smoothing: float | Float[Array, ""] | None = None
+    ) -> Float[Array, "..."]:
         z = inner(variables, x, smoothing)
         if smoothing is None:
             return activation.function(variables, z)

@@ -1,9 +1,10 @@
 """Rounding can hide on which side of a kink an entry lies, and then the layer's system does not fit: try the other."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from leakjax.attacks.layerwise.layer_step import LayerState, Step, max_steps, run_steps
 from leakjax.attacks.problem import Problem
@@ -19,22 +20,28 @@ class Solved(NamedTuple):
     """Solutions of several paths' systems, dL/dx of each, and the states that they came from."""
 
     solution: LsmrSolution
-    dx: np.ndarray
+    dx: Float[np.ndarray, "P ..."]
     state: LayerState
 
 
 def mend_kinks(
-    problem: Problem, segment: Segment, step: Step, size: int, victims: list[int], solved: Solved, certain: np.ndarray
+    problem: Problem,
+    segment: Segment,
+    step: Step,
+    size: int,
+    victims: list[int],
+    solved: Solved,
+    certain: Bool[np.ndarray, " P"],
 ) -> Solved:
     """`solved` with the misfits among `certain` paths replaced by better ones where a kink explains them.
 
     A path behind a layer that was not determined is left alone: its misfit has another cause.
     """
 
-    def run(state: LayerState, owners: np.ndarray) -> Solved:
+    def run(state: LayerState, owners: Int[np.ndarray, " R"]) -> Solved:
         return Solved(*run_steps(problem, segment, step, size, state, [victims[k] for k in owners]), state)
 
-    def misfits(solved: Solved) -> np.ndarray:
+    def misfits(solved: Solved) -> Int[np.ndarray, " M"]:
         """Paths whose system was solved and does not fit (where a step limit was met, it is conditioning)."""
         solution = solved.solution
         converged = solution.steps < max_steps(segment)
@@ -66,11 +73,11 @@ def mend_kinks(
     return solved
 
 
-def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) -> list[np.ndarray]:
+def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) -> list[Float[np.ndarray, "..."]]:
     """x_{i+1} of path k with one entry moved to where the slope changes, for the entries that are nearest to it."""
     x, noise = state.x[k].reshape(segment.output.shape), state.noise[k]
 
-    def slope(x: np.ndarray) -> np.ndarray:
+    def slope(x: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         preimage = preimage_program(segment.activation)
         return np.asarray(preimage(dict(problem.variables), x, np.asarray(noise, x.dtype)).slope)
 
@@ -89,10 +96,14 @@ def _other_sides(problem: Problem, segment: Segment, state: LayerState, k: int) 
     return found
 
 
-def _replace(old: Solved, where: np.ndarray, new: Solved, chosen: np.ndarray) -> Solved:
+def _replace(
+    old: Solved, where: Int[np.ndarray, " M"], new: Solved, chosen: Int[np.ndarray, " M"] | Bool[np.ndarray, " R"]
+) -> Solved:
     """`old` with its rows `where` taken from the rows `chosen` of `new`, leaf by leaf."""
 
-    def replace(old: Any, new: Any) -> Any:
+    def replace(
+        old: Shaped[Array | np.ndarray, "P ..."], new: Shaped[Array | np.ndarray, "R ..."]
+    ) -> Shaped[np.ndarray, "P ..."]:
         old = np.array(old)
         old[where] = np.asarray(new)[chosen]
         return old

@@ -2,15 +2,16 @@
 
 import concurrent.futures
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from leakjax.attacks.problem import Monitor, Problem
-from leakjax.constraints.layer import BLOCKS, layer_system
+from leakjax.constraints.layer import BLOCKS, LayerSystem, layer_system
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.cores import ALONE, cores
 from leakjax.runtime.devices import placement, spread
@@ -36,19 +37,19 @@ class LayerState(NamedTuple):
     tolerance: Float[np.ndarray, " P"]
 
 
-Step = Callable[..., tuple[LsmrSolution, Array]]
+Step = Callable[..., tuple[LsmrSolution, Float[Array, "P ..."]]]
 
 
 def build_system(
     segment: Segment,
-    variables: Any,
-    x: Any,
-    dx: Any,
-    noise: Any,
-    gradient: Any,
+    variables: Arrays,
+    x: Float[Array, "..."],
+    dx: Float[Array, "..."],
+    noise: Float[Array, ""],
+    gradient: Mapping[str, Float[Array, "..."]],
     floor: float,
     blocks: tuple[str, ...] = BLOCKS,
-) -> Any:
+) -> tuple[Float[Array, "..."], LayerSystem]:
     """(dz, the layer's system) from what the next layer gave."""
     preimage = segment.activation.preimage(variables, x.reshape(segment.output.shape), noise)
     dz = preimage.slope * dx.reshape(segment.output.shape)
@@ -62,7 +63,15 @@ def max_steps(segment: Segment) -> int:
 
 @keep(128)
 def _lowered(segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...], devices: tuple[Any, ...]) -> Any:
-    def step(variables: Any, random: Any, x: Any, dx: Any, noise: Any, tolerance: Any, gradient: Any) -> Any:
+    def step(
+        variables: Arrays,
+        random: Bool[Array, ""],
+        x: Float[Array, "..."],
+        dx: Float[Array, "..."],
+        noise: Float[Array, ""],
+        tolerance: Float[Array, ""],
+        gradient: Mapping[str, Float[Array, "..."]],
+    ) -> tuple[LsmrSolution, Float[Array, "..."]]:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor, blocks)
         rounds = 1 if dtype == "float64" else 3
         solution = solve_side(
@@ -109,26 +118,36 @@ def _floor(problem: Problem) -> float:
 
 
 @keep(64)
-def _matrix(segment: Segment, floor: float, blocks: tuple[str, ...]) -> Any:
-    def build(variables: Any, x: Any, dx: Any, noise: Any, gradient: Any) -> Any:
+def _matrix(
+    segment: Segment, floor: float, blocks: tuple[str, ...]
+) -> Callable[..., tuple[Float[Array, "..."], Float[Array, "m n"], Float[Array, " m"]]]:
+    def build(
+        variables: Arrays,
+        x: Float[Array, "..."],
+        dx: Float[Array, "..."],
+        noise: Float[Array, ""],
+        gradient: Mapping[str, Float[Array, "..."]],
+    ) -> tuple[Float[Array, "..."], Float[Array, "m n"], Float[Array, " m"]]:
         dz, system = build_system(segment, variables, x, dx, noise, gradient, floor, blocks)
         return dz, *materialize(system.operator, system.vector)
 
     return jax.jit(build)
 
 
-def dense_system(problem: Problem, segment: Segment, state: LayerState, path: int, victim: int) -> Any:
+def dense_system(
+    problem: Problem, segment: Segment, state: LayerState, path: int, victim: int
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "m n"], Float[np.ndarray, " m"]]:
     """(dz, matrix, vector) of one path's system, as numpy arrays."""
     gradient = {p: to_device(problem.gradients[p][victim], problem.dtype) for p in segment.paths}
     arrays = (to_device(state.x[path]), to_device(state.dx[path]), to_device(state.noise[path]))
     build = _matrix(segment, _floor(problem), problem.blocks(segment))
     with ALONE:
-        return tuple(map(np.asarray, build(dict(problem.variables), *arrays, gradient)))
+        return tuple(map(np.asarray, build(dict(problem.variables), *arrays, gradient)))  # type: ignore[return-value]
 
 
 def run_steps(
     problem: Problem, segment: Segment, step: Step, size: int, state: LayerState, victims: Sequence[int]
-) -> tuple[LsmrSolution, np.ndarray]:
+) -> tuple[LsmrSolution, Float[np.ndarray, "P ..."]]:
     """Apply a compiled step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     On CPUs the chunks, and the two right-hand sides of each, run side by side, one a core: a lone victim stays in its
@@ -142,7 +161,7 @@ def run_steps(
     with compute_in(str(problem.dtype)):
         weights = jax.device_put(dict(problem.variables), whole)
 
-    def run(task: tuple[bool, int]) -> Any:
+    def run(task: tuple[bool, int]) -> tuple[LsmrSolution, Float[np.ndarray, "P ..."]]:
         random, start = task
         rows = np.minimum(np.arange(start, start + size), len(victims) - 1)
         owners = np.asarray(victims)[rows]
@@ -184,7 +203,9 @@ def workers(problem: Problem) -> int:
     return cores()
 
 
-def pull_back_cotangent(segment: Segment, variables: Any, x: Any, dz: Any) -> np.ndarray:
+def pull_back_cotangent(
+    segment: Segment, variables: Arrays, x: Float[np.ndarray, "*input"], dz: Float[np.ndarray, "..."]
+) -> Float[np.ndarray, "*input"]:
     """dL/dx = (df/dx)^T dz."""
     return np.asarray(_cotangent(segment)(dict(variables), x, dz))
 

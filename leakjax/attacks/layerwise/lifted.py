@@ -5,7 +5,7 @@ weights of the convolution behind it see it many times); with y_m also e_m and d
 stage before it says: R-GAP's recursion inside a residual block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from leakjax.attacks.layerwise.pull_back import Known, arrays
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.stages import lifted_rows, look_inside
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
@@ -30,9 +31,9 @@ class Lifted(NamedTuple):
     """`inside`: y_m, y_{m-1}, ... as far as each is determined; x of least norm and dL/dx where all are; the share of
     a random x that the rows lose."""
 
-    inside: tuple[np.ndarray, ...]
-    x: np.ndarray | None = None
-    dx: np.ndarray | None = None
+    inside: tuple[Float[np.ndarray, "..."], ...]
+    x: Float[np.ndarray, "..."] | None = None
+    dx: Float[np.ndarray, "..."] | None = None
     lost: float = 1.0
 
 
@@ -59,19 +60,21 @@ def _determined(dtype: Any) -> float:
 
 
 @keep(64)
-def _program(segment: Segment, k: int, tolerance: float) -> Any:
+def _program(
+    segment: Segment, k: int, tolerance: float
+) -> Callable[..., tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, ""]]]:
     """(x or y_k, dL/d of it, share lost) from the rows of stages k and later; of a random right-hand side
     where `random`."""
 
     def solve(
-        variables: Any,
-        x_next: Array,
-        dx_next: Array,
-        noise: Array,
-        gradient: Any,
-        inside: Sequence[Array],
+        variables: Arrays,
+        x_next: Float[Array, "..."],
+        dx_next: Float[Array, "..."],
+        noise: Float[Array, ""],
+        gradient: Mapping[str, Float[Array, "..."]],
+        inside: Sequence[Float[Array, "..."]],
         random: Bool[Array, ""],
-    ) -> Any:
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, ""]]:
         preimage = segment.activation.preimage(variables, x_next.reshape(segment.output.shape), noise)
         dz = preimage.slope * dx_next.reshape(segment.output.shape)
         seen = look_inside(segment, variables, preimage, dz, inside)
@@ -82,7 +85,7 @@ def _program(segment: Segment, k: int, tolerance: float) -> Any:
         probe = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
         side = jax.tree.map(lambda a, b: jnp.where(random, b, -a), at_zero, operator.mv(probe))
 
-        def lost(answer: Array) -> Array:
+        def lost(answer: Float[Array, " n"]) -> Float[Array, ""]:
             wanted = unravel(probe)[k]
             return jnp.linalg.norm(unravel(answer)[k] - wanted) / jnp.linalg.norm(wanted)
 

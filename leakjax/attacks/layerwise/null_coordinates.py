@@ -10,14 +10,16 @@ facts about x_i = act_{i-1}(f_{i-1}(u)) are piecewise linear in c and need no u:
 
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.cores import ALONE
 from leakjax.runtime.memory import fits_in_memory
@@ -35,7 +37,7 @@ _ONCE = threading.Lock()  # victims side by side share one left null space
 class Closed(NamedTuple):
     """x_i, flat; the relative residual of what closed it, the condition, the systems solved; whether c is unique."""
 
-    x: np.ndarray
+    x: Float[np.ndarray, " n"]
     residual: float
     condition: float
     steps: int
@@ -49,7 +51,9 @@ def applies(problem: Problem, before: Segment, segment: Segment, rows: int) -> b
     return small and before.linear and before.activation.is_piecewise_linear(problem.variables, problem.dtype)
 
 
-def close_null_space(problem: Problem, before: Segment, null: np.ndarray, x: np.ndarray, noise: float) -> Closed | None:
+def close_null_space(
+    problem: Problem, before: Segment, null: Float[np.ndarray, "n k"], x: Float[np.ndarray, " n"], noise: float
+) -> Closed | None:
     """Find c from x, a solution of the layer's system, and `null`, its null space (n, k); `noise`: absolute, of x."""
     origin = x - null @ (null.T @ x)
     if null.shape[1] == x.size or not np.any(origin):  # a dead layer: nothing to begin with
@@ -62,8 +66,10 @@ def close_null_space(problem: Problem, before: Segment, null: np.ndarray, x: np.
     return _by_preimage(problem, before, origin, null)
 
 
-def _by_range(origin: np.ndarray, null: np.ndarray, low: float, high: float, noise: float) -> Closed:
-    def residual(c: np.ndarray) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
+def _by_range(
+    origin: Float[np.ndarray, " n"], null: Float[np.ndarray, "n k"], low: float, high: float, noise: float
+) -> Closed:
+    def residual(c: Float[np.ndarray, " k"]) -> tuple[Float[np.ndarray, " m"], Callable[[], Float[np.ndarray, "m k"]]]:
         x = origin + null @ c
         beyond = np.minimum(0.0, x - low) + np.maximum(0.0, x - high)
         outside = np.flatnonzero(beyond)
@@ -80,14 +86,16 @@ def _by_range(origin: np.ndarray, null: np.ndarray, low: float, high: float, noi
     return Closed(x=x, residual=found.residual / size, condition=float(s[0] / s[-1]), steps=found.steps, whole=whole)
 
 
-def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np.ndarray) -> Closed | None:
+def _by_preimage(
+    problem: Problem, before: Segment, origin: Float[np.ndarray, " n"], null: Float[np.ndarray, "n k"]
+) -> Closed | None:
     with _ONCE:
         across, bias = _left_null_space(problem, before)
     if across is None or across.shape[1] == 0:
         return None
     invert = _preimage(before)
 
-    def residual(c: np.ndarray) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
+    def residual(c: Float[np.ndarray, " k"]) -> tuple[Float[np.ndarray, " m"], Callable[[], Float[np.ndarray, "m k"]]]:
         z, slope = map(np.asarray, invert(dict(problem.variables), to_device(origin + null @ c)))
         return across.T @ (z - bias), lambda: (across / slope[:, None]).T @ null
 
@@ -104,15 +112,17 @@ def _by_preimage(problem: Problem, before: Segment, origin: np.ndarray, null: np
 
 
 @keep(32)
-def _preimage(before: Segment) -> Any:
-    def invert(variables: Any, x: Any) -> Any:
+def _preimage(before: Segment) -> Callable[..., tuple[Float[Array, " n"], Float[Array, " n"]]]:
+    def invert(variables: Arrays, x: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         preimage = before.activation.preimage(variables, x.reshape(before.output.shape), 0.0)
         return jnp.ravel(preimage.value), jnp.ravel(preimage.slope)
 
     return jax.jit(invert)
 
 
-def _left_null_space(problem: Problem, segment: Segment) -> tuple[np.ndarray | None, np.ndarray]:
+def _left_null_space(
+    problem: Problem, segment: Segment
+) -> tuple[Float[np.ndarray, "m r"] | None, Float[np.ndarray, " m"]]:
     """(Q, f(0)): orthonormal Q with Q^T (f(u) - f(0)) = 0 for every u; the same for all victims of a problem."""
     key = "left null space", segment
     if key not in problem.shared:
@@ -124,8 +134,8 @@ def _left_null_space(problem: Problem, segment: Segment) -> tuple[np.ndarray | N
 
 
 @keep(32)
-def _affine_matrix(segment: Segment) -> Any:
-    def build(variables: Any) -> Any:
+def _affine_matrix(segment: Segment) -> Callable[..., tuple[Float[Array, "..."], Float[Array, "m n"]]]:
+    def build(variables: Arrays) -> tuple[Float[Array, "..."], Float[Array, "m n"]]:
         zero = jnp.zeros(segment.input.shape, segment.input.dtype)
         bias, tangent = jax.linearize(lambda u: segment.function(variables, u), zero)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(zero.shape, zero.dtype))

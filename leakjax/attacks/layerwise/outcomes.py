@@ -1,15 +1,17 @@
 """From finished paths to an `Outcome` an example: which candidates stand, judged by the gradient alone."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from leakjax.attacks.candidates import kept, split
 from leakjax.attacks.layerwise.path import Path
-from leakjax.attacks.problem import Outcome, Problem
+from leakjax.attacks.problem import DeviceLabels, Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.constraints.pull_back import pull_gradients, push_forward
+from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Proof
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
@@ -53,7 +55,7 @@ def _proof(problem: Problem, path: Path) -> Proof | None:
     return "global" if problem.examples == 1 and linear and own and determined else None
 
 
-def _seen(path: Path) -> np.ndarray | None:
+def _seen(path: Path) -> Float[np.ndarray, "B ..."] | None:
     later = [info.status for info in path.layers[1:]]
     whole = all(status in ("determined", "pulled_back") for status in later) and path.layers[0].status != "failed"
     return path.seen if whole and path.seen is not None else None
@@ -74,10 +76,12 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
 
 
 @keep(32)
-def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Any:
+def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Callable[..., dict[str, Float[Array, "..."]]]:
     """(variables, x, labels, weights (B,)) -> {path: dL/dtheta}, by the segments that the layers are solved with."""
 
-    def gradient(variables: Any, x: Any, labels: Any, weights: Any) -> Any:
+    def gradient(
+        variables: Arrays, x: Float[Array, "B ..."], labels: DeviceLabels, weights: Float[Array, " B"]
+    ) -> dict[str, Float[Array, "..."]]:
         xs, zs, slopes = push_forward(segments, variables, x)
         dz = loss_pull(segments[-1], variables, loss, zs[-1], labels)
         dz = dz * weights.reshape(-1, *[1] * (dz.ndim - 1))

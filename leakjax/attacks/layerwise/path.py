@@ -3,8 +3,9 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 
-from leakjax.attacks.problem import Problem
+from leakjax.attacks.problem import Labels, Problem
 from leakjax.reconstruction import LayerInfo
 from leakjax.segments.chain import Segment
 
@@ -18,10 +19,10 @@ class Anchor:
     inside it, as far as it is known (last first; None where it is not read in stages)."""
 
     position: int
-    x: np.ndarray
-    dx: np.ndarray
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
     noise: float
-    inside: tuple[np.ndarray, ...] | None = ()
+    inside: tuple[Float[np.ndarray, "..."], ...] | None = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,15 +34,15 @@ class Path:
     """
 
     victim: int
-    labels: np.ndarray
-    x: np.ndarray
-    dx: np.ndarray
+    labels: Labels
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
     noise: float
     layers: tuple[LayerInfo, ...]
-    seen: np.ndarray | None
+    seen: Float[np.ndarray, "..."] | None
     anchor: Anchor | None = None
     source: Anchor | None = None
-    weights: np.ndarray | None = None
+    weights: Float[np.ndarray, " B"] | None = None
 
     @property
     def certain(self) -> bool:
@@ -49,7 +50,7 @@ class Path:
         return self.anchor is None and all(info.status in ("determined", "pulled_back") for info in self.layers)
 
 
-def noise_level(problem: Problem, x: np.ndarray, residual: float) -> float:
+def noise_level(problem: Problem, x: Float[np.ndarray, "..."], residual: float) -> float:
     """Absolute level under which an entry of x may be rounding."""
     known = residual if residual < problem.tolerances.error else 0.0
     return 30 * max(known, problem.tolerances.rounding, LEAST) * float(np.sqrt(np.mean(x**2)))

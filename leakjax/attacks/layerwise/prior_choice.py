@@ -19,10 +19,10 @@ import lineax as lx
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from leakjax.attacks.layerwise.path import Path
-from leakjax.attacks.layerwise.pull_back import Known, arrays, read_known
+from leakjax.attacks.layerwise.pull_back import Given, Known, arrays, read_known
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.priors import PRIORS
 from leakjax.constraints.pull_back import push_forward
@@ -79,7 +79,7 @@ def choose(problem: Problem, monitor: Monitor, path: Path) -> Path:
     return dataclasses.replace(path, x=x.astype(path.x.dtype), layers=layers, seen=None if path.seen is None else seen)
 
 
-def _best(surface: "_Surface", x: np.ndarray, guess: int, tight: float, rounds: int) -> "_Point | None":
+def _best(surface: "_Surface", x: Float[np.ndarray, " n"], guess: int, tight: float, rounds: int) -> "_Point | None":
     """The likeliest point that the rounds reach from x; None where none of them meets r = 0 as tightly as asked."""
     best, residual = None, np.inf
     for _ in range(rounds):
@@ -102,7 +102,7 @@ def _best(surface: "_Surface", x: np.ndarray, guess: int, tight: float, rounds: 
 class _Point(NamedTuple):
     """u with r(u) = 0, the relative residual that is left, its prior, and what dr/du leaves open there, or near."""
 
-    x: np.ndarray
+    x: Float[np.ndarray, " n"]
     residual: float
     prior: float
     space: NullProjection
@@ -112,13 +112,13 @@ class _Surface(NamedTuple):
     """The set r(u) = 0: r(u) / size, dr/du / size, the prior, the way to its least value in a null space, and what
     entries show that a mask should hide."""
 
-    residual: Callable[[np.ndarray], np.ndarray]
-    jacobian: Callable[[np.ndarray], np.ndarray]
-    prior: Callable[[np.ndarray], float]
-    fall: Callable[[np.ndarray, NullProjection], np.ndarray]
-    shown: Callable[[np.ndarray], float]
+    residual: Callable[[Float[np.ndarray, " n"]], Float[np.ndarray, " m"]]
+    jacobian: Callable[[Float[np.ndarray, " n"]], Float[np.ndarray, "m n"]]
+    prior: Callable[[Float[np.ndarray, " n"]], float]
+    fall: Callable[[Float[np.ndarray, " n"], NullProjection], Float[np.ndarray, " n"]]
+    shown: Callable[[Float[np.ndarray, " n"]], float]
 
-    def settle(self, x: np.ndarray, space: NullProjection) -> _Point:
+    def settle(self, x: Float[np.ndarray, " n"], space: NullProjection) -> _Point:
         """Steps of least norm with one Jacobian, as long as the residual falls by a fourth."""
         r = self.residual(x)
         for _ in range(RETURNING):
@@ -159,16 +159,22 @@ def _programs(
     limits: tuple[float, float],
     name: str,
     optimizer: optax.GradientTransformation,
-) -> Any:
+) -> tuple[
+    Callable[..., Float[Array, " m"]],
+    Callable[..., Float[Array, "m n"]],
+    Callable[..., Float[Array, ""]],
+    Callable[..., Float[Array, " n"]],
+    Callable[..., Float[Array, ""]],
+]:
     low, high = limits
     likely: Any = PRIORS[name]
     steps = STEPS if len(segments) == 1 else CURVED_STEPS  # a curved set is left behind soon
 
-    def residual(given: Any, x: Array) -> Array:
+    def residual(given: Given, x: Float[Array, " n"]) -> Float[Array, " m"]:
         _, found = read_known(segments, *given)
         return ravel_pytree(found.function(x.reshape(segments[0].input.shape), None))[0] / found.size
 
-    def jacobian(given: Any, x: Array) -> Array:
+    def jacobian(given: Given, x: Float[Array, " n"]) -> Float[Array, "m n"]:
         r, tangent = jax.linearize(lambda x: residual(given, x), x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         if r.size > x.size:
@@ -177,7 +183,7 @@ def _programs(
 
     top = segments[-1]
 
-    def hidden(given: Any, x: Array, margin: float) -> Array:
+    def hidden(given: Given, x: Float[Array, " n"], margin: float) -> Float[Array, ""]:
         variables, x_next, _, noise, _ = given
         x_next = x_next.reshape(top.output.shape)
         known = top.activation.preimage(variables, x_next, noise).known
@@ -186,12 +192,14 @@ def _programs(
         inside = (top.activation.function(variables, z + side * margin * scale) for side in (-1, 1))
         return sum(jnp.sum(jnp.where(known, 0.0, x - x_next) ** 2) for x in inside) / scale**2
 
-    def prior(given: Any, x: Array, weight: Any) -> Array:
+    def prior(given: Given, x: Float[Array, " n"], weight: Float[Array, ""]) -> Float[Array, ""]:
         images = (x.reshape(-1, *shape) - low) / (high - low)
         return jnp.sum(jax.vmap(likely)(images)) + weight * hidden(given, x, MARGIN)
 
-    def fall(given: Any, x: Array, weight: Any, basis: Array, null: bool) -> Array:
-        def within(y: Array) -> Array:
+    def fall(
+        given: Given, x: Float[Array, " n"], weight: Float[Array, ""], basis: Float[Array, "r n"], null: bool
+    ) -> Float[Array, " n"]:
+        def within(y: Float[Array, " c"]) -> Float[Array, " n"]:
             return basis.T @ y if null else y - basis.T @ (basis @ y)
 
         found = descend(
@@ -202,7 +210,7 @@ def _programs(
         )
         return within(found.x)
 
-    def shown(given: Any, x: Array) -> Array:
+    def shown(given: Given, x: Float[Array, " n"]) -> Float[Array, ""]:
         return hidden(given, x, 0.0)
 
     return jax.jit(residual), jax.jit(jacobian), jax.jit(prior), jax.jit(fall, static_argnums=4), jax.jit(shown)

@@ -1,7 +1,7 @@
 """The pull-back constraint as one compiled step: the input of segment j from what segments j..i must show."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.pull_back import Residual, pull_gradients, pulled_back, push_forward
 from leakjax.constraints.stages import lifted_rows, look_inside, stages_of
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
@@ -25,6 +26,9 @@ from leakjax.solvers.linear import LsmrSolution, solve_side
 OUTER, INNER, FULL_INNER = 60, 1500, 400
 DESCENT = 5000
 SMOOTHING, SMOOTHING_INSIDE, SHARPEST = 0.5, 2.0, 1e-6
+
+Given = tuple[Arrays, Float[Array, "..."], Float[Array, "..."], Float[Array, ""], Mapping[str, Float[Array, "..."]]]
+"""Weights, x and dL/dx at the output of the last segment, the noise level of x, and the gradients."""
 
 
 class PullBack(NamedTuple):
@@ -40,14 +44,19 @@ class PullBack(NamedTuple):
 class Known(NamedTuple):
     """What is held at the output of the last segment: x, dL/dx, the noise level of x, and whose gradient it is."""
 
-    x: np.ndarray
-    dx: np.ndarray
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
     noise: float
     victim: int
 
 
 def pull_back(
-    problem: Problem, segments: Sequence[Segment], known: Known, starts: Iterable[np.ndarray], *, quick: bool = False
+    problem: Problem,
+    segments: Sequence[Segment],
+    known: Known,
+    starts: Iterable[Float[np.ndarray, "..."]],
+    *,
+    quick: bool = False,
 ) -> PullBack:
     """Solve for the input of `segments[0]` from what is `known` at the output of `segments[-1]`.
 
@@ -59,11 +68,11 @@ def pull_back(
     given = arrays(problem, segments, known)
     tried: list[NewtonSolution] = []
 
-    def attempt(solve: Any, start: Any) -> bool:
+    def attempt(solve: Callable[..., NewtonSolution], start: Float[Array | np.ndarray, "..."]) -> bool:
         tried.append(solve(*given, to_device(start)))
         return float(tried[-1].residual) <= problem.tolerances.matched
 
-    def attempt_smoothed(solve: Any, start: Any) -> bool:
+    def attempt_smoothed(solve: Callable[..., NewtonSolution], start: Float[np.ndarray, "..."]) -> bool:
         smoothed = programs.smooth(*given, to_device(start))
         matched = attempt(solve, smoothed.x)
         tried[-1] = tried[-1]._replace(inner_steps=tried[-1].inner_steps + smoothed.inner_steps)
@@ -91,8 +100,12 @@ def pull_back(
 
 
 def meet_top(
-    problem: Problem, segments: Sequence[Segment], known: Known, inside: Sequence[np.ndarray], start: np.ndarray
-) -> tuple[np.ndarray, float]:
+    problem: Problem,
+    segments: Sequence[Segment],
+    known: Known,
+    inside: Sequence[Float[np.ndarray, "..."]],
+    start: Float[np.ndarray, "*input"],
+) -> tuple[Float[np.ndarray, "*input"], float]:
     """(u, ||r|| / size of the whole residual at u): u by the rows of the last segment alone.
 
     Of the last segment only the stages behind the values `inside` it (`lift`) count: their rows are linear in what they
@@ -104,12 +117,20 @@ def meet_top(
 
 
 @keep(16)
-def _top(segments: tuple[Segment, ...], tolerance: float) -> Any:
+def _top(
+    segments: tuple[Segment, ...], tolerance: float
+) -> Callable[..., tuple[Float[Array, "..."], Float[Array, ""]]]:
     *before, top = segments
 
     def solve(
-        variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any, inside: Any, start: Array
-    ) -> tuple[Array, Array]:
+        variables: Arrays,
+        x_next: Float[Array, "..."],
+        dx_next: Float[Array, "..."],
+        noise: Float[Array, ""],
+        gradient: Mapping[str, Float[Array, "..."]],
+        inside: Sequence[Float[Array, "..."]],
+        start: Float[Array, "*input"],
+    ) -> tuple[Float[Array, "*input"], Float[Array, ""]]:
         given = variables, x_next, dx_next, noise, gradient
         dz, residual = read_known(segments, *given)
         preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
@@ -117,7 +138,7 @@ def _top(segments: tuple[Segment, ...], tolerance: float) -> Any:
 
         stages = stages_of(top)
 
-        def reach(u: Array) -> list[Array]:
+        def reach(u: Float[Array, "..."]) -> list[Float[Array, "..."]]:
             for segment in before:
                 u = segment.activation.function(variables, segment.function(variables, u)).reshape(segment.output.shape)
             values = [u.reshape(top.input.shape)]
@@ -135,14 +156,14 @@ def _top(segments: tuple[Segment, ...], tolerance: float) -> Any:
 
 
 @keep(16)
-def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformation) -> Any:
+def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformation) -> Callable[..., NewtonSolution]:
     """The pulled-back residual's squares by first-order descent."""
 
     def solve(*given: Any) -> NewtonSolution:
         *known, start = given
         _, residual = read_known(segments, *known)
 
-        def squares(u: Array) -> Array:
+        def squares(u: Float[Array, "..."]) -> Float[Array, ""]:
             return optax.tree.norm(residual.function(u, None), squared=True) / residual.size**2
 
         found = descend(squares, start, optimizer, steps=DESCENT)
@@ -153,23 +174,28 @@ def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformat
 
 
 def products(
-    problem: Problem, segments: Sequence[Segment], known: Known, x: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
+    problem: Problem, segments: Sequence[Segment], known: Known, x: Float[np.ndarray, "..."]
+) -> Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k n"]]:
     """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
     programs = _programs(tuple(segments), problem.tolerances.solve)
     given = arrays(problem, segments, known)
     return lambda v: np.asarray(programs.products(*given, to_device(x), to_device(v)))
 
 
-def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Any:
+def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Given:
     """What the programs of this module take before u: weights, what is known at the output, and the gradients."""
     gradient = {p: to_device(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
     return dict(problem.variables), to_device(known.x), to_device(known.dx), to_device(known.noise), gradient
 
 
 def read_known(
-    segments: Sequence[Segment], variables: Any, x_next: Array, dx_next: Array, noise: Array, gradient: Any
-) -> tuple[Array, Residual]:
+    segments: Sequence[Segment],
+    variables: Arrays,
+    x_next: Float[Array, "..."],
+    dx_next: Float[Array, "..."],
+    noise: Float[Array, ""],
+    gradient: Mapping[str, Float[Array, "..."]],
+) -> tuple[Float[Array, "..."], Residual]:
     """(dz at the last segment's output, the residual on the first one's input)."""
     top = segments[-1]
     preimage = top.activation.preimage(variables, x_next.reshape(top.output.shape), noise)
@@ -184,16 +210,16 @@ class _Programs(NamedTuple):
     plain: Callable[..., NewtonSolution]
     full: Callable[..., NewtonSolution]
     smooth: Callable[..., NewtonSolution]
-    look: Callable[..., Any]
-    products: Callable[..., Array]
+    look: Callable[..., tuple[LsmrSolution, Float[Array, "..."]]]
+    products: Callable[..., Float[Array, "k n"]]
 
 
 @keep(32)
 def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
     read = functools.partial(read_known, segments)
 
-    def unsmoothed(solver: Any, max_inner: int) -> Any:
-        def solve(*given: Any) -> Any:
+    def unsmoothed(solver: Callable[..., NewtonSolution], max_inner: int) -> Callable[..., NewtonSolution]:
+        def solve(*given: Any) -> NewtonSolution:
             *known, start = given
             _, residual = read(*known)
             options = {"tolerance": 10 * tolerance, "max_steps": OUTER, "max_inner": max_inner}
@@ -203,7 +229,7 @@ def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
 
     plain, full = unsmoothed(levenberg_marquardt, INNER), unsmoothed(full_steps, FULL_INNER)
 
-    def smooth(*given: Any) -> Any:
+    def smooth(*given: Any) -> NewtonSolution:
         *known, start = given
         _, residual = read(*known)
         return continuation(
@@ -217,7 +243,7 @@ def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
             max_inner=INNER,
         )
 
-    def look(*given: Any) -> Any:
+    def look(*given: Any) -> tuple[LsmrSolution, Float[Array, "..."]]:
         *known, x = given
         variables = known[0]
         dz, residual = read(*known)
@@ -228,13 +254,13 @@ def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
         xs, _, slopes = push_forward(segments, variables, x)
         return probe, pull_gradients(segments, variables, xs, slopes, dz)[1]
 
-    def products(*given: Any) -> Array:
+    def products(*given: Any) -> Float[Array, "k n"]:
         *known, x, v = given
         _, residual = read(*known)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         adjoint = jax.linear_transpose(tangent, x)
 
-        def column(e: Array) -> Array:
+        def column(e: Float[Array, " n"]) -> Float[Array, " n"]:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
         return jax.lax.map(column, v, batch_size=16)

@@ -1,11 +1,11 @@
 """Ranks and seen shares by dense matrices, where these are small enough."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from leakjax.attacks.layerwise.layer_step import LayerState, dense_system
 from leakjax.attacks.layerwise.pull_back import Known, products
@@ -20,13 +20,15 @@ from leakjax.solvers.null_space import stacked_null_space
 DENSE_SIDE = 4000
 
 
-def head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | None, np.ndarray | None]:
+def head_rank(
+    problem: Problem, head: Segment, dz: Float[np.ndarray, "..."]
+) -> tuple[int | None, Float[np.ndarray, "..."] | None]:
     """Rank and seen share of the head's gradient block alone; None where its matrix is too large."""
     rows, columns = sum(problem.gradients[p][0].size for p in head.paths), int(np.prod(head.input.shape))
     if not fits_in_memory(dense_bytes(rows, columns)) or min(rows, columns) > DENSE_SIDE:
         return None, None
 
-    def entries(x: Any) -> Any:
+    def entries(x: Float[Array, "..."]) -> Float[Array, " m"]:
         g = segment_rows(head, problem.variables, jnp.asarray(dz), x)[1]
         return jnp.concatenate([jnp.ravel(g[p]) for p in head.paths])
 
@@ -38,7 +40,7 @@ def head_rank(problem: Problem, head: Segment, dz: np.ndarray) -> tuple[int | No
 
 def solve_layer_densely(
     problem: Problem, segment: Segment, state: LayerState, k: int, victim: int
-) -> tuple[np.ndarray, DenseSolution] | None:
+) -> tuple[Float[np.ndarray, "..."], DenseSolution] | None:
     """(dz, solution) of path k's system by singular values; None where its matrix is too large."""
     rows, columns = matrix_shape(problem, segment)
     large = min(rows, columns) > DENSE_SIDE or not fits_in_memory(dense_bytes(rows, columns))
@@ -51,7 +53,7 @@ def solve_layer_densely(
 
 def layer_null_space(
     problem: Problem, segment: Segment, state: LayerState, k: int, victim: int, lost: float
-) -> np.ndarray | None:
+) -> Float[np.ndarray, "n r"] | None:
     """Orthonormal basis (n, directions) of what path k's system does not see; None where its rank is not clear.
 
     `lost`: what a random probe lost, sqrt(directions / n).
@@ -62,8 +64,8 @@ def layer_null_space(
 
 
 def pulled_rank(
-    problem: Problem, segments: Sequence[Segment], given: Known, x: np.ndarray
-) -> tuple[int | None, np.ndarray | None]:
+    problem: Problem, segments: Sequence[Segment], given: Known, x: Float[np.ndarray, "*input"]
+) -> tuple[int | None, Float[np.ndarray, "*input"] | None]:
     """Rank of the pulled-back Jacobian at x and each entry's share in its row space; None where it is too large."""
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):

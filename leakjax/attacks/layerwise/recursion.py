@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.layerwise.closing import Nulls, close
 from leakjax.attacks.layerwise.kept_activations import keep_activations
@@ -166,12 +167,12 @@ class _Answer(NamedTuple):
     """A layer's input by its own system: x and dL/dx, relative residual, condition, rank and row-space shares, the last
     two None where they are not known."""
 
-    x: np.ndarray
-    dx: np.ndarray
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
     residual: float
     condition: float
     rank: int | None
-    seen: np.ndarray | None
+    seen: Float[np.ndarray, "..."] | None
 
 
 def _by_lsmr(segment: Segment, solved: Solved, k: int, probe: float) -> _Answer:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.layerwise.path import Path
 from leakjax.attacks.layerwise.pull_back import Known, PullBack, pull_back
@@ -21,7 +22,7 @@ def all_roots(
     position: int,
     segments: Sequence[Segment],
     known: Known,
-    own: Sequence[np.ndarray],
+    own: Sequence[Float[np.ndarray, "..."]],
     found: PullBack,
 ) -> list[PullBack]:
     """Every solution that the starts `own` lead to, those in range alone where there are any; `found` is the first.
@@ -48,7 +49,7 @@ def all_roots(
     return [one for one in solutions if inside(one)] or solutions
 
 
-def near(problem: Problem, position: int, path: Path) -> np.ndarray:
+def near(problem: Problem, position: int, path: Path) -> Float[np.ndarray, "..."]:
     """A guess of the input of the segment at `position`, or else its output, from what the path holds."""
     segment = problem.segments[position]
     if segment.linear:

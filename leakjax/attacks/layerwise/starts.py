@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.segments.chain import Segment
@@ -10,7 +11,9 @@ from leakjax.segments.chain import Segment
 SEEDS = 3
 
 
-def starts(problem: Problem, position: int, near: np.ndarray, seeds: int = SEEDS) -> Iterator[np.ndarray]:
+def starts(
+    problem: Problem, position: int, near: Float[np.ndarray, "..."], seeds: int = SEEDS
+) -> Iterator[Float[np.ndarray, "..."]]:
     """Inputs of the segment at `position` to try in turn, from `near`: a guess of its input, or else its output.
 
     `near` itself where the shapes agree (a residual block is near the identity), nearly nothing, then noise of its

@@ -12,9 +12,10 @@ the pulled-back residual of all segments from every start that there is. What is
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Float
 
 from leakjax.attacks.layerwise.lifted import lift
 from leakjax.attacks.layerwise.path import Anchor, Path, noise_level
@@ -55,12 +56,12 @@ class Waiting:
         return all(segment.linear for segment in self.segments)
 
     @functools.cached_property
-    def own_starts(self) -> list[np.ndarray]:
+    def own_starts(self) -> list[Float[np.ndarray, "..."]]:
         """Where Newton's method begins when nothing better is known; none where the path's answer serves."""
         guess = [] if self.linear else [near(self.problem, self.position, self.path)]
         return [start for x in guess for start in starts(self.problem, self.position, x)]
 
-    def matches(self, residual: Any) -> bool:
+    def matches(self, residual: float | Float[Array | np.ndarray, ""]) -> bool:
         """Whether a relative residual is rounding."""
         return float(residual) <= self.problem.tolerances.matched
 
@@ -69,7 +70,7 @@ class Begin(NamedTuple):
     """Newton's method may begin: from these guesses, best first; `alone`: whether the answer is the only one."""
 
     anchor: Anchor
-    guesses: Sequence[np.ndarray]
+    guesses: Sequence[Float[np.ndarray, "..."]]
     alone: bool = False
 
 
@@ -77,8 +78,8 @@ class StillOpen(NamedTuple):
     """Directions are open: the layer waits one segment deeper, from here."""
 
     anchor: Anchor
-    x: np.ndarray
-    dx: np.ndarray
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
 
 
 class Determined(NamedTuple):
@@ -86,7 +87,7 @@ class Determined(NamedTuple):
 
     found: PullBack
     rank: int | None
-    seen: np.ndarray | None
+    seen: Float[np.ndarray, "..."] | None
 
 
 class Failed(NamedTuple):

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from leakjax.attacks.adaptive import tell
 from leakjax.attacks.matching.outcome import Found, matched_outcomes
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
@@ -25,6 +26,8 @@ from leakjax.solvers.jacobian import inverse_norms
 
 Gradients = Mapping[str, Float[Any, "..."]]
 Limits = tuple[float, float]
+Answer = tuple[Float[Array, "B ..."], Int[Array, " B"], Float[Array, ""], Int[Array, ""]]
+"""x, labels, ||r|| / size and steps."""
 
 
 class Recipe(NamedTuple):
@@ -36,7 +39,7 @@ class Recipe(NamedTuple):
     """
 
     distance: Callable[[Gradients, Gradients], Float[Array, ""]]
-    optimizer: Callable[[Any, Limits], optax.GradientTransformation]
+    optimizer: Callable[[int | Int[Array, ""], Limits], optax.GradientTransformation]
     steps: int
     patience: int | None = None
     prior: Callable[[Float[Array, "B *space C"]], Float[Array, ""]] | None = None
@@ -92,7 +95,7 @@ def match_by_descent(
     return outcomes
 
 
-def _noise(problem: Problem, victim: int, soft: bool) -> dict[str, np.ndarray]:
+def _noise(problem: Problem, victim: int, soft: bool) -> dict[str, Float[np.ndarray, "S B ..."]]:
     """(S, B, ...) images and, where they are unknowns, (S, B, K) logits of labels, from N(0, 1)."""
     generators = [np.random.default_rng((problem.seed, victim, start)) for start in range(problem.starts)]
     noise = {"x": np.stack([generator.normal(size=problem.batch_shape) for generator in generators])}
@@ -104,19 +107,25 @@ def _noise(problem: Problem, victim: int, soft: bool) -> dict[str, np.ndarray]:
 
 
 @keep(16)
-def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Any:
+def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Callable[..., tuple[Shaped[Array, "V ..."], ...]]:
     """Compiled: (variables, steps, sent, labels, starts) -> (x, labels, residual, steps), by victim."""
 
-    def of_victim(variables: Any, steps: Any, sent: Any, labels: Any, starts: Any) -> Any:
+    def of_victim(
+        variables: Arrays,
+        steps: Int[Array, ""],
+        sent: Gradients,
+        labels: Int[Array, " B"] | None,
+        starts: Mapping[str, Float[Array, "S B ..."]],
+    ) -> Answer:
         optimizer = recipe.optimizer(steps, limits)
         over, size = inverse_norms(sent), jnp.sqrt(float(len(sent)))
 
-        def objective(u: Any) -> Array:
+        def objective(u: Mapping[str, Float[Array, "B ..."]]) -> Float[Array, ""]:
             targets = soften(u["label"]) if labels is None else labels
             value = recipe.distance(gradient(variables, u["x"], targets), sent)
             return value if recipe.prior is None else value + recipe.prior(u["x"])
 
-        def from_start(u: Any) -> Any:
+        def from_start(u: Mapping[str, Float[Array, "B ..."]]) -> Answer:
             end = descend(objective, u, optimizer, steps=steps, patience=recipe.patience or steps)
             x = jnp.clip(end.x["x"], *limits) if recipe.boxed else end.x["x"]
             tags = harden(end.x["label"]) if labels is None else labels
@@ -125,6 +134,6 @@ def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Any:
 
         tried = jax.vmap(from_start)(starts)
         best = jnp.argmin(jnp.nan_to_num(tried[2], nan=jnp.inf))
-        return *(part[best] for part in tried[:3]), jnp.sum(tried[3])
+        return *(part[best] for part in tried[:3]), jnp.sum(tried[3])  # type: ignore[return-value]
 
     return jax.jit(jax.vmap(of_victim, in_axes=(None, None, 0, 0, 0)))

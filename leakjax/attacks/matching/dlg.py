@@ -6,9 +6,8 @@ from x, l ~ N(0, 1), by L-BFGS with learning rate 1 and no line search, as in th
 optimizer with up to 20 iterations each. The label is the largest entry of l.
 """
 
-from typing import Any
-
 import optax
+from jaxtyping import Array, Int
 
 from leakjax.attacks.matching.descent import Limits, Recipe, match_by_descent, squared_distance
 from leakjax.attacks.problem import Monitor, Outcome, Problem
@@ -18,7 +17,7 @@ STEPS = 300 * 20
 PATIENCE = 500
 
 
-def lbfgs(steps: Any, limits: Limits) -> optax.GradientTransformation:
+def lbfgs(steps: int | Int[Array, ""], limits: Limits) -> optax.GradientTransformation:
     """L-BFGS with fixed steps."""
     del steps, limits
     return optax.lbfgs(RATE, memory_size=MEMORY, linesearch=None)

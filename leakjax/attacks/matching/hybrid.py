@@ -8,19 +8,19 @@ Nothing is exact here: the system is a soft constraint, for it is as wrong as th
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, PyTree
 
 from leakjax.attacks.layerwise.outcomes import outcomes
 from leakjax.attacks.layerwise.path import Path
-from leakjax.attacks.layerwise.pull_back import Known, arrays, read_known
+from leakjax.attacks.layerwise.pull_back import Given, Known, arrays, read_known
 from leakjax.attacks.layerwise.recursion import follow
-from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.problem import DeviceLabels, Monitor, Outcome, Problem
 from leakjax.constraints.priors import PRIORS
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
@@ -66,18 +66,24 @@ def _program(
     name: str,
     optimizer: optax.GradientTransformation,
     steps: int,
-) -> Any:
+) -> Callable[..., Float[Array, "B *image"]]:
     low, high = limits
     prior = PRIORS[name]
 
-    def squares(a: Any, over: Any) -> Array:
+    def squares(a: PyTree[Float[Array, "..."]], over: Float[Array, ""]) -> Float[Array, ""]:
         return optax.tree.norm(a, squared=True) / over
 
-    def run(sent: Any, given: Any, labels: Array, weight: Array, start: Array) -> Array:
+    def run(
+        sent: Mapping[str, Float[Array, "..."]],
+        given: Given,
+        labels: DeviceLabels,
+        weight: Float[Array, ""],
+        start: Float[Array, "B *image"],
+    ) -> Float[Array, "B *image"]:
         _, system = read_known((first,), *given)
         sizes = jax.tree.map(lambda g: jnp.sum(g**2) + jnp.finfo(g.dtype).tiny, sent)
 
-        def objective(x: Array) -> Array:
+        def objective(x: Float[Array, "B *image"]) -> Float[Array, ""]:
             found = gradient(given[0], x, labels)
             matching = sum(squares(found[p] - sent[p], sizes[p]) for p in sent)
             value = matching + weight * squares(system.function(x, None), system.size**2)

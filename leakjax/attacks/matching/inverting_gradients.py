@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from leakjax.attacks.heads.labelings import likeliest_labels
 from leakjax.attacks.matching.descent import Limits, Recipe, cosine_distance, match_by_descent
@@ -32,7 +32,7 @@ def mean_variation(x: Float[Array, "B *space C"]) -> Float[Array, ""]:
     return sum((jnp.mean(jnp.abs(jnp.diff(x, axis=k))) for k in range(1, x.ndim - 1)), jnp.zeros((), x.dtype))
 
 
-def learning_rate(count: Any, steps: Any) -> Any:
+def learning_rate(count: Int[Any, ""], steps: int | Int[Array, ""]) -> float | Float[Array, ""]:
     """The rate of step `count` of `steps`, the first one being 0."""
     return RATE * DECAY ** sum(jnp.where(count >= jnp.floor(share * steps), 1.0, 0.0) for share in MILESTONES)
 
@@ -42,7 +42,7 @@ def into_box(limits: Limits) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, x: jax.tree.map(lambda u, x: jnp.clip(x + u, *limits) - x, updates, x))
 
 
-def signed_adam(steps: Any, limits: Limits) -> optax.GradientTransformation:
+def signed_adam(steps: int | Int[Array, ""], limits: Limits) -> optax.GradientTransformation:
     """Adam on the sign of the gradient, with the schedule and the box."""
     adam = optax.adam(lambda count: learning_rate(count, steps))
     return optax.chain(optax.scale_by_sign(), adam, into_box(limits))

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.adaptive import Told, tell
 from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.layerwise.recursion import follow, recurse
 from leakjax.attacks.matching.outcome import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.matching.residual import OUTER, dense_rows, match_programs
-from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
 from leakjax.runtime.arrays import to_device
@@ -40,8 +41,8 @@ class _Start(NamedTuple):
     """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name; whether
     it is an answer of the layers already."""
 
-    xs: np.ndarray
-    labels: np.ndarray
+    xs: Float[np.ndarray, "S B ..."]
+    labels: Labels
     smoothed: bool
     name: str
     layerwise: bool = False
@@ -161,7 +162,7 @@ def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
             yield _Start(path.x[None], path.labels, False, "the layer-wise answer", layerwise=True)
 
 
-def _noise(problem: Problem, attempt: int) -> np.ndarray:
+def _noise(problem: Problem, attempt: int) -> Float[np.ndarray, "S B ..."]:
     """(S, B, ...): the middle of the range, disturbed; smoothly, and little at first, for dense steps."""
     low, high = problem.input_range
     noise = np.random.default_rng((attempt, problem.seed)).normal(size=(problem.starts, *problem.batch_shape))
@@ -178,7 +179,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
     for first in start.xs:
         here = to_device(first)
         solution = dense_levenberg_marquardt(
-            Rows(*(functools.partial(function, *known, here) for function in rows)),
+            Rows(*(functools.partial(function, *known, here) for function in rows)),  # type: ignore[arg-type]
             np.zeros(here.size, problem.dtype),
             size=float(np.sqrt(len(problem.gradients))),
             tolerance=10 * problem.tolerances.solve,

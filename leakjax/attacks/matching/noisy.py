@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.adaptive import Told, certifiable, noise_of, sends_signs, tell
 from leakjax.attacks.certificates.certificate import relative_error
@@ -21,7 +22,7 @@ from leakjax.attacks.certificates.other_images import at_kink, other_images, tag
 from leakjax.attacks.certificates.residual_noise import Noise, read_noise, read_rounding
 from leakjax.attacks.matching.outcome import misfit
 from leakjax.attacks.matching.polishing import SMALL, Polished, errors, polish, sent_by, told_of
-from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
 from leakjax.reconstruction import Candidate, LayerInfo
 from leakjax.runtime.arrays import to_device
 
@@ -167,7 +168,7 @@ def _another_fits(problem: Problem, victim: int, outcome: Outcome, sigma: float 
     return False
 
 
-def _starts(problem: Problem, x: np.ndarray) -> list[np.ndarray]:
+def _starts(problem: Problem, x: Float[np.ndarray, "B *image"]) -> list[Float[np.ndarray, "B *image"]]:
     """Where fits begin: at x, and behind kinks, whose pattern noise has spoiled, by smoothing from x, and for few
     unknowns from mid-range and from noise about it."""
     if not problem.network.has_kinks:
@@ -181,7 +182,7 @@ def _starts(problem: Problem, x: np.ndarray) -> list[np.ndarray]:
 
 
 def _explained(
-    problem: Problem, victim: int, labels: np.ndarray, x: np.ndarray, sigma: float | None, *, smoothed: bool
+    problem: Problem, victim: int, labels: Labels, x: Float[np.ndarray, "B ..."], sigma: float | None, *, smoothed: bool
 ) -> Explained | None:
     """The fit from x with the noise that its residual shows, or that was told; None where that does not explain it."""
     aware = told_of(problem, sigma) if sigma is not None and problem.defense is None else problem
@@ -199,7 +200,7 @@ def _explained(
     return _of_white_noise(problem, victim, labels, fit) or _of_its_spread(problem, told, victim, fit)
 
 
-def _of_white_noise(problem: Problem, victim: int, labels: np.ndarray, fit: Polished) -> Explained | None:
+def _of_white_noise(problem: Problem, victim: int, labels: Labels, fit: Polished) -> Explained | None:
     """The fit that is best for white noise: another one puts the noise where its own weights are small."""
     entries = sum(r.size for r in fit.left.values())
     level = float(np.sqrt(sum(float(np.sum(r**2)) for r in fit.left.values()) / max(entries - fit.x.size, 1)))
@@ -222,7 +223,7 @@ def _of_its_spread(problem: Problem, told: Told, victim: int, fit: Polished) -> 
     return None if noise is None else Explained(problem, told, fit, noise)
 
 
-def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Polished) -> list[Outcome]:
+def _matched(problem: Problem, labels: Labels, group: list[Outcome], fit: Polished) -> list[Outcome]:
     """The group where the polish matched the gradient to rounding: there was no noise, the layers lost digits."""
     tags = to_device(labels)
     if not fit.determined or other_images(problem, fit.x, tags) or at_kink(problem, fit.x, tags):
@@ -253,5 +254,7 @@ def _matched(problem: Problem, labels: np.ndarray, group: list[Outcome], fit: Po
     ]
 
 
-def _filled(level: Mapping[str, float], like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _filled(
+    level: Mapping[str, float], like: Mapping[str, Float[np.ndarray, "..."]]
+) -> dict[str, Float[np.ndarray, "..."]]:
     return {p: np.full(a.shape, level[p]) for p, a in like.items()}

@@ -1,16 +1,18 @@
 """From images that match a whole gradient, or do not, to an `Outcome` an example: rank, symmetries, candidates."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
-from leakjax.attacks.adaptive import Told, predicted
+from leakjax.attacks.adaptive import Sent, Told, predicted
 from leakjax.attacks.candidates import kept, split
 from leakjax.attacks.certificates.other_images import same_open_set
 from leakjax.attacks.certificates.symmetries import twins
 from leakjax.attacks.layerwise.ranks import DENSE_SIDE
 from leakjax.attacks.matching.residual import Compare, match_programs
-from leakjax.attacks.problem import Outcome, Problem
+from leakjax.attacks.problem import DeviceLabels, Labels, Outcome, Problem
+from leakjax.models.reader import Arrays
 from leakjax.reconstruction import LayerInfo
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
@@ -25,8 +27,8 @@ more than this, which is 60 dB."""
 class Found(NamedTuple):
     """x (B, ...), its labels, ||r|| / size, and the steps spent."""
 
-    x: np.ndarray
-    labels: np.ndarray
+    x: Float[np.ndarray, "B ..."]
+    labels: Labels
     residual: float
     steps: int
 
@@ -36,13 +38,13 @@ def compare(problem: Problem, told: Told) -> Compare:
     return Compare(predicted(problem), problem.input_range, told.signs)
 
 
-def given(problem: Problem, told: Told, labels: np.ndarray, *, prior: bool = False) -> tuple[Any, Any, Any]:
+def given(problem: Problem, told: Told, labels: Labels, *, prior: bool = False) -> tuple[Arrays, Sent, DeviceLabels]:
     """What the compiled programs take before x: weights, what was sent, labels."""
     sent = told.sent if prior else told.sent._replace(prior=None)
     return dict(problem.variables), sent, to_device(labels)
 
 
-def misfit(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray) -> float:
+def misfit(problem: Problem, told: Told, labels: Labels, x: Float[np.ndarray, "B ..."]) -> float:
     """||r|| / size, without a prior."""
     program = match_programs(compare(problem, told), problem.tolerances.solve).misfit
     return float(program(*given(problem, told, labels), to_device(x)))
@@ -56,7 +58,7 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     """
     n = trials[0].x.size
     matching = [trial for trial in trials if trial.residual <= told.matched]
-    ranks: list[tuple[int | None, np.ndarray | None, float | None]]
+    ranks: list[tuple[int | None, Float[np.ndarray, "B ..."] | None, float | None]]
     ranks = [_local_rank(problem, told, trial) for trial in matching]
     if matching and ranks[0][0] != n:  # where directions are open, other answers may be other points of one set
         first = matching[0]
@@ -101,7 +103,9 @@ def is_open(problem: Problem, told: Told, found: Found) -> bool:
     return not float(look(*given(problem, told, found.labels), to_device(found.x)).lost) <= problem.tolerances.probe
 
 
-def _local_rank(problem: Problem, told: Told, found: Found) -> tuple[int | None, np.ndarray | None, float]:
+def _local_rank(
+    problem: Problem, told: Told, found: Found
+) -> tuple[int | None, Float[np.ndarray, "B ..."] | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
     programs = match_programs(compare(problem, told), problem.tolerances.solve)
     point = *given(problem, told, found.labels), to_device(found.x)

@@ -4,24 +4,26 @@ min_x ||W (g(x) - s)||,    x - x* = (W J)^+ W n,    J = dg/dx at the answer
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from leakjax.attacks.adaptive import Told, predicted
+from leakjax.attacks.adaptive import Sent, Told, predicted
 from leakjax.attacks.certificates.residual_noise import Noise, draw_noise
 from leakjax.attacks.matching.outcome import compare, given
 from leakjax.attacks.matching.residual import Compare, match_programs, residual_of
-from leakjax.attacks.problem import Problem
+from leakjax.attacks.problem import DeviceLabels, Labels, Problem
 from leakjax.client.defenses import build_defense
 from leakjax.constraints.priors import DEVIATION
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
+from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.linear import lsmr_condition
 from leakjax.solvers.lsmr import lsmr
 
@@ -39,9 +41,9 @@ _INNER = 3000
 class Polished(NamedTuple):
     """The fit x (B, ...), ||r|| / ||s||, what is left by parameter, and whether J determines x."""
 
-    x: np.ndarray
+    x: Float[np.ndarray, "B ..."]
     residual: float
-    left: dict[str, np.ndarray]
+    left: dict[str, Float[np.ndarray, "..."]]
     determined: bool
     condition: float
 
@@ -51,12 +53,14 @@ def told_of(problem: Problem, sigma: float) -> Problem:
     return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none")
 
 
-def sent_by(problem: Problem, victim: int) -> dict[str, np.ndarray]:
+def sent_by(problem: Problem, victim: int) -> dict[str, Float[np.ndarray, "..."]]:
     """What a victim sent, in float64."""
     return {p: np.asarray(g[victim], float) for p, g in problem.gradients.items()}
 
 
-def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.ndarray, *, smoothed: bool) -> Polished:
+def polish(
+    problem: Problem, told: Told, victim: int, labels: Labels, x: Float[np.ndarray, "B ..."], *, smoothed: bool
+) -> Polished:
     """The fit from x; `smoothed` by way of the network with its kinks rounded off and sharpened again, where the
     pattern of signs at x may be another one than the fit's."""
     programs = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4)
@@ -76,11 +80,13 @@ def polish(problem: Problem, told: Told, victim: int, labels: np.ndarray, x: np.
 
 
 @keep(16)
-def _prediction(gradient: Any) -> Any:
+def _prediction(gradient: Gradient) -> Gradient:
     return jax.jit(lambda variables, x, labels: gradient(variables, x, labels))
 
 
-def errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, noise: Noise) -> tuple[Any, Any]:
+def errors(
+    problem: Problem, told: Told, labels: Labels, x: Float[np.ndarray, "B ..."], noise: Noise
+) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
     """Median and deviation over draws of the noise of log10 (mean square of x - x*, as a share of the range), (B,).
 
     The estimate is of this image's own PSNR: where a few directions hold most of the error, the logarithm's median is
@@ -112,8 +118,13 @@ def errors(problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, nois
 
 
 def _refit(
-    problem: Problem, told: Told, labels: np.ndarray, x: np.ndarray, start: np.ndarray, noise: Mapping[str, Array]
-) -> tuple[np.ndarray, bool]:
+    problem: Problem,
+    told: Told,
+    labels: Labels,
+    x: Float[np.ndarray, "B *image"],
+    start: Float[np.ndarray, "B *image"],
+    noise: Mapping[str, Float[Array, "..."]],
+) -> tuple[Float[np.ndarray, "B *image"], bool]:
     """x' - x of the fit x' to g(x) + n: what noise does beyond the first order; whether it takes at least half as much
     from ||W n|| as the unknowns are expected to."""
     solve = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4).solve
@@ -129,11 +140,20 @@ def _refit(
 
 
 @keep(16)
-def _propagation(form: Compare, tolerance: float) -> Any:
+def _propagation(
+    form: Compare, tolerance: float
+) -> Callable[..., tuple[Float[Array, "B *image"], Float[Array, "B *image"]]]:
     """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, with what a prior adds to it, and
     what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise reaches."""
 
-    def propagate(variables: Any, sent: Any, labels: Any, x: Array, noise: Any, unit: Array) -> Any:
+    def propagate(
+        variables: Arrays,
+        sent: Sent,
+        labels: DeviceLabels,
+        x: Float[Array, "B *image"],
+        noise: Mapping[str, Float[Array, "..."]],
+        unit: Float[Array, "B *image"],
+    ) -> tuple[Float[Array, "B *image"], Float[Array, "B *image"]]:
         residual = residual_of(form, variables, sent, labels)
         here, tangent = jax.linearize(residual, x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
