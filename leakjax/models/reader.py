@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from jaxtyping import Array, Shaped
 
 from leakjax.errors import InputError, cannot_run, first_line
 
-Arrays = Mapping[str, Any]
+Arrays = Mapping[str, Shaped[Array | np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
