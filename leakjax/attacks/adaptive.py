@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.priors import DEVIATION
@@ -31,9 +31,9 @@ class Sent(NamedTuple):
     """What the compiled programs compare with: a gradient, the weights of its entries (scalars by parameter, or
     arrays), and the prior's weight (0 for none; None where it is left out of the program)."""
 
-    gradient: dict[str, Array]
-    weights: dict[str, Array]
-    prior: Array | None = None
+    gradient: dict[str, Float[Array, "..."]]
+    weights: dict[str, Float[Array, "..."]]
+    prior: Float[Array, ""] | None = None
 
 
 class Told(NamedTuple):
@@ -88,11 +88,11 @@ def tell(problem: Problem, victim: int) -> Told:
     return plain if sigmas is None or not any(sigmas.values()) else _weighted(problem, sent, sigmas)
 
 
-def _sent(problem: Problem, victim: int) -> dict[str, Array]:
+def _sent(problem: Problem, victim: int) -> dict[str, Float[Array, "..."]]:
     return {p: jnp.asarray(g[victim]) for p, g in problem.gradients.items()}
 
 
-def _weighted(problem: Problem, sent: dict[str, Array], sigmas: dict[str, float]) -> Told:
+def _weighted(problem: Problem, sent: dict[str, Float[Array, "..."]], sigmas: dict[str, float]) -> Told:
     """Rows k (g - s) / sigma and k u / deviation, k such that ||(s / sigma)|| k is the size of the residual."""
     over = {p: 1.0 / s if s else 0.0 for p, s in sigmas.items()}
     total = float(np.sqrt(sum(over[p] ** 2 * float(jnp.sum(g**2)) for p, g in sent.items())))
@@ -116,7 +116,7 @@ def _root(problem: Problem) -> float:
     return float(np.sqrt(len(problem.gradients) / np.prod(problem.batch_shape)))
 
 
-def _prior(problem: Problem, k: float) -> Array | None:
+def _prior(problem: Problem, k: float) -> Float[Array, ""] | None:
     """The weight of amplitudes of the image's own scale, `DEVIATION` of the range each; None without a prior."""
     low, high = problem.input_range
     return None if problem.prior == "none" else jnp.asarray(k / (DEVIATION * (high - low)), problem.dtype)

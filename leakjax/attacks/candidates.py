@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from leakjax.attacks.problem import Problem
@@ -12,7 +13,7 @@ from leakjax.reconstruction import Candidate
 T = TypeVar("T")
 
 
-def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, whole: bool) -> list[T]:
+def kept(problem: Problem, answers: list[T], x: Callable[[T], Float[np.ndarray, "..."]], *, whole: bool) -> list[T]:
     """The answers whose images `x(answer)` lie in the input range, or all where none does.
 
     Where the images are not determined (`whole` False) another image of the same answer may lie inside: then all are
@@ -23,7 +24,10 @@ def kept(problem: Problem, answers: list[T], x: Callable[[T], np.ndarray], *, wh
     return inside if whole and inside else inside + outside
 
 
-def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]], alike: float = 1e-7) -> list[tuple[Candidate, ...]]:
+def split(
+    answers: Sequence[tuple[Float[np.ndarray, "B ..."], Int[np.ndarray, " B"] | Float[np.ndarray, "B K"], float]],
+    alike: float = 1e-7,
+) -> list[tuple[Candidate, ...]]:
     """Candidates of every example, from (images (B, ...), labels (B,) or targets (B, K), residual) of whole gradients.
 
     Best first.
@@ -42,5 +46,5 @@ def split(answers: Sequence[tuple[np.ndarray, np.ndarray, float]], alike: float 
     return [tuple(mine) for mine in found]
 
 
-def _alike(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+def _alike(a: Float[np.ndarray, "*shape"], b: Float[np.ndarray, "*shape"], tolerance: float) -> bool:
     return bool(np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b))

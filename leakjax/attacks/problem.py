@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import optax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from leakjax.attacks.tolerances import Tolerances
 from leakjax.client.defenses import Setting
@@ -112,7 +112,7 @@ class Problem:
         """(B, H, W, C): the images behind one gradient."""
         return (self.examples, *self.input_shape)
 
-    def in_range(self, x: np.ndarray) -> bool:
+    def in_range(self, x: Float[np.ndarray | Array, "..."]) -> bool:
         """Whether every entry of `x` could be in the input range, a little of it beyond for rounding."""
         low, high = self.limits
         slack = self.tolerances.slack * (high - low)
@@ -124,7 +124,7 @@ class Problem:
         return self.tolerances.alike * (self.input_range[1] - self.input_range[0])
 
     @property
-    def limits(self) -> tuple[Any, Any]:
+    def limits(self) -> Limits:
         """(low, high) of a pixel: two numbers, or (C,) each where channels differ."""
         return self.input_range if self.channel_limits is None else self.channel_limits
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 
 from leakjax.attacks.certificates.multiples import MULTIPLES
 from leakjax.attacks.problem import Outcome, Problem
@@ -139,7 +140,7 @@ def _by_itself(certificate: Certificate, outcome: Outcome) -> Certificate:
     return dataclasses.replace(certificate, status="exact", proof="local", reason=None)
 
 
-def agreed(outcome: Outcome, gap: float) -> np.ndarray | None:
+def agreed(outcome: Outcome, gap: float) -> Float[np.ndarray, "..."] | None:
     """The share of every entry that is determined: `seen`, but 0 where all candidates that there are differ, on curved
     sets, and where candidates were found by a search that may have missed others.
 

@@ -8,19 +8,20 @@ networks some other change of x may do the same: where J v = g has a solution, x
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from leakjax.attacks.adaptive import predicted, sends_signs
 from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.models.losses import labels_of
+from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Certificate
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient, example_gradients
@@ -120,21 +121,25 @@ def _each(problem: Problem) -> Gradient:
 
 @keep(16)
 def _repeated(gradient: Gradient) -> Gradient:
-    def repeated(variables: Any, x: Array, labels: Array) -> dict[str, Array]:
+    def repeated(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"] | Float[Array, "B K"]
+    ) -> dict[str, Float[Array, "B ..."]]:
         return {p: jnp.repeat(g[None], len(x), axis=0) for p, g in gradient(variables, x, labels).items()}
 
     return repeated
 
 
 @keep(16)
-def _open_factor(gradient: Gradient, tolerance: float) -> Any:
+def _open_factor(gradient: Gradient, tolerance: float) -> Callable[..., Float[Array, ""]]:
     """(variables, x, labels) -> min_v ||W (J v - g)|| / ||W g||: 0 where x can move as the factor of g changes."""
 
-    def left(variables: Any, x: Array, labels: Array) -> Array:
+    def left(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Int[Array, " B"] | Float[Array, "B K"]
+    ) -> Float[Array, ""]:
         here, plain = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(here)
 
-        def tangent(d: Array) -> dict[str, Array]:
+        def tangent(d: Float[Array, "B ..."]) -> dict[str, Float[Array, "..."]]:
             return jax.tree.map(jnp.multiply, over, plain(d))
 
         rows = jax.tree.map(jnp.multiply, over, here)
@@ -161,18 +166,24 @@ def _with_rays(problem: Problem, outcome: Outcome, labels: list[int], alone: boo
     )
 
 
-def _inwards(problem: Problem, x: np.ndarray) -> float:
+def _inwards(problem: Problem, x: Float[np.ndarray, "..."]) -> float:
     """The largest factor up to 1, in steps of an eighth, that brings an image into the range; 1 where none does."""
     factors = 0.875 ** np.arange(64)
     return next((float(t) for t in factors if problem.in_range(x * t)), 1.0)
 
 
 @keep(16)
-def _turned(each: Gradient) -> Any:
+def _turned(each: Gradient) -> Callable[..., Float[Array, " B"]]:
     """(variables, x, labels, t, others) -> by example max_p ||g_p' - s g_p|| / ||s g_p||, where g' is the gradient of
     t x with the label `others`, s = <g', g> / <g, g>. A parameter whose gradient is 1e-9 of all is measured by that."""
 
-    def turned(variables: Any, x: Float[Array, "B ..."], labels: Array, t: Any, others: Array) -> Float[Array, " B"]:
+    def turned(
+        variables: Arrays,
+        x: Float[Array, "B ..."],
+        labels: Int[Array, " B"],
+        t: Float[Array, ""],
+        others: Int[Array, " B"],
+    ) -> Float[Array, " B"]:
         here, there = each(variables, x, labels), each(variables, t * x, others)
         flat = [(g.reshape(len(x), -1), there[p].reshape(len(x), -1)) for p, g in here.items()]
         total = sum(jnp.sum(g**2, axis=1) for g, _ in flat)

@@ -6,20 +6,20 @@ tangent. Both are found by gradients at the answer, and of the same answer moved
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from leakjax.attacks.adaptive import predicted
 from leakjax.attacks.certificates.certificate import relative_error
 from leakjax.attacks.certificates.moves import moves
 from leakjax.attacks.problem import Monitor, Outcome, Problem
+from leakjax.models.reader import Arrays
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.jacobian import inverse_norms
@@ -29,6 +29,12 @@ ORBIT = 64  # images of a symmetry that are counted, and listed as candidates
 STEPS = 0.25, 1.0  # of the input range: how far along open directions the gradient is looked at
 _DIRECTIONS = 2
 _INNER = 6000
+
+Labels = Int[Array, " B"] | Float[Array, "B K"]
+"""Labels of the examples, or what their logits are compared with."""
+
+Given = tuple[Arrays, Float[Array, "B ..."], Labels]
+"""Variables, images and labels."""
 
 
 def seek_others(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> list[Outcome]:
@@ -55,7 +61,7 @@ def _sound(problem: Problem, outcome: Outcome) -> bool:
     return matched and all(info.status != "failed" for info in outcome.layers)
 
 
-def tags_of(group: list[Outcome]) -> Array:
+def tags_of(group: list[Outcome]) -> Labels:
     """The labels of the answers, (B,), or the target, (1, K)."""
     first = [outcome.candidates[0] for outcome in group]
     return jnp.asarray([c.label if c.target is None else c.target for c in first])
@@ -89,7 +95,7 @@ def _with_symmetries(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     return result
 
 
-def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> bool:
+def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Labels) -> bool:
     """Whether the gradient's derivative at x is another a billionth of the range away: a kink lies at x itself.
 
     There (a black image behind ReLU without biases) the Jacobian speaks of neither side, and its rank of nothing.
@@ -101,14 +107,14 @@ def at_kink(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> b
 
 
 @keep(16)
-def _kinks(gradient: Gradient) -> Any:
+def _kinks(gradient: Gradient) -> Callable[..., Float[Array, ""]]:
     """(variables, x, labels, step) -> max ||W (J(x +- step u) - J(x)) v|| / ||W J(x) v||, u and v random."""
 
-    def kinks(variables: Any, x: Array, labels: Array, step: Array) -> Array:
+    def kinks(variables: Arrays, x: Float[Array, "B ..."], labels: Labels, step: Float[Array, ""]) -> Float[Array, ""]:
         u, v = (jax.random.normal(jax.random.key(k), x.shape, x.dtype) for k in (21, 22))
         over = inverse_norms(gradient(variables, x, labels))
 
-        def slope(at: Array) -> Any:
+        def slope(at: Float[Array, "B ..."]) -> dict[str, Float[Array, "..."]]:
             tangent = jax.jvp(lambda x: gradient(variables, x, labels), (at,), (v,))[1]
             return jax.tree.map(jnp.multiply, over, tangent)
 
@@ -121,14 +127,17 @@ def _kinks(gradient: Gradient) -> Any:
 
 
 def same_open_set(
-    problem: Problem, x: Float[np.ndarray, "B ..."], labels: np.ndarray, other: Float[np.ndarray, "B ..."]
+    problem: Problem,
+    x: Float[np.ndarray, "B ..."],
+    labels: Int[np.ndarray, " B"] | Float[np.ndarray, "B K"],
+    other: Float[np.ndarray, "B ..."],
 ) -> bool:
     """Whether `other` differs from x, to first order, in nothing but directions that the gradient leaves open."""
     given = dict(problem.variables), jnp.asarray(x), jnp.asarray(labels)
     return float(_slopes(predicted(problem))(*given, jnp.asarray(other)[None])[0]) <= problem.tolerances.open_answers
 
 
-def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array) -> list[np.ndarray]:
+def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Labels) -> list[Float[np.ndarray, "..."]]:
     """Images in range of some example, other than x, that a symmetry of the network gives: the gradient stays as it is
     to the last digits, however noisy x is."""
     gap, same = problem.gap, problem.tolerances.symmetric
@@ -136,8 +145,8 @@ def other_images(problem: Problem, x: Float[np.ndarray, "B ..."], labels: Array)
 
 
 def _orbit(
-    problem: Problem, answer: np.ndarray, labels: Array, b: int, gap: float, same: float
-) -> tuple[list[np.ndarray], list[str]]:
+    problem: Problem, answer: Float[np.ndarray, "B ..."], labels: Labels, b: int, gap: float, same: float
+) -> tuple[list[Float[np.ndarray, "..."]], list[str]]:
     """Images of example b, other than the answer, that moves give without a change of the gradient, and their names.
 
     Up to `ORBIT`, by the moves that leave the gradient as it is, and by these again.
@@ -146,7 +155,7 @@ def _orbit(
     given = dict(problem.variables), jnp.asarray(answer), labels
     tried = list(moves(answer.shape[1:], problem.input_range))
 
-    def fresh(x: np.ndarray, seen: Sequence[np.ndarray]) -> bool:
+    def fresh(x: Float[np.ndarray, "*shape"], seen: Sequence[Float[np.ndarray, "*shape"]]) -> bool:
         return all(np.max(np.abs(x - other)) > gap for other in seen)
 
     first = [(move, move.apply(answer[b])) for move in tried]
@@ -173,8 +182,13 @@ def _orbit(
 
 
 def _with_same_gradient(
-    problem: Problem, measure: Any, given: Any, moved: list[np.ndarray], b: int, same: float
-) -> list[np.ndarray]:
+    problem: Problem,
+    measure: Callable[..., Float[Array, " K"]],
+    given: Given,
+    moved: list[Float[np.ndarray, "..."]],
+    b: int,
+    same: float,
+) -> list[Float[np.ndarray, "..."]]:
     """Those whose own gradient is the answer's, and that differ from it in more than directions that are open anyway.
 
     A move may leave one image's gradient as it is and not another's; one that moves dead pixels alone is no symmetry.
@@ -189,18 +203,20 @@ def _with_same_gradient(
 
 
 @keep(16)
-def _differences(gradient: Gradient) -> Any:
-    """(variables, x, labels, others (K, B, ...)) -> max_p ||g_p(other) - g_p(x)|| / ||g_p(x)|| of each.
+def _differences(gradient: Gradient) -> Callable[..., Float[Array, " N"]]:
+    """(variables, x, labels, others (N, B, ...)) -> max_p ||g_p(other) - g_p(x)|| / ||g_p(x)|| of each.
 
     A parameter whose gradient is 1e-9 of all is measured by that.
     """
 
-    def differences(variables: Any, x: Array, labels: Array, others: Array) -> Float[Array, " K"]:
+    def differences(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Labels, others: Float[Array, "N B ..."]
+    ) -> Float[Array, " N"]:
         here = gradient(variables, x, labels)
         total = jnp.sqrt(sum(jnp.sum(g**2) for g in here.values()))
         sizes = {p: jnp.maximum(jnp.linalg.norm(jnp.ravel(g)), 1e-9 * total) for p, g in here.items()}
 
-        def one(other: Array) -> Array:
+        def one(other: Float[Array, "B ..."]) -> Float[Array, ""]:
             there = gradient(variables, other, labels)
             away = [jnp.linalg.norm(jnp.ravel(there[p] - here[p])) / sizes[p] for p in here]
             return jnp.max(jnp.stack(away))
@@ -211,15 +227,17 @@ def _differences(gradient: Gradient) -> Any:
 
 
 @keep(16)
-def _slopes(gradient: Gradient) -> Any:
-    """(variables, x, labels, others (K, B, ...)) -> ||W J (other - x)|| / sqrt(parameters), W = 1 / ||g_p||: 0 where
+def _slopes(gradient: Gradient) -> Callable[..., Float[Array, " N"]]:
+    """(variables, x, labels, others (N, B, ...)) -> ||W J (other - x)|| / sqrt(parameters), W = 1 / ||g_p||: 0 where
     the difference leaves no trace to first order."""
 
-    def slopes(variables: Any, x: Array, labels: Array, others: Array) -> Float[Array, " K"]:
+    def slopes(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Labels, others: Float[Array, "N B ..."]
+    ) -> Float[Array, " N"]:
         here, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(here)
 
-        def one(other: Array) -> Array:
+        def one(other: Float[Array, "B ..."]) -> Float[Array, ""]:
             return optax.tree.norm(jax.tree.map(jnp.multiply, over, tangent(other - x))) / jnp.sqrt(float(len(here)))
 
         return jax.lax.map(one, others)
@@ -242,27 +260,29 @@ def _with_curvature(problem: Problem, group: list[Outcome]) -> list[Outcome]:
 
 
 @keep(16)
-def _along_open(gradient: Gradient, tolerance: float) -> Any:
+def _along_open(gradient: Gradient, tolerance: float) -> Callable[..., Float[Array, " SD"]]:
     """(variables, x, labels, steps (S,)) -> the relative change of the gradient `steps` away along random directions
     that J = dg/dx does not see, d = w - J^+ J w, twice for rounding; (S D,)."""
 
-    def look(variables: Any, x: Array, labels: Array, steps: Array) -> Array:
+    def look(
+        variables: Arrays, x: Float[Array, "B ..."], labels: Labels, steps: Float[Array, " S"]
+    ) -> Float[Array, " SD"]:
         here, plain = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(here)
 
-        def tangent(d: Array) -> dict[str, Array]:
+        def tangent(d: Float[Array, "B ..."]) -> dict[str, Float[Array, "..."]]:
             return jax.tree.map(jnp.multiply, over, plain(d))
 
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
-        def open_part(w: Array) -> Array:
+        def open_part(w: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
             return w - lsmr(operator, tangent(w), tolerance=10 * tolerance, max_steps=_INNER).x
 
-        def along(key: Array) -> Array:
+        def along(key: Key[Array, ""]) -> Float[Array, " S"]:
             d = open_part(open_part(jax.random.normal(key, x.shape, x.dtype)))
             d = d / jnp.maximum(jnp.max(jnp.abs(d)), jnp.finfo(x.dtype).tiny)
 
-            def change(step: Array) -> Array:
+            def change(step: Float[Array, ""]) -> Float[Array, ""]:
                 there = gradient(variables, x + step * d, labels)
                 rows = jax.tree.map(lambda w, a, b: w * (a - b), over, there, here)
                 return optax.tree.norm(rows) / jnp.sqrt(float(len(here)))

@@ -37,7 +37,7 @@ Arrays = Mapping[str, Float[np.ndarray, "..."]]
 class Noise(NamedTuple):
     """The standard deviation of every entry by parameter, how it is spread, and its level `a`."""
 
-    sigma: dict[str, np.ndarray]
+    sigma: dict[str, Float[np.ndarray, "..."]]
     spread: Spread
     level: float
 
@@ -108,12 +108,12 @@ def looks_random(residual: Arrays, noise: Noise) -> bool:
     return not sizes or max(sizes) <= EVEN * min(sizes)
 
 
-def draw_noise(noise: Noise, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def draw_noise(noise: Noise, rng: np.random.Generator) -> dict[str, Float[np.ndarray, "..."]]:
     """A draw of it, normal in every entry."""
     return {path: sigma * rng.normal(size=sigma.shape) for path, sigma in noise.sigma.items()}
 
 
-def _unit(spread: Spread, gradient: Arrays) -> dict[str, np.ndarray]:
+def _unit(spread: Spread, gradient: Arrays) -> dict[str, Float[np.ndarray, "..."]]:
     """s_i with a = 1."""
     if spread == "white":
         return {p: np.ones(g.shape) for p, g in gradient.items()}

@@ -5,11 +5,12 @@ t dL/dz(t z) = dL/dz(z); on an odd one, z(-x) = -z(x), that of -x with another l
 apart, so they are sought and shown.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
 
 from leakjax.models.losses import LOSSES, labels_of
 from leakjax.models.reader import Arrays
@@ -21,8 +22,14 @@ _SAME = 1e-8
 
 
 def twins(
-    logits: Logits, gradient: Gradient, loss: str, variables: Arrays, x: np.ndarray, labels: np.ndarray, matched: float
-) -> list[tuple[np.ndarray, np.ndarray]]:
+    logits: Logits,
+    gradient: Gradient,
+    loss: str,
+    variables: Arrays,
+    x: Float[np.ndarray, "B ..."],
+    labels: Int[np.ndarray, " B"],
+    matched: float,
+) -> list[tuple[Float[np.ndarray, "B ..."], Int[np.ndarray, " B"]]]:
     """All (x', labels') with the gradient of (x, labels) that differ by one example's scale or sign, or by all signs.
 
     `matched`: largest relative difference of two gradients that count as the same.
@@ -57,14 +64,16 @@ def twins(
     return found
 
 
-def _roots(loss: str, z: np.ndarray, label: int, scales: np.ndarray) -> list[tuple[float, int]]:
+def _roots(
+    loss: str, z: Float[np.ndarray, " K"], label: int, scales: Float[np.ndarray, " T"]
+) -> list[tuple[float, int]]:
     """(t, y) other than (1, label) with <t dL/dz(t z, y), dL/dz(z, label)> = ||dL/dz(z, label)||^2."""
     pulls = _pulls(loss)
     here = np.asarray(pulls(z, np.ones(1), label))[0]
     found = []
     for other in range(labels_of(z.size)):
 
-        def excess(t: Any, other: int = other) -> np.ndarray:
+        def excess(t: float | Float[np.ndarray, " T"], other: int = other) -> Float[np.ndarray, " T"]:
             return np.asarray(pulls(z, np.atleast_1d(t), other)) @ here / (here @ here) - 1.0
 
         values = excess(scales)
@@ -80,14 +89,14 @@ def _roots(loss: str, z: np.ndarray, label: int, scales: np.ndarray) -> list[tup
 
 
 @keep(8)
-def _pulls(loss: str) -> Any:
+def _pulls(loss: str) -> Callable[..., Float[Array, "T K"]]:
     """(z (K,), t (T,), label) -> t dL/dz(t z), (T, K)."""
 
-    def pulls(z: Any, t: Any, label: Any) -> Any:
+    def pulls(z: Float[Array, " K"], t: Float[Array, " T"], label: Int[Array, ""]) -> Float[Array, "T K"]:
         return jax.vmap(lambda s: s * jax.grad(LOSSES[loss])(s * z, label))(t)
 
     return jax.jit(pulls)
 
 
-def _norm(gradients: Any) -> float:
+def _norm(gradients: PyTree[Float[Array, "..."]]) -> float:
     return float(np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(gradients))))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from scipy.optimize import root_scalar
 
 from leakjax.constraints.layer import layer_system, loss_pull
@@ -34,8 +34,8 @@ class HeadCandidate(NamedTuple):
 
     victim: int
     label: int
-    dz: np.ndarray
-    x: np.ndarray
+    dz: Float[np.ndarray, "..."]
+    x: Float[np.ndarray, "..."]
     residual: float
 
 
@@ -59,7 +59,7 @@ def bias_path(segment: Segment, variables: Arrays) -> str | None:
         if not outputs <= size <= 4 * outputs:
             continue
 
-        def at(b: Any, x: Any, path: str = path) -> Any:
+        def at(b: Float[Array, "..."], x: Float[Array, "..."], path: str = path) -> Float[Array, " K"]:
             return jnp.ravel(segment.function({**variables, path: b}, x)[0])
 
         first, second = (np.asarray(jax.jacobian(at)(variables[path], x)).reshape(outputs, size) for x in points)
@@ -74,7 +74,7 @@ def read_head(
     gradients: Mapping[str, Float[Any, "V ..."]],
     loss: str,
     *,
-    labels: np.ndarray | None,
+    labels: Int[np.ndarray, " V"] | None,
     tolerance: float,
     accept: float,
 ) -> HeadReading:
@@ -124,7 +124,7 @@ def read_input(
 
 def read_ray(
     segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
-) -> tuple[Float[Array, "..."], Callable[[Array, Array], Array]]:
+) -> tuple[Float[Array, "..."], Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]]:
     """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
     arrays = {p: jnp.asarray(gradient[p])[None] for p in segment.paths}
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
@@ -140,19 +140,27 @@ def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
 
 
 def _input_from_gradient(
-    segment: Segment, variables: Arrays, dz: Array, gradient: Any, tolerance: float
+    segment: Segment,
+    variables: Arrays,
+    dz: Float[Array, "..."],
+    gradient: Mapping[str, Float[Array, "..."]],
+    tolerance: float,
 ) -> LsmrSolution:
     system = layer_system(segment, variables, _unknown_output(segment, dz.dtype), dz, gradient)
     return solve_lsmr(system.operator, system.vector, tolerance=tolerance, max_steps=500)
 
 
 @keep(32)
-def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., Any]:
-    def solve(variables: Arrays, gradient: Arrays) -> Any:
+def _with_bias(
+    segment: Segment, path: str, tolerance: float
+) -> Callable[..., tuple[Float[Array, "..."], LsmrSolution]]:
+    def solve(
+        variables: Arrays, gradient: Mapping[str, Float[Array, "..."]]
+    ) -> tuple[Float[Array, "..."], LsmrSolution]:
         zero = jnp.zeros(segment.input.shape, segment.input.dtype)
         outputs = int(np.prod(segment.output.shape))
 
-        def output(b: Any) -> Any:
+        def output(b: Float[Array, "..."]) -> Float[Array, " K"]:
             return jnp.ravel(segment.function({**variables, path: b}, zero))
 
         slope = jax.jacobian(output)(variables[path]).reshape(outputs, -1)
@@ -163,8 +171,10 @@ def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., A
 
 
 @keep(32)
-def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
-    def off(variables: Arrays, x: Array, dz: Array, labels: Array) -> Array:
+def _mismatch(segment: Segment, loss: str) -> Callable[..., Float[Array, "V L"]]:
+    def off(
+        variables: Arrays, x: Float[Array, "..."], dz: Float[Array, "..."], labels: Int[Array, " L"]
+    ) -> Float[Array, " L"]:
         z = segment.function(variables, x)
         pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
         return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
@@ -173,17 +183,21 @@ def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
 
 
 @keep(32)
-def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
+def _rank_one(segment: Segment, tolerance: float) -> Callable[..., tuple[Float[Array, "..."], LsmrSolution]]:
     """Factors of g = B(dz, x), ||dz|| = 1, by alternating least squares: one round is exact where B is a product."""
 
-    def direction_of(variables: Arrays, x: Array, gradient: Arrays) -> Array:
+    def direction_of(
+        variables: Arrays, x: Float[Array, "..."], gradient: Mapping[str, Float[Array, "..."]]
+    ) -> Float[Array, "..."]:
         weights = {p: variables[p] for p in segment.paths}
         pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)[1]
         struct = jax.ShapeDtypeStruct(segment.output.shape, x.dtype)
         operator = lx.FunctionLinearOperator(lambda u: pull(u)[0], struct)
         return lsmr(operator, gradient, tolerance=tolerance, max_steps=200).x
 
-    def factor(variables: Arrays, gradient: Arrays) -> Any:
+    def factor(
+        variables: Arrays, gradient: Mapping[str, Float[Array, "..."]]
+    ) -> tuple[Float[Array, "..."], LsmrSolution]:
         gradient = {p: gradient[p] for p in segment.paths}
         dz = jax.random.normal(jax.random.key(2), segment.output.shape, segment.input.dtype)
         solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
@@ -198,17 +212,24 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
 
 
 @keep(32)
-def _ray(segment: Segment, loss: str) -> Callable[..., Any]:
+def _ray(segment: Segment, loss: str) -> Callable[..., Float[Array, "T K"]]:
     """(variables, z0, a, t (T,), label) -> t dL/dz(z0 + t a, label), (T, K)."""
 
-    def pulls(variables: Arrays, z0: Array, a: Array, t: Array, label: Array) -> Array:
+    def pulls(
+        variables: Arrays, z0: Float[Array, "*z"], a: Float[Array, "*z"], t: Float[Array, " T"], label: Int[Array, ""]
+    ) -> Float[Array, "T K"]:
         return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label)))(t)
 
     return jax.jit(pulls)
 
 
 def _scalar_roots(
-    segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: Array, given: int | None
+    segment: Segment,
+    variables: Arrays,
+    loss: str,
+    direction: Float[np.ndarray, "..."],
+    x: Float[Array, "..."],
+    given: int | None,
 ) -> list[HeadCandidate]:
     """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then Brent's method.
 
@@ -230,7 +251,7 @@ def _scalar_roots(
         for label in labels if given is None else [given]:
             y = jnp.asarray(label)
 
-            def excess(t: np.ndarray, y: Array = y) -> np.ndarray:
+            def excess(t: Float[np.ndarray, " T"], y: Int[Array, ""] = y) -> Float[np.ndarray, " T"]:
                 return np.asarray(ray(jnp.asarray(t, x.dtype), y), float) @ flat - 1.0
 
             grid = sign * sizes
@@ -238,7 +259,7 @@ def _scalar_roots(
             crossings = np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0)
             for k in crossings[:8]:
 
-                def at(t: float, excess: Any = excess) -> float:
+                def at(t: float, excess: Callable[..., Float[np.ndarray, " T"]] = excess) -> float:
                     return float(excess(np.full(8, t))[0])
 
                 t = root_scalar(at, bracket=np.sort(grid[k : k + 2]), method="brentq", xtol=1e-300).root
