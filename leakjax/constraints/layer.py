@@ -9,12 +9,13 @@ Both are affine in x, whatever f is made of, and come out of automatic different
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from leakjax.models.activations import Preimage
 from leakjax.models.losses import LOSSES
@@ -28,6 +29,9 @@ _CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x 
 
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
 
+Labels = int | Int[np.ndarray | Array, "*B"] | Float[np.ndarray | Array, "B K"]
+"""Labels of B examples, one of one example, or what their logits are compared with."""
+
 
 class LayerSystem(NamedTuple):
     """operator(x) = vector, in rows (forward, {path: gradient}), each multiplied by its weight; 0 drops a row."""
@@ -37,7 +41,11 @@ class LayerSystem(NamedTuple):
 
 
 def segment_rows(
-    segment: Segment, variables: Arrays, dz: Float[Array, "..."], x: Float[Array, "..."], smoothing: Any = None
+    segment: Segment,
+    variables: Arrays,
+    dz: Float[Array, "..."],
+    x: Float[Array, "..."],
+    smoothing: float | Float[Array, ""] | None = None,
 ) -> Rows:
     """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
     weights = {path: variables[path] for path in segment.paths}
@@ -97,25 +105,27 @@ def layer_system(
     return LayerSystem(operator, (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths}))
 
 
-def _rms(arrays: list[Array]) -> Array:
+def _rms(arrays: list[Float[Array, "..."]]) -> Float[Array, ""]:
     size = sum(a.size for a in arrays)
     return jnp.sqrt(sum(jnp.sum(a**2) for a in arrays) / max(size, 1))
 
 
-def _inverse_or_one(a: Array) -> Array:
+def _inverse_or_one(a: Float[Array, ""]) -> Float[Array, ""]:
     """1 / a; 1 where all right-hand sides are 0: the rows of a black image say that it is black."""
     return jnp.where(a > 0, 1.0 / jnp.where(a > 0, a, 1.0), 1.0)
 
 
-def _safe_inverse(a: Array) -> Array:
+def _safe_inverse(a: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(a > 0, 1.0 / jnp.where(a > 0, a, 1.0), 0.0)
 
 
-def loss_pull(segment: Segment, variables: Arrays, loss: str, z: Array, label: Any) -> Array:
+def loss_pull(
+    segment: Segment, variables: Arrays, loss: str, z: Float[Array, "*z"], label: Labels
+) -> Float[Array, "*z"]:
     """dL/dz at the last segment's pre-activation z (B, K), L the mean loss of B examples, and their labels (B,)."""
     labels = jnp.atleast_1d(label)
 
-    def of_z(z: Array) -> Array:
+    def of_z(z: Float[Array, "*z"]) -> Float[Array, ""]:
         logits = segment.activation.function(variables, z).reshape(len(labels), -1)
         return jnp.mean(jax.vmap(LOSSES[loss])(logits, labels))
 

@@ -1,7 +1,6 @@
 """Image priors by name: what is more likely of an image, where a gradient leaves directions open."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +34,7 @@ def total_variation(x: Float[Array, "*space C"]) -> Float[Array, ""]:
     return _smooth_power(squares, POWER) + CURVATURE * bent
 
 
-def _smooth_power(squares: Array, power: float) -> Array:
+def _smooth_power(squares: Float[Array, "..."], power: float) -> Float[Array, ""]:
     return jnp.sum((squares + SMOOTH**2) ** (0.5 * power) - SMOOTH**power)
 
 
@@ -55,14 +54,18 @@ def to_natural(x: Float[Array, "B *space C"]) -> Float[Array, "B *space C"]:
     return dctn(x, axes=axes, norm="ortho") / weights if axes else x
 
 
-def _natural(u: Array) -> tuple[tuple[int, ...], Array]:
+def _natural(u: Float[Array, "B *space C"]) -> tuple[tuple[int, ...], Float[Array, "1 *space 1"]]:
     axes = tuple(range(1, u.ndim - 1))
     frequencies = jnp.meshgrid(*(jnp.arange(u.shape[axis]) for axis in axes), indexing="ij")
     scale = (1.0 + sum((k.astype(u.dtype) ** 2 for k in frequencies), jnp.zeros(()))) ** -0.5
     return axes, (scale / jnp.sqrt(jnp.mean(scale**2))).reshape(1, *scale.shape, 1).astype(u.dtype)
 
 
-def outside_box(x: Float[Array, "..."], low: Any = 0.0, high: Any = 1.0) -> Float[Array, ""]:
+def outside_box(
+    x: Float[Array, "..."],
+    low: int | float | Float[np.ndarray | Array, "..."] = 0.0,
+    high: int | float | Float[np.ndarray | Array, "..."] = 1.0,
+) -> Float[Array, ""]:
     """The squared distance of x from low <= x <= high."""
     return jnp.sum((x - jnp.clip(x, low, high)) ** 2)
 

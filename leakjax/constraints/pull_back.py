@@ -13,7 +13,7 @@ Depth i - j = 0 is R-GAP's layer system.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,13 +35,16 @@ class Residual(NamedTuple):
     normal n, its slope by that mean's, and nonlinear maps likewise: kinks become smooth, and sharpen again as s falls.
     """
 
-    function: Callable[[Float[Array, "..."], Any], Rows]
+    function: Callable[[Float[Array, "..."], float | Float[Array, ""] | None], Rows]
     size: Float[Array, ""]
 
 
 def push_forward(
-    segments: Sequence[Segment], variables: Arrays, u: Float[Array, "..."], smoothing: Any = None
-) -> tuple[list[Array], list[Array], list[Array]]:
+    segments: Sequence[Segment],
+    variables: Arrays,
+    u: Float[Array, "..."],
+    smoothing: float | Float[Array, ""] | None = None,
+) -> tuple[list[Float[Array, "..."]], list[Float[Array, "..."]], list[Float[Array, "..."]]]:
     """(x_k), (z_k) of all segments, and act'_k(z_k) of all but the last, from the first segment's input."""
     xs, zs, slopes = [u], [], []
     for segment in segments:
@@ -57,13 +60,13 @@ def push_forward(
 def pull_gradients(
     segments: Sequence[Segment],
     variables: Arrays,
-    xs: Sequence[Array],
-    slopes: Sequence[Array],
-    dz: Array,
-    smoothing: Any = None,
-) -> tuple[dict[str, Array], Array]:
+    xs: Sequence[Float[Array, "..."]],
+    slopes: Sequence[Float[Array, "..."]],
+    dz: Float[Array, "..."],
+    smoothing: float | Float[Array, ""] | None = None,
+) -> tuple[dict[str, Float[Array, "..."]], Float[Array, "..."]]:
     """({path: d/dtheta <dz_k, f_k(theta, x_k)>} of all segments, dL/dx of the first), from dL/dz of the last one."""
-    rows: dict[str, Array] = {}
+    rows: dict[str, Float[Array, "..."]] = {}
     dx = dz
     for k in reversed(range(len(segments))):
         rows.update(segment_rows(segments[k], variables, dz, xs[k], smoothing)[1])
@@ -90,7 +93,7 @@ def pulled_back(
     trusted = jnp.all(preimage.slope_known).astype(dz.dtype)
     over = {p: trusted / rms(gradients[p]) for s in segments for p in s.paths}
 
-    def function(u: Float[Array, "..."], smoothing: Any) -> Rows:
+    def function(u: Float[Array, "..."], smoothing: float | Float[Array, ""] | None) -> Rows:
         xs, zs, slopes = push_forward(segments, variables, u, smoothing)
         rows, _ = pull_gradients(segments, variables, xs, slopes, dz, smoothing)
         return over_z * (zs[-1] - preimage.value), {p: over[p] * (g - gradients[p]) for p, g in rows.items()}
@@ -99,7 +102,9 @@ def pulled_back(
     return Residual(function, optax.tree.norm(target))
 
 
-def _activate(activation: Activation, variables: Arrays, z: Array, smoothing: Any) -> tuple[Array, Array]:
+def _activate(
+    activation: Activation, variables: Arrays, z: Float[Array, "*z"], smoothing: float | Float[Array, ""] | None
+) -> tuple[Float[Array, "*z"], Float[Array, "*z"]]:
     """act(z) and act'(z), or both averaged over normal perturbations of z of relative size `smoothing`."""
     if smoothing is None:
         return activation.function(variables, z), activation.slope(variables, z)

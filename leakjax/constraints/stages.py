@@ -9,12 +9,12 @@ are affine in x and all y. Between them dL/dy_k = sum_{j>k} (df_j/dy_k)^T dL/de_
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from leakjax.models.activations import Preimage
 from leakjax.models.reader import Arrays
@@ -51,7 +51,11 @@ def stages_of(segment: Segment) -> tuple[Stage, ...]:
 
 
 def look_inside(
-    segment: Segment, variables: Arrays, preimage: Preimage, dz: Float[Array, "..."], values: Sequence[Array]
+    segment: Segment,
+    variables: Arrays,
+    preimage: Preimage,
+    dz: Float[Array, "..."],
+    values: Sequence[Float[Array, "..."]],
 ) -> Inside:
     """From what is known behind a segment, and `values`: y of its last activations, last first."""
     stages = stages_of(segment)
@@ -73,7 +77,7 @@ def look_inside(
 
 def lifted_rows(
     segment: Segment, variables: Arrays, inside: Inside, gradients: Mapping[str, Float[Array, "..."]]
-) -> tuple[Callable[[Sequence[Array]], Any], Float[Array, ""]]:
+) -> tuple[Callable[[Sequence[Float[Array, "..."]]], PyTree[Float[Array, "..."]]], Float[Array, ""]]:
     """(rows, size): rows((x, y_1, ...)), the values that `inside` leaves open, 0 at the truth; and the norm of the
     right-hand sides.
 
@@ -85,11 +89,11 @@ def lifted_rows(
     trusted = jnp.cumprod(certain.astype(inside.reached[0].de.dtype))
     blocks = list(zip(reversed(stages), inside.reached, trusted, strict=False))
 
-    def weight(preimage: Preimage) -> Array:
+    def weight(preimage: Preimage) -> Float[Array, "..."]:
         known = jnp.where(preimage.known, 1.0, 0.0).astype(preimage.value.dtype)
         return known / rms(known * preimage.value)
 
-    def rows(values: Sequence[Array]) -> Any:
+    def rows(values: Sequence[Float[Array, "..."]]) -> PyTree[Float[Array, "..."]]:
         every = (*values, *reversed(inside.values))
         found = []
         for j, (stage, (preimage, de), trust) in enumerate(blocks):

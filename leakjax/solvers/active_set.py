@@ -10,22 +10,26 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+from jaxtyping import Float
 
 _FLAT = 1e-12
+
+Residual = Callable[[Float[np.ndarray, " k"]], tuple[Float[np.ndarray, " m"], Callable[[], Float[np.ndarray, "m k"]]]]
+"""c -> r, and a function that builds its Jacobian."""
 
 
 class PatternSolution(NamedTuple):
     """c, ||r(c)||, the Jacobian at c, and how many systems were solved."""
 
-    c: np.ndarray
+    c: Float[np.ndarray, " k"]
     residual: float
-    jacobian: np.ndarray
+    jacobian: Float[np.ndarray, "m k"]
     steps: int
 
 
 def solve_pattern(
-    residual: Callable[[np.ndarray], tuple[np.ndarray, Callable[[], np.ndarray]]],
-    start: np.ndarray,
+    residual: Residual,
+    start: Float[np.ndarray, " k"],
     *,
     tolerance: float,
     max_steps: int = 200,
@@ -59,7 +63,7 @@ def solve_pattern(
     return PatternSolution(c, float(np.linalg.norm(r)), j, steps)
 
 
-def is_pinned(rows: np.ndarray) -> bool:
+def is_pinned(rows: Float[np.ndarray, "m k"]) -> bool:
     """Whether rows @ c >= 0 has no solution but c = 0.
 
     True where weights l >= 0 with rows^T l = 0 are found whose support has full column rank (Stiemke): then
@@ -71,7 +75,7 @@ def is_pinned(rows: np.ndarray) -> bool:
     if len(rows) <= k:
         return False
 
-    def residual(c: np.ndarray) -> tuple[np.ndarray, Callable[[], np.ndarray]]:
+    def residual(c: Float[np.ndarray, " k"]) -> tuple[Float[np.ndarray, " m"], Callable[[], Float[np.ndarray, "m k"]]]:
         violation = np.maximum(0.0, 1.0 - rows @ c)
         return violation, lambda: -rows * (violation > 0)[:, None]
 

@@ -9,11 +9,12 @@ curved valleys of ill-conditioned residuals, in which plain steps have to be sho
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import scipy.linalg
+from jaxtyping import Array, Float
 
 _FACTORS = (100.0, 10.0, 1.0, 0.1, 0.01)
 _STALLED = 3
@@ -22,21 +23,27 @@ _STALLED = 3
 class Rows(NamedTuple):
     """A residual r(x) (m,) of x (n,), compiled: r, (r, J^T (n, m)), and r''(d, d) of (x, d)."""
 
-    value: Callable[[Any], Any]
-    jacobian: Callable[[Any], tuple[Any, Any]]
-    curvature: Callable[[Any, Any], Any]
+    value: Callable[[Float[np.ndarray, " n"]], Float[Array, " m"]]
+    jacobian: Callable[[Float[np.ndarray, " n"]], tuple[Float[Array, " m"], Float[Array, "n m"]]]
+    curvature: Callable[[Float[np.ndarray, " n"], Float[np.ndarray, " n"]], Float[Array, " m"]]
 
 
 class DenseNewtonSolution(NamedTuple):
     """x, ||r(x)|| / size, and steps."""
 
-    x: np.ndarray
+    x: Float[np.ndarray, " n"]
     residual: float
     steps: int
 
 
 def dense_levenberg_marquardt(
-    rows: Rows, x: np.ndarray, *, size: float, tolerance: float, max_steps: int, tell: Callable[[str], None]
+    rows: Rows,
+    x: Float[np.ndarray, " n"],
+    *,
+    size: float,
+    tolerance: float,
+    max_steps: int,
+    tell: Callable[[str], None],
 ) -> DenseNewtonSolution:
     """min ||r(x)||^2 from x (n,).
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 STATES = (
     "converged: the value no longer falls",
@@ -22,26 +22,26 @@ class Descent(NamedTuple):
     Where not even the start has a finite value, x is the start and `value` is infinite.
     """
 
-    x: Any
+    x: PyTree[Float[Array, "..."]]
     value: Float[Array, ""]
     steps: Int[Array, ""]
     state: Int[Array, ""]
 
 
 class _State(NamedTuple):
-    x: Any
+    x: PyTree[Float[Array, "..."]]
     optimizer: Any
-    best: Any
-    value: Array
-    mark: Array
-    idle: Array
-    steps: Array
-    finite: Array
+    best: PyTree[Float[Array, "..."]]
+    value: Float[Array, ""]
+    mark: Float[Array, ""]
+    idle: Int[Array, ""]
+    steps: Int[Array, ""]
+    finite: Bool[Array, ""]
 
 
 def descend(
-    objective: Callable[[Any], Float[Array, ""]],
-    start: Any,
+    objective: Callable[[PyTree[Float[Array, "..."]]], Float[Array, ""]],
+    start: PyTree[Float[Array, "..."]],
     optimizer: optax.GradientTransformation,
     *,
     steps: int | Int[Array, ""],
@@ -73,7 +73,7 @@ def descend(
             x=x, optimizer=state, best=best, value=lowest, mark=mark, idle=idle, steps=s.steps + 1, finite=finite
         )
 
-    def going(s: _State) -> Array:
+    def going(s: _State) -> Bool[Array, ""]:
         return s.finite & (s.steps <= steps) & (s.idle < patience)
 
     zero, unknown = jnp.zeros((), jnp.int32), jnp.asarray(jnp.inf, jax.tree.leaves(start)[0].dtype)

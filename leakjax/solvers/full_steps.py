@@ -6,12 +6,12 @@ its safeguards.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from leakjax.solvers.gauss_newton import NewtonSolution, gauss_newton_step
 
@@ -19,16 +19,16 @@ _PATIENCE = 8  # steps without a new best before it is given up
 
 
 class _State(NamedTuple):
-    x: Array
-    best: Array
-    least: Array
-    waited: Array
-    steps: Array
-    inner_steps: Array
+    x: Float[Array, "..."]
+    best: Float[Array, "..."]
+    least: Float[Array, ""]
+    waited: Int[Array, ""]
+    steps: Int[Array, ""]
+    inner_steps: Int[Array, ""]
 
 
 def full_steps(
-    residual: Callable[[Array], Any],
+    residual: Callable[[Float[Array, "..."]], PyTree[Float[Array, "..."]]],
     x: Float[Array, "..."],
     *,
     size: Float[Array, ""],
@@ -59,7 +59,7 @@ def full_steps(
             inner_steps=s.inner_steps + inner_steps,
         )
 
-    def going(s: _State) -> Array:
+    def going(s: _State) -> Bool[Array, ""]:
         finite = jnp.all(jnp.isfinite(s.x))
         return (s.least > tolerance * size) & (s.waited < _PATIENCE) & (s.steps < max_steps) & finite
 

@@ -18,29 +18,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from leakjax.runtime.programs import keep
 
 ROUNDINGS = 32
 
 
-def inverse_norms(gradients: Any) -> Any:
+def inverse_norms(gradients: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, ""]]:
     """1 / ||g_p|| of every parameter; one whose gradient is rounding beside the others' counts as rounding."""
     floor = 1e4 * jnp.finfo(jax.tree.leaves(gradients)[0].dtype).eps * optax.tree.norm(gradients)
     return jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), floor), gradients)
 
 
 @keep(16)
-def jacobian_product(gradient: Any) -> Any:
+def jacobian_product(gradient: Callable[..., PyTree[Float[Array, "..."]]]) -> Callable[..., Float[Array, "k n"]]:
     """(variables, x, labels, v (k, n)) -> J^T J v by rows, J the Jacobian of the gradient's parameters, each divided by
     its norm."""
 
-    def build(variables: Any, x: Any, labels: Any, v: Any) -> Array:
+    def build(
+        variables: PyTree[Shaped[Array, "..."]],
+        x: Float[Array, "*shape"],
+        labels: PyTree[Shaped[Array, "..."]],
+        v: Float[Array, "k n"],
+    ) -> Float[Array, "k n"]:
         at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(at_x)
 
-        def weighted(d: Array) -> Any:
+        def weighted(d: Float[Array, "*shape"]) -> PyTree[Float[Array, "..."]]:
             return jax.tree.map(jnp.multiply, over, tangent(d))
 
         adjoint = jax.linear_transpose(weighted, x)
@@ -72,7 +77,10 @@ class RowSpace(NamedTuple):
 
 
 def row_space(
-    product: Callable[[Float[np.ndarray, "k n"]], Any], rows: int, columns: int, dtype: Any = np.float64
+    product: Callable[[Float[np.ndarray, "k n"]], Float[Array | np.ndarray, "k n"]],
+    rows: int,
+    columns: int,
+    dtype: Any = np.float64,
 ) -> RowSpace:
     """The rank and row space of J (m, n) from products v -> J^T (J v) of rows v, by the rule of this module.
 
@@ -84,7 +92,7 @@ def row_space(
     Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes.
     """
 
-    def gram_of(basis: np.ndarray) -> np.ndarray:
+    def gram_of(basis: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
         image = np.asarray(product(np.ascontiguousarray(basis.T)), np.float64).reshape(basis.shape[1], columns)
         return image.T
 

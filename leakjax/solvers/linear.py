@@ -3,7 +3,8 @@
 Both also answer how much of x the operator sees: its rank and condition where they are cheap to know.
 """
 
-from typing import Any, NamedTuple
+from types import EllipsisType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import lineax as lx
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
@@ -41,10 +42,10 @@ class LsmrSolution(NamedTuple):
 
 def solve_side(
     operator: lx.AbstractLinearOperator,
-    vector: Any,
+    vector: PyTree[Float[Array, "..."]],
     random: Bool[Array, ""],
     *,
-    tolerance: float | Array,
+    tolerance: float | Float[Array, ""],
     max_steps: int,
     rounds: int = 1,
 ) -> LsmrSolution:
@@ -60,8 +61,8 @@ def solve_side(
     loose = max(1e-10, 50 * float(jnp.finfo(struct.dtype).eps))
     tolerance = jnp.where(random, loose, jnp.asarray(tolerance, struct.dtype))
 
-    def solve(side: Any, answer: Any) -> Lsmr:
-        def enough(x: Any) -> Array:
+    def solve(side: PyTree[Float[Array, "..."]], answer: Float[Array, "..."]) -> Lsmr:
+        def enough(x: Float[Array, "..."]) -> Bool[Array, ""]:
             return random & (jnp.linalg.norm(x - answer) <= _SEEN * size)
 
         return lsmr(operator, side, tolerance=tolerance, max_steps=max_steps, enough=enough)
@@ -83,18 +84,23 @@ def solve_side(
 
 
 def solve_lsmr(
-    operator: lx.AbstractLinearOperator, vector: Any, *, tolerance: float | Array, max_steps: int, rounds: int = 1
+    operator: lx.AbstractLinearOperator,
+    vector: PyTree[Float[Array, "..."]],
+    *,
+    tolerance: float | Float[Array, ""],
+    max_steps: int,
+    rounds: int = 1,
 ) -> LsmrSolution:
     """Minimum-norm least squares without building the matrix, by `solve_side` on both sides."""
 
-    def solve(random: Any) -> LsmrSolution:
+    def solve(random: Bool[Array, ""]) -> LsmrSolution:
         return solve_side(operator, vector, random, tolerance=tolerance, max_steps=max_steps, rounds=rounds)
 
     both = jax.lax.map(solve, jnp.array([False, True]))
     return jax.tree.map(lambda a: a[0], both)._replace(lost=both.lost[1])
 
 
-def lsmr_condition(solution: LsmrSolution, index: Any = ...) -> float:
+def lsmr_condition(solution: LsmrSolution, index: int | EllipsisType = ...) -> float:
     """Largest over smallest non-zero singular value, as the bidiagonalization of one solve (of many) found them."""
     alphas, betas = np.asarray(solution.alphas)[index], np.asarray(solution.betas)[index]
     low, high = extreme_singular_values(alphas, betas, int(np.count_nonzero(betas)))
@@ -108,11 +114,11 @@ class DenseSolution(NamedTuple):
     sees it.
     """
 
-    x: np.ndarray
+    x: Float[np.ndarray, " n"]
     residual: float
     rank: int
     condition: float
-    seen: np.ndarray
+    seen: Float[np.ndarray, " n"]
 
 
 def dense_bytes(rows: int, columns: int) -> int:
@@ -121,7 +127,9 @@ def dense_bytes(rows: int, columns: int) -> int:
     return 8 * (2 * rows * columns + small * (rows + columns) + 4 * small**2)
 
 
-def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> DenseSolution:
+def solve_dense(
+    matrix: Float[np.ndarray, "m n"], vector: Float[np.ndarray, " m"], *, tolerance: float
+) -> DenseSolution:
     """Minimum-norm least squares of a matrix; singular values below `tolerance` times the largest count as 0.
 
     Above `_SMALL` rows and columns the singular values come from the smaller Gram matrix (several times as fast) where
@@ -160,7 +168,9 @@ def solve_dense(matrix: np.ndarray, vector: np.ndarray, *, tolerance: float) -> 
     return DenseSolution(x=x, residual=residual, rank=len(s), condition=float(s[0] / s[-1]), seen=seen)
 
 
-def _gram_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _gram_svd(
+    matrix: Float[np.ndarray, "m n"],
+) -> tuple[Float[np.ndarray, "m k"], Float[np.ndarray, " k"], Float[np.ndarray, "k n"]]:
     """Singular triplets by the eigenvectors of the smaller Gram matrix; those below 1e-7 relative are rounding."""
     rows, columns = matrix.shape
     wide = rows <= columns
@@ -170,19 +180,23 @@ def _gram_svd(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (vectors, s, other) if wide else (other.T, s, vectors.T)
 
 
-def materialize(operator: lx.AbstractLinearOperator, vector: Any) -> tuple[Array, Array]:
+def materialize(
+    operator: lx.AbstractLinearOperator, vector: PyTree[Float[Array, "..."]]
+) -> tuple[Float[Array, "m n"], Float[Array, " m"]]:
     """The operator as a matrix (rows, columns) and its right-hand side as a vector."""
     x = operator.in_structure()
     size = int(np.prod(x.shape))
 
-    def column(e: Array) -> Array:
+    def column(e: Float[Array, " n"]) -> Float[Array, " m"]:
         return ravel_pytree(operator.mv(e.reshape(x.shape)))[0]
 
     columns = jax.lax.map(column, jnp.eye(size, dtype=x.dtype), batch_size=128)
     return columns.T, ravel_pytree(vector)[0]
 
 
-def relative_residual(operator: lx.AbstractLinearOperator, vector: Any, x: Any) -> Float[Array, ""]:
+def relative_residual(
+    operator: lx.AbstractLinearOperator, vector: PyTree[Float[Array, "..."]], x: Float[Array, "..."]
+) -> Float[Array, ""]:
     """||A x - b|| / ||b|| (or ||A x|| where b = 0)."""
     size = optax.tree.norm(vector)
     error = optax.tree.norm(optax.tree.sub(operator.mv(x), vector))

@@ -6,21 +6,21 @@ operator's extreme singular values, and library versions throw it away.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 from scipy.linalg import eigh_tridiagonal
 
 
 class Lsmr(NamedTuple):
     """x = A^+ b, the number of steps, ||A x - b|| / ||b|| as estimated, and the bidiagonal (alpha_k, beta_k+1)."""
 
-    x: Any
+    x: Float[Array, "..."]
     steps: Int[Array, ""]
     residual: Float[Array, ""]
     alphas: Float[Array, " max_steps"]
@@ -28,27 +28,27 @@ class Lsmr(NamedTuple):
 
 
 class _State(NamedTuple):
-    k: Array
-    x: Any
-    u: Any
-    v: Any
-    h: Any
-    hbar: Any
-    scalars: tuple[Array, ...]
-    norm_a2: Array
-    norm_r: Array
-    done: Array
-    alphas: Array
-    betas: Array
+    k: Int[Array, ""]
+    x: Float[Array, "..."]
+    u: PyTree[Float[Array, "..."]]
+    v: Float[Array, "..."]
+    h: Float[Array, "..."]
+    hbar: Float[Array, "..."]
+    scalars: tuple[Float[Array, ""], ...]
+    norm_a2: Float[Array, ""]
+    norm_r: Float[Array, ""]
+    done: Bool[Array, ""]
+    alphas: Float[Array, " max_steps"]
+    betas: Float[Array, " max_steps"]
 
 
 def lsmr(
     operator: lx.AbstractLinearOperator,
-    b: Any,
+    b: PyTree[Float[Array, "..."]],
     *,
-    tolerance: float | Array,
+    tolerance: float | Float[Array, ""],
     max_steps: int,
-    enough: Callable[[Any], Bool[Array, ""]] = lambda x: jnp.zeros((), bool),
+    enough: Callable[[Float[Array, "..."]], Bool[Array, ""]] = lambda x: jnp.zeros((), bool),
 ) -> Lsmr:
     """Minimum-norm least-squares solution of A x = b, from x = 0.
 
@@ -60,7 +60,7 @@ def lsmr(
     dtype = operator.in_structure().dtype
     one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
 
-    def normalized(a: Any) -> tuple[Any, Array]:
+    def normalized(a: PyTree[Float[Array, "..."]]) -> tuple[PyTree[Float[Array, "..."]], Float[Array, ""]]:
         size = norm(a)
         return optax.tree.scale(1.0 / jnp.where(size > 0, size, 1.0), a), size
 
@@ -126,7 +126,9 @@ def lsmr(
     return Lsmr(x=end.x, steps=end.k, residual=end.norm_r / _nonzero(norm_b), alphas=end.alphas, betas=end.betas)
 
 
-def extreme_singular_values(alphas: np.ndarray, betas: np.ndarray, steps: int) -> tuple[float, float]:
+def extreme_singular_values(
+    alphas: Float[np.ndarray, " max_steps"], betas: Float[np.ndarray, " max_steps"], steps: int
+) -> tuple[float, float]:
     """(smallest, largest) singular value of the bidiagonal that `steps` steps of LSMR recorded.
 
     The largest approaches the operator's own from below, the smallest its smallest non-zero one from above.
@@ -140,11 +142,11 @@ def extreme_singular_values(alphas: np.ndarray, betas: np.ndarray, steps: int) -
     return float(np.sqrt(max(low, 0.0))), float(np.sqrt(high))
 
 
-def _rotation(a: Array, b: Array) -> tuple[Array, Array, Array]:
+def _rotation(a: Float[Array, ""], b: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     r = jnp.hypot(a, b)
     safe = _nonzero(r)
     return jnp.where(r > 0, a / safe, 1.0), b / safe, r
 
 
-def _nonzero(a: Array) -> Array:
+def _nonzero(a: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(a == 0, jnp.ones_like(a), a)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+from jaxtyping import Bool, Float
 
 from leakjax.solvers.null_space import null_space
 
@@ -16,13 +17,13 @@ class NullProjection(NamedTuple):
     `used` rows of A are not 0; `factor` L and `rows` solve with them.
     """
 
-    basis: np.ndarray
+    basis: Float[np.ndarray, "r n"]
     null: bool
-    used: np.ndarray
-    factor: np.ndarray
-    rows: np.ndarray
+    used: Bool[np.ndarray, " m"]
+    factor: Float[np.ndarray, "k k"]
+    rows: Float[np.ndarray, "l n"]
 
-    def solve(self, vector: np.ndarray) -> np.ndarray:
+    def solve(self, vector: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
         """A^+ b of a consistent right-hand side b (m,)."""
         vector = vector[self.used]
         if self.null:
@@ -30,13 +31,13 @@ class NullProjection(NamedTuple):
         return self.rows.T @ scipy.linalg.solve_triangular(self.factor, vector, lower=True, check_finite=False)
 
     @property
-    def seen(self) -> np.ndarray:
+    def seen(self) -> Float[np.ndarray, " n"]:
         """The diagonal of the projector onto the row space: the share of each unknown that A determines."""
         share = np.clip(np.sum(self.basis**2, axis=0), 0.0, 1.0)
         return 1.0 - share if self.null else share
 
 
-def null_projection(matrix: np.ndarray, guess: int) -> NullProjection | None:
+def null_projection(matrix: Float[np.ndarray, "m n"], guess: int) -> NullProjection | None:
     """Of A (m, n), whose null space has about `guess` dimensions; None where there is no telling them, and
     where A is zero or not finite.
 

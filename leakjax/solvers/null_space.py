@@ -7,6 +7,7 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse
 import scipy.sparse.linalg
+from jaxtyping import Float, Int
 from scipy.sparse.csgraph import connected_components
 
 _SHIFT = 1e-13
@@ -14,7 +15,7 @@ _NULL, _SEEN = 1e-9, 1e-7  # singular values below and above, relative to the la
 _SPARSE = 0.1  # density of a Gram matrix below which it is factorized as a sparse one
 
 
-def null_space(matrix: np.ndarray, guess: int) -> np.ndarray | None:
+def null_space(matrix: Float[np.ndarray, "m n"], guess: int) -> Float[np.ndarray, "n k"] | None:
     """Orthonormal N (n, k) with matrix @ N = 0 for a matrix (m, n) of which k is about `guess`.
 
     Inverse subspace iteration on A^T A + shift: what A does not see grows, all else decays. None where the matrix has
@@ -48,7 +49,9 @@ def null_space(matrix: np.ndarray, guess: int) -> np.ndarray | None:
         return basis @ vt[null].T
 
 
-def stacked_null_space(first: np.ndarray, second: np.ndarray, guess: int) -> np.ndarray | None:
+def stacked_null_space(
+    first: Float[np.ndarray, "l n"], second: Float[np.ndarray, "m n"], guess: int
+) -> Float[np.ndarray, "n k"] | None:
     """`null_space` of two blocks of rows, where `first` falls apart into components that share no column.
 
     N = N_1 N_2, N_1 the null space of `first`, component by component, N_2 that of second @ N_1: a gradient block
@@ -77,7 +80,7 @@ def stacked_null_space(first: np.ndarray, second: np.ndarray, guess: int) -> np.
     return basis
 
 
-def _components(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _components(matrix: Float[np.ndarray, "m n"]) -> list[tuple[Int[np.ndarray, " r"], Int[np.ndarray, " c"]]]:
     """(rows, columns) of every connected component of a matrix's non-zero pattern; columns of zeros are one each."""
     rows = len(matrix)
     pattern = scipy.sparse.csr_array(matrix != 0)
@@ -89,7 +92,9 @@ def _components(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(r, c) for r, c in split if len(c)]
 
 
-def _inverse(gram: Any, shift: float) -> Callable[[np.ndarray], np.ndarray]:
+def _inverse(
+    gram: Float[np.ndarray, "n n"] | Any, shift: float
+) -> Callable[[Float[np.ndarray, "n k"]], Float[np.ndarray, "n k"]]:
     """b -> (gram + shift)^-1 b."""
     if isinstance(gram, np.ndarray):
         gram[np.diag_indices(len(gram))] += shift
@@ -99,7 +104,7 @@ def _inverse(gram: Any, shift: float) -> Callable[[np.ndarray], np.ndarray]:
     return scipy.sparse.linalg.splu(shifted, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve
 
 
-def _largest_eigenvalue(gram: Any) -> float:
+def _largest_eigenvalue(gram: Float[np.ndarray, "n n"] | Any) -> float:
     vector = np.random.default_rng(1).normal(size=gram.shape[0])
     for _ in range(20):
         vector = gram @ (vector / np.linalg.norm(vector))

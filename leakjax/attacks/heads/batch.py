@@ -15,14 +15,14 @@ as much as the others. Where these are no more equations than unknowns several s
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key, PyTree
 from scipy.optimize import linear_sum_assignment
 
 from leakjax.attacks.heads.single import bias_path
@@ -75,18 +75,25 @@ class BatchHead(NamedTuple):
 class _Unknowns(NamedTuple):
     """c (B, B), and the weights w (B,)."""
 
-    c: Array
-    w: Array
+    c: Float[Array, "B B"]
+    w: Float[Array, " B"]
 
 
 class _Equations(NamedTuple):
     """What the residual of c takes beside labels: weights, z at x = 0, z of the basis V S beyond it, U, B g_bias."""
 
-    variables: Any
-    origin: Array
-    seen: Array
-    u: Array
-    total: Array | None
+    variables: Arrays
+    origin: Float[Array, "B K"]
+    seen: Float[Array, "B K"]
+    u: Float[Array, "K B"]
+    total: Float[Array, " K"] | None
+
+
+Labels = Int[np.ndarray, " B"] | Float[np.ndarray, "B K"]
+"""Labels of the examples, or what their logits are compared with."""
+
+Solutions = tuple[_Unknowns, Float[Array, " S"], Float[Array, "S B K"]]
+"""(c, w), ||residual|| and dz of all starts."""
 
 
 def read_dense_head(segment: Segment, variables: Arrays, loss: str) -> DenseHead | None:
@@ -142,7 +149,7 @@ def separate_examples(
     )
     limit = min(_ENOUGH * rounding * s[0] / s[-1], accept)
 
-    def attempt(labels: np.ndarray, steps: int, weighted: bool) -> tuple[np.ndarray, Any]:
+    def attempt(labels: Labels, steps: int, weighted: bool) -> tuple[Labels, Solutions]:
         return labels, _solver(segment, loss, weighted)(equations, to_device(labels), steps)
 
     trials = []
@@ -176,12 +183,14 @@ def examples_shown(head: DenseHead, gradients: Mapping[str, Float[np.ndarray, ".
     return int(np.sum(s > 30 * rounding * s[0]))
 
 
-def _singular(head: DenseHead, gradients: Mapping[str, Float[np.ndarray, "..."]]) -> tuple[np.ndarray, ...]:
+def _singular(
+    head: DenseHead, gradients: Mapping[str, Float[np.ndarray, "..."]]
+) -> tuple[Float[np.ndarray, "K r"], Float[np.ndarray, " r"], Float[np.ndarray, "r n"]]:
     """U, s, V^T of B times the kernel's gradient (K, n)."""
     return np.linalg.svd(len(head.origin) * np.asarray(gradients[head.kernel], float).ravel()[head.where], False)
 
 
-def _all_labelings(likely: Sequence[np.ndarray], labels: int) -> list[np.ndarray]:
+def _all_labelings(likely: Sequence[Labels], labels: int) -> list[Labels]:
     """Every label vector (B,), sorted, where these are few; else the `likely` ones: counts read from a gradient take it
     for a mean."""
     examples = likely[0].shape
@@ -190,7 +199,7 @@ def _all_labelings(likely: Sequence[np.ndarray], labels: int) -> list[np.ndarray
     return [np.array(tags) for tags in itertools.combinations_with_replacement(range(labels), examples[0])]
 
 
-def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarray] | None:
+def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, Int[np.ndarray, "K n"]] | None:
     """(path, where): gradients[path].ravel()[where] is sum_b dz_b x_b^T, (K, n), for any dz, x; None if there is none.
 
     Found by values and checked by others: a dense kernel's gradient holds nothing but products, in some order.
@@ -220,12 +229,14 @@ def _kernel_entries(segment: Segment, variables: Arrays) -> tuple[str, np.ndarra
     return None
 
 
-def _sum_of_pulls(segment: Segment, variables: Arrays, path: str, gradient: np.ndarray) -> Array:
+def _sum_of_pulls(
+    segment: Segment, variables: Arrays, path: str, gradient: Float[np.ndarray, "..."]
+) -> Float[Array, " K"]:
     """sum_b dz_b, (K,), from the gradient of the bias `path`."""
     zero = jnp.zeros(segment.input.shape, segment.input.dtype)
     examples, outputs = zero.shape[0], int(np.prod(segment.output.shape[1:]))
 
-    def of_sum(total: Array) -> Array:
+    def of_sum(total: Float[Array, " K"]) -> Float[Array, " n"]:
         dz = jnp.zeros((examples, outputs), total.dtype).at[0].set(total / examples)
         return jnp.ravel(segment_rows(segment, variables, dz.reshape(segment.output.shape), zero)[1][path])
 
@@ -234,8 +245,12 @@ def _sum_of_pulls(segment: Segment, variables: Arrays, path: str, gradient: np.n
 
 
 def _residual(
-    segment: Segment, loss: str, equations: _Equations, labels: Array, unknowns: _Unknowns
-) -> tuple[Any, Array]:
+    segment: Segment,
+    loss: str,
+    equations: _Equations,
+    labels: Int[Array, " B"] | Float[Array, "B K"],
+    unknowns: _Unknowns,
+) -> tuple[PyTree[Float[Array, "..."]], Float[Array, "B K"]]:
     """(rows of the residual, w dz (B, K))."""
     c, w = unknowns
     dz = _pulls(segment, loss, equations, labels, equations.origin + jnp.tensordot(c, equations.seen, axes=1))
@@ -246,25 +261,33 @@ def _residual(
     return (rows, (jnp.sum(dz, axis=0) - equations.total) / jnp.linalg.norm(dz)), dz
 
 
-def _pulls(segment: Segment, loss: str, equations: _Equations, labels: Array, z: Array) -> Array:
+def _pulls(
+    segment: Segment,
+    loss: str,
+    equations: _Equations,
+    labels: Int[Array, " B"] | Float[Array, "B K"],
+    z: Float[Array, "B ..."],
+) -> Float[Array, "B K"]:
     """dL/dz of every example for itself, (B, K)."""
     return len(z) * loss_pull(segment, equations.variables, loss, z, labels).reshape(len(z), -1)
 
 
 @keep(16)
-def _solver(segment: Segment, loss: str, weighted: bool) -> Any:
+def _solver(segment: Segment, loss: str, weighted: bool) -> Callable[..., Solutions]:
     """(equations, labels, steps) -> solutions (c, w), ||residual|| and dz of all starts, side by side.
 
     Without `weighted` w is 1. With it w begins at the factor that the sum of all dz asks for, of either sign.
     """
 
-    def solve(equations: _Equations, labels: Array, steps: int) -> tuple[_Unknowns, Array, Array]:
+    def solve(equations: _Equations, labels: Int[Array, " B"] | Float[Array, "B K"], steps: int) -> Solutions:
         dtype = equations.origin.dtype
         eps = float(jnp.finfo(dtype).eps)
         method = optx.Dogleg(rtol=50 * eps, atol=5 * eps)
         ones = jnp.ones(len(equations.origin), dtype)
 
-        def one(key: Any, spread: Any, sign: Any) -> tuple[_Unknowns, Array, Array]:
+        def one(
+            key: Key[Array, ""], spread: Float[Array, ""], sign: Float[Array, ""]
+        ) -> tuple[_Unknowns, Float[Array, ""], Float[Array, "B K"]]:
             noise = jax.random.normal(key, equations.origin.shape, dtype)
             pulls = _pulls(segment, loss, equations, labels, equations.origin + spread * noise)
             factor = jnp.ones((), dtype)
@@ -272,7 +295,7 @@ def _solver(segment: Segment, loss: str, weighted: bool) -> Any:
                 factor = sign * jnp.linalg.norm(equations.total) / jnp.linalg.norm(jnp.sum(pulls, axis=0))
             start = jnp.linalg.inv(equations.u.T @ (factor * pulls).T)
 
-            def residual(y: Any, _: Any) -> Any:
+            def residual(y: Any, _: None) -> PyTree[Float[Array, "..."]]:
                 return _residual(segment, loss, equations, labels, y if weighted else _Unknowns(y, ones))[0]
 
             first: Any = _Unknowns(start, factor * ones) if weighted else start
@@ -290,14 +313,21 @@ def _solver(segment: Segment, loss: str, weighted: bool) -> Any:
 
 
 @keep(16)
-def _jacobian(segment: Segment, loss: str, weighted: bool) -> Any:
+def _jacobian(segment: Segment, loss: str, weighted: bool) -> Callable[..., Float[Array, "r n"]]:
     """(equations, labels, c, w) -> the Jacobian of the residual, (rows, B^2), and B more columns where `weighted`."""
 
-    def flat(unknowns: Any, equations: _Equations, labels: Array) -> Array:
+    def flat(
+        unknowns: _Unknowns, equations: _Equations, labels: Int[Array, " B"] | Float[Array, "B K"]
+    ) -> Float[Array, " r"]:
         leaves = jax.tree.leaves(_residual(segment, loss, equations, labels, unknowns)[0])
         return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
-    def build(equations: _Equations, labels: Array, c: Array, w: Array) -> Array:
+    def build(
+        equations: _Equations,
+        labels: Int[Array, " B"] | Float[Array, "B K"],
+        c: Float[Array, "B B"],
+        w: Float[Array, " B"],
+    ) -> Float[Array, "r n"]:
         by_c, by_w = jax.jacobian(flat)(_Unknowns(c, w), equations, labels)
         by_c = by_c.reshape(len(by_c), -1)
         return jnp.concatenate([by_c, by_w], axis=1) if weighted else by_c
@@ -305,7 +335,7 @@ def _jacobian(segment: Segment, loss: str, weighted: bool) -> Any:
     return jax.jit(build)
 
 
-def _condition(jacobian: np.ndarray, c: np.ndarray, s: np.ndarray) -> float:
+def _condition(jacobian: Float[np.ndarray, "r n"], c: Float[np.ndarray, "B B"], s: Float[np.ndarray, " B"]) -> float:
     """Largest relative change of x = V S c for a change of the equations of size 1; infinite where c is not unique."""
     left, values, right = np.linalg.svd(np.asarray(jacobian, float), full_matrices=False)
     if values[-1] <= len(values) * np.finfo(jacobian.dtype).eps * values[0]:
@@ -314,7 +344,7 @@ def _condition(jacobian: np.ndarray, c: np.ndarray, s: np.ndarray) -> float:
     return float(np.linalg.norm(inverse, 2) / np.linalg.norm(c * s))
 
 
-def _least(trial: tuple[np.ndarray, Any]) -> float:
+def _least(trial: tuple[Labels, Solutions]) -> float:
     return float(np.nanmin(np.asarray(trial[1][1]), initial=np.inf))
 
 

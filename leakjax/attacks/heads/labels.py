@@ -7,14 +7,13 @@ non-negative least-squares combination of the gradients of dummy inputs (after G
 
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from leakjax.models.losses import labels_of
 from leakjax.models.reader import Arrays
@@ -22,6 +21,9 @@ from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient, Logits
 
 DUMMIES = 8  # dummy batches of one label each
+Moments = tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "..."]]]
+"""Mean and mean square of gradients, by parameter."""
+
 MOST_NUMBERS = 2e7  # of one parameter's gradients, over all labels, that are held at once
 
 
@@ -67,7 +69,7 @@ def likely_counts(scores: Float[np.ndarray, " K"], total: int, most: int) -> lis
 def _shares(
     gradient: Gradient,
     variables: Arrays,
-    sent: Mapping[str, Any],
+    sent: Mapping[str, Float[np.ndarray, "..."]],
     shape: tuple[int, ...],
     input_range: tuple[float, float],
     labels: int,
@@ -95,19 +97,19 @@ def _shares(
 
 
 @keep(16)
-def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) -> Any:
+def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) -> Callable[..., Moments]:
     """(variables, shape, low, high) -> mean and mean square of the gradients of `paths` over dummies of each label."""
 
-    def chosen(variables: Arrays, x: Any, tags: Any) -> Any:
+    def chosen(variables: Arrays, x: Float[Array, "B ..."], tags: Int[Array, " B"]) -> dict[str, Float[Array, "..."]]:
         found = gradient(variables, x, tags)
         return {path: found[path] for path in paths}
 
     @functools.partial(jax.jit, static_argnums=1)
-    def draw(variables: Arrays, shape: tuple[int, ...], low: Any, high: Any) -> Any:
+    def draw(variables: Arrays, shape: tuple[int, ...], low: Float[Array, ""], high: Float[Array, ""]) -> Moments:
         dtype = next(iter(variables.values())).dtype
 
-        def of_label(label: Any) -> Any:
-            def add(sums: Any, key: Any) -> Any:
+        def of_label(label: Int[Array, ""]) -> Moments:
+            def add(sums: Moments, key: Key[Array, ""]) -> tuple[Moments, None]:
                 x = low + (high - low) * jax.random.uniform(key, shape, dtype)
                 g = chosen(variables, x, jnp.full(shape[0], label))
                 return jax.tree.map(lambda s, a: s + a / DUMMIES, sums, (g, jax.tree.map(jnp.square, g))), None

@@ -13,7 +13,8 @@ target t: smoothed, mixed or several labels.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from leakjax.attacks.heads.single import bias_path, read_head, read_input, read_
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.models.losses import labels_of
+from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
@@ -76,7 +78,7 @@ def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
     if np.all(factors == 1.0):
         return problem
 
-    def divide(g: np.ndarray) -> np.ndarray:
+    def divide(g: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         return (g / factors.reshape(-1, *[1] * (g.ndim - 1))).astype(g.dtype)
 
     return dataclasses.replace(problem, gradients={p: divide(g) for p, g in problem.gradients.items()})
@@ -127,7 +129,9 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     return Scaling(float(factors[fitting[0]]), others)
 
 
-def _target(problem: Problem, head: Segment, z: Array, dz: Array) -> np.ndarray | None:
+def _target(
+    problem: Problem, head: Segment, z: Float[Array, "..."], dz: Float[Array, "..."]
+) -> Float[np.ndarray, " K"] | None:
     """t with dL/dz(z, t) = dz, affine in t; None where the loss takes no such target: probabilities, or numbers."""
     outputs = int(np.prod(head.output.shape))
     if outputs == 1 and problem.loss == "softmax_cross_entropy":
@@ -149,19 +153,23 @@ def _target(problem: Problem, head: Segment, z: Array, dz: Array) -> np.ndarray 
     return t if share and t.min() >= -slack and t.max() <= 1.0 + slack else None
 
 
-def _soft_pull(head: Segment, loss: str, variables: Any, z: Array, t: Array) -> Array:
+def _soft_pull(
+    head: Segment, loss: str, variables: Arrays, z: Float[Array, "..."], t: Float[Array, " K"]
+) -> Float[Array, " K"]:
     return jnp.ravel(loss_pull(head, variables, loss, z, t[None]))
 
 
 @keep(32)
-def _pulls(head: Segment, loss: str) -> Any:
-    def pulls(variables: Any, z: Array, labels: Int[Array, " L"]) -> Array:
+def _pulls(head: Segment, loss: str) -> Callable[..., Float[Array, "L K"]]:
+    def pulls(variables: Arrays, z: Float[Array, "..."], labels: Int[Array, " L"]) -> Float[Array, "L K"]:
         return jax.vmap(lambda y: jnp.ravel(loss_pull(head, variables, loss, z, y)))(labels)
 
     return jax.jit(pulls)
 
 
-def _fits_unscaled(problem: Problem, head: Segment, gradient: Any, victim: int) -> bool:
+def _fits_unscaled(
+    problem: Problem, head: Segment, gradient: Mapping[str, Float[np.ndarray, "..."]], victim: int
+) -> bool:
     """Whether some label explains a head without bias with c = 1."""
     arrays = {p: np.asarray(g, problem.dtype)[None] for p, g in gradient.items()}
     labels = None if problem.labels is None else problem.labels[victim]
@@ -190,10 +198,12 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
     for sign in (1.0, -1.0):
         for label in labels:
 
-            def pull(t: np.ndarray, label: int = int(label)) -> np.ndarray:
+            def pull(t: Float[np.ndarray, " T"], label: int = int(label)) -> Float[np.ndarray, "T K"]:
                 return np.asarray(ray(to_device(t, problem.dtype), to_device(label)), float)
 
-            def away(t: np.ndarray, pull: Any = pull) -> np.ndarray:
+            def away(
+                t: Float[np.ndarray, " T"], pull: Callable[..., Float[np.ndarray, "T K"]] = pull
+            ) -> Float[np.ndarray, " T"]:
                 """Sine of the angle between p and dz."""
                 p = pull(t)
                 size = np.linalg.norm(p, axis=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from scipy.optimize import root_scalar
 
 from leakjax.constraints.layer import layer_system, loss_pull
@@ -34,8 +34,8 @@ class HeadCandidate(NamedTuple):
 
     victim: int
     label: int
-    dz: np.ndarray
-    x: np.ndarray
+    dz: Float[np.ndarray, "..."]
+    x: Float[np.ndarray, "..."]
     residual: float
 
 
@@ -83,7 +83,7 @@ def read_head(
     gradients: Mapping[str, Float[Any, "V ..."]],
     loss: str,
     *,
-    labels: np.ndarray | None,
+    labels: Int[np.ndarray, " V"] | None,
     tolerance: float,
     accept: float,
 ) -> HeadReading:
@@ -129,7 +129,7 @@ def read_input(
 
 def read_ray(
     segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
-) -> tuple[Float[Array, "..."], Callable[[Array, Array], Array]]:
+) -> tuple[Float[Array, "..."], Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]]:
     """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
     arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
@@ -143,19 +143,27 @@ def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
 
 
 def _input_from_gradient(
-    segment: Segment, variables: Arrays, dz: Array, gradient: Any, tolerance: float
+    segment: Segment,
+    variables: Arrays,
+    dz: Float[Array, "..."],
+    gradient: Mapping[str, Float[Array, "..."]],
+    tolerance: float,
 ) -> LsmrSolution:
     system = layer_system(segment, variables, _unknown_output(segment, dz.dtype), dz, gradient)
     return solve_lsmr(system.operator, system.vector, tolerance=tolerance, max_steps=500)
 
 
 @keep(32)
-def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., Any]:
-    def solve(variables: Arrays, gradient: Arrays) -> Any:
+def _with_bias(
+    segment: Segment, path: str, tolerance: float
+) -> Callable[..., tuple[Float[Array, "..."], LsmrSolution]]:
+    def solve(
+        variables: Arrays, gradient: Mapping[str, Float[Array, "..."]]
+    ) -> tuple[Float[Array, "..."], LsmrSolution]:
         zero = jnp.zeros(segment.input.shape, segment.input.dtype)
         outputs = int(np.prod(segment.output.shape))
 
-        def output(b: Any) -> Any:
+        def output(b: Float[Array, "..."]) -> Float[Array, " K"]:
             return jnp.ravel(segment.function({**variables, path: b}, zero))
 
         slope = jax.jacobian(output)(variables[path]).reshape(outputs, -1)
@@ -166,8 +174,10 @@ def _with_bias(segment: Segment, path: str, tolerance: float) -> Callable[..., A
 
 
 @keep(32)
-def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
-    def off(variables: Arrays, x: Array, dz: Array, labels: Array) -> Array:
+def _mismatch(segment: Segment, loss: str) -> Callable[..., Float[Array, "V L"]]:
+    def off(
+        variables: Arrays, x: Float[Array, "..."], dz: Float[Array, "..."], labels: Int[Array, " L"]
+    ) -> Float[Array, " L"]:
         z = segment.function(variables, x)
         pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
         return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
@@ -176,20 +186,24 @@ def _mismatch(segment: Segment, loss: str) -> Callable[..., Any]:
 
 
 @keep(32)
-def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
+def _rank_one(segment: Segment, tolerance: float) -> Callable[..., tuple[Float[Array, "..."], LsmrSolution]]:
     """Factors of g = B(dz, x), ||dz|| = 1, by alternating least squares: one round is exact where B is a product."""
 
-    def direction_of(variables: Arrays, x: Array, gradient: Arrays) -> Array:
+    def direction_of(
+        variables: Arrays, x: Float[Array, "..."], gradient: Mapping[str, Float[Array, "..."]]
+    ) -> Float[Array, "..."]:
         weights = {p: variables[p] for p in segment.paths}
         pull = jax.vjp(lambda w: segment.function({**variables, **w}, x), weights)[1]
         struct = jax.ShapeDtypeStruct(segment.output.shape, x.dtype)
         operator = lx.FunctionLinearOperator(lambda u: pull(u)[0], struct)
         return lsmr(operator, gradient, tolerance=tolerance, max_steps=200).x
 
-    def factor(variables: Arrays, gradient: Arrays) -> Any:
+    def factor(
+        variables: Arrays, gradient: Mapping[str, Float[Array, "..."]]
+    ) -> tuple[Float[Array, "..."], LsmrSolution]:
         gradient = {p: gradient[p] for p in segment.paths}
 
-        def improve(dz: Array, _: None) -> tuple[Array, LsmrSolution]:
+        def improve(dz: Float[Array, "..."], _: None) -> tuple[Float[Array, "..."], LsmrSolution]:
             solution = _input_from_gradient(segment, variables, dz / jnp.linalg.norm(dz), gradient, tolerance)
             return direction_of(variables, solution.x, gradient), solution
 
@@ -202,20 +216,22 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., Any]:
 
 
 @keep(32)
-def _ray(segment: Segment, loss: str) -> Callable[..., Any]:
+def _ray(segment: Segment, loss: str) -> Callable[..., Float[Array, "T K"]]:
     """(variables, z0, a, t (T,), label) -> t dL/dz(z0 + t a, label), (T, K)."""
 
-    def pulls(variables: Arrays, z0: Array, a: Array, t: Array, label: Array) -> Array:
+    def pulls(
+        variables: Arrays, z0: Float[Array, "*z"], a: Float[Array, "*z"], t: Float[Array, " T"], label: Int[Array, ""]
+    ) -> Float[Array, "T K"]:
         return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label)))(t)
 
     return jax.jit(pulls)
 
 
 @keep(32)
-def _line(segment: Segment) -> Callable[..., tuple[Array, Array]]:
+def _line(segment: Segment) -> Callable[..., tuple[Float[Array, "..."], Float[Array, "..."]]]:
     """(variables, x) -> f(0), f(x) - f(0): the logits along t x are the first plus t times the second."""
 
-    def ends(variables: Arrays, x: Array) -> tuple[Array, Array]:
+    def ends(variables: Arrays, x: Float[Array, "*x"]) -> tuple[Float[Array, "*z"], Float[Array, "*z"]]:
         at_zero = segment.function(variables, jnp.zeros_like(x))
         return at_zero, segment.function(variables, x) - at_zero
 
@@ -223,7 +239,12 @@ def _line(segment: Segment) -> Callable[..., tuple[Array, Array]]:
 
 
 def _scalar_roots(
-    segment: Segment, variables: Arrays, loss: str, direction: np.ndarray, x: np.ndarray, given: int | None
+    segment: Segment,
+    variables: Arrays,
+    loss: str,
+    direction: Float[np.ndarray, "..."],
+    x: Float[np.ndarray, "..."],
+    given: int | None,
 ) -> list[HeadCandidate]:
     """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then Brent's method.
 
@@ -244,7 +265,7 @@ def _scalar_roots(
         for label in labels if given is None else [given]:
             y = np.asarray(label)
 
-            def excess(t: np.ndarray, y: np.ndarray = y) -> np.ndarray:
+            def excess(t: Float[np.ndarray, " T"], y: Int[np.ndarray, ""] = y) -> Float[np.ndarray, " T"]:
                 return np.asarray(ray(np.asarray(t, x.dtype), y), float) @ flat - 1.0
 
             grid = sign * sizes
@@ -252,7 +273,7 @@ def _scalar_roots(
             crossings = np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0)
             for k in crossings[:8]:
 
-                def at(t: float, excess: Any = excess) -> float:
+                def at(t: float, excess: Callable[..., Float[np.ndarray, " T"]] = excess) -> float:
                     return float(excess(np.full(8, t))[0])
 
                 t = root_scalar(at, bracket=np.sort(grid[k : k + 2]), method="brentq", xtol=1e-300).root
