@@ -86,6 +86,20 @@ def test_names_end_as_numpys_do(tmp_path):
     assert left_in(tmp_path) == ["a.b.npz"]
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_array_may_have_the_name_of_an_argument(tmp_path, compressed):
+    """NumPy's own writer takes `file` and, in some versions only, `allow_pickle` for itself."""
+    arrays = {"file": np.arange(3), "allow_pickle": np.ones((2, 0)), "params/a": np.float32(2)}
+    files.write_npz(tmp_path / "a.npz", arrays, compressed=compressed)
+    with np.load(tmp_path / "a.npz") as found:
+        assert found.files == list(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        files.write_npz(tmp_path / "a.npz", {"a": np.array([None])}, compressed=compressed)
+    assert left_in(tmp_path) == ["a.npz"]
+
+
 WRITE = {"write_text", "write_bytes", "savez", "savez_compressed", "savefig", "tofile"}
 
 

@@ -5,6 +5,7 @@ import io
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -55,12 +56,16 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_npz(path: str | os.PathLike, arrays: dict[str, Any], *, compressed: bool = False) -> None:
     """Write `arrays` by name, without pickles, to the npz file `path`, whole or not at all.
 
-    As `numpy.savez` has it, `.npz` is added to a name that does not end so.
+    As `numpy.savez` has it, `.npz` is added to a name that does not end so. An array may have any name, that of an
+    argument of `numpy.savez` too (which are not the same in every version of NumPy).
     """
     path = Path(path)
-    save = np.savez_compressed if compressed else np.savez
-    with whole_file(path if path.suffix == ".npz" else path.with_name(path.name + ".npz")) as file:
-        save(file, allow_pickle=False, **arrays)
+    path = path if path.suffix == ".npz" else path.with_name(path.name + ".npz")
+    method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with whole_file(path) as file, zipfile.ZipFile(file, "w", method) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:  # an array's size is not known before
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 def write_figure(path: str | os.PathLike, figure: Any, **options: Any) -> None:
