@@ -19,9 +19,9 @@ from benchmarks.progress import progress
 from leakjax.arguments import choice
 from leakjax.attacks import ATTACKS
 from leakjax.errors import InputError
-from leakjax.inversion import SOLVERS
 from leakjax.models import MODELS
 from leakjax.models.activations import parse_activation
+from leakjax.preparation import SOLVERS
 from leakjax.runtime.precision import DTYPES
 
 

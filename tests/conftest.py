@@ -27,11 +27,12 @@ from typer.testing import CliRunner
 # Shapes and types of annotations are checked as functions are called, in every room. Front doors check what a caller
 # gives by themselves, with an error of their own that tests ask for: they are left out.
 FRONT_DOORS = (
-    "leakjax.__init__", "leakjax.arguments", "leakjax.reconstruction", "leakjax.inversion", "leakjax.cli",
-    "leakjax.client.observation", "leakjax.client.training", "leakjax.captures", "leakjax.interop", "leakjax.datasets",
-    "leakjax.guard.online", "leakjax.leakage.audit", "leakjax.leakage.inputs", "leakjax.leakage.directions",
-    "leakjax.models.reader", "leakjax.models.zoo", "leakjax.client.defenses.registry", "leakjax.runtime.precision",
-    "leakjax.files", "leakjax.report", "leakjax.leakage.matrix_free", "leakjax.leakage.privacy",
+    "leakjax.__init__", "leakjax.arguments", "leakjax.reconstruction", "leakjax.preparation", "leakjax.inversion",
+    "leakjax.cli", "leakjax.client.observation", "leakjax.client.training", "leakjax.captures", "leakjax.interop",
+    "leakjax.datasets", "leakjax.guard.online", "leakjax.leakage.audit", "leakjax.leakage.inputs",
+    "leakjax.leakage.directions", "leakjax.models.reader", "leakjax.models.zoo", "leakjax.client.defenses.registry",
+    "leakjax.runtime.precision", "leakjax.files", "leakjax.report", "leakjax.leakage.matrix_free",
+    "leakjax.leakage.privacy",
 )  # fmt: skip
 _ROOT = pathlib.Path(__file__).resolve().parents[1] / "leakjax"
 CHECKED = [

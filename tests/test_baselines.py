@@ -173,7 +173,8 @@ def test_labels_of_every_gradient(monkeypatch):
         seen.append(likeliest_labels(problem))
         raise StopIteration
 
-    monkeypatch.setattr("leakjax.inversion.ATTACKS", {"spy": ATTACKS["rgap"]._replace(run=spy)})
+    for room in ("preparation", "inversion"):
+        monkeypatch.setattr(f"leakjax.{room}.ATTACKS", {"spy": ATTACKS["rgap"]._replace(run=spy)})
     options = {}, {"batch_size": 2}, {}
     for k, option in enumerate(options):
         observation = observe(model(jnp.tanh, filters=12), (batch(4), np.array([4, 0, 2, 2])), **option)

@@ -1,0 +1,198 @@
+"""What was asked of an attack, checked, and an observation made a `Problem` by it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from leakjax.arguments import check_solving, real
+from leakjax.attacks import ATTACKS
+from leakjax.attacks.certificates.stored import stored_rounding
+from leakjax.attacks.problem import PULL_BACKS, Monitor, Problem
+from leakjax.client.defenses import CUSTOM, Setting, build_defense
+from leakjax.client.factors import check_factor, known_factors
+from leakjax.client.observation import Observation
+from leakjax.client.silent import without_decay
+from leakjax.constraints.priors import PRIORS
+from leakjax.errors import InputError, UnreadableModelError, unknown_name
+from leakjax.models.losses import labels_of
+from leakjax.models.reader import Model, run_model
+from leakjax.runtime.programs import keep
+from leakjax.segments.chain import Chain, read_chain
+from leakjax.segments.tracing.network import read_network
+from leakjax.segments.tracing.widening import Wide, in_one_precision
+from leakjax.segments.training_mode import training_remarks
+from leakjax.solvers.descent import OPTIMIZERS
+
+SOLVERS = ("auto", "lsmr", "dense")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The arguments of `invert`, but for the observation."""
+
+    attack: str
+    dtype: str
+    labels: Any
+    solver: str
+    chunk: int | None
+    starts: int
+    prior: str
+    pull_back: str
+    optimizer: str | optax.GradientTransformation
+    steps: int | None
+    seed: int
+    devices: Sequence[Any] | None
+    adaptive: bool
+    gradient_noise: float | None
+    gradient_scale: float | None
+    progress: Callable[[str], None] | None
+
+    @property
+    def hears(self) -> bool:
+        """Whether the attack reckons with what a defense did."""
+        return self.adaptive and not ATTACKS[self.attack].layerwise
+
+    @property
+    def descent(self) -> optax.GradientTransformation | None:
+        """The transformation that was asked for, None for an unknown name."""
+        return OPTIMIZERS.get(self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
+
+
+def check(asked: Asked, observation: Observation) -> None:
+    """Raise `InputError` for what cannot be asked, of any attack or of these gradients, before anything is traced."""
+    names = {"attack": (asked.attack, ATTACKS), "prior": (asked.prior, PRIORS)}
+    names |= {"pull_back": (asked.pull_back, PULL_BACKS), "solver": (asked.solver, SOLVERS)}
+    names |= {"optimizer": (asked.optimizer, OPTIMIZERS)}
+    counts = {"starts": asked.starts, "steps": asked.steps, "chunk": asked.chunk}
+    check_solving(names, counts, asked.seed, asked.labels, asked.devices, asked.progress)
+    if ATTACKS[asked.attack].layerwise and observation.local_steps > 1:
+        raise InputError(
+            f"attack {asked.attack!r} reads one gradient layer by layer, and this is an update of "
+            f"{observation.local_steps} local_steps; use attack='match' (--attack match), which unrolls them"
+        )
+    if asked.descent is None:
+        raise unknown_name("optimizer", str(asked.optimizer), OPTIMIZERS)
+    if not isinstance(asked.descent, optax.GradientTransformation):
+        raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
+    _check_noise(asked.gradient_noise, observation)
+    factor = check_factor("gradient_scale", asked.gradient_scale)
+    if factor is not None and _unheard(observation, asked.hears):
+        raise InputError(
+            f"gradient_scale: the defense {observation.defense!r} is a factor itself to an attack that is not told of "
+            "it; leave gradient_scale out, or use attack='match' (--attack match)"
+        )
+
+
+def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Monitor) -> tuple[Problem, tuple[str, ...]]:
+    """The problem in the dtype `floating`, and remarks on the model; remarks are told to the `monitor` at once."""
+    wide = _cast(observation.model, tuple(observation.input_shape), asked.dtype)
+    model = wide.model
+    logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+    remarks = training_remarks(model, observation.input_shape, floating)
+    for remark in remarks:
+        monitor.tell(remark)
+    chain = _chain(model, observation, asked.dtype, ATTACKS[asked.attack].layerwise)
+    network = read_network(model, observation.input_shape, observation.examples, asked.dtype)
+    stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
+    sent, amplified = without_decay(observation.gradients, observation.model.params, observation.weight_decay)
+    own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
+    assert asked.descent is not None, "check found the optimizer"
+    problem = Problem(
+        chain=chain,
+        network=network,
+        variables=model.variables,
+        gradients={p: np.asarray(g, floating) for p, g in sent.items()},
+        loss=observation.loss,
+        input_shape=tuple(observation.input_shape),
+        input_range=observation.input_range,
+        labels=_check_labels(asked.labels, observation, logits.shape[-1]),
+        dtype=floating,
+        noise=float(np.max(amplified)) * max(own, stored),
+        chunk=asked.chunk or (1 if jax.default_backend() == "cpu" else 64),
+        solver=asked.solver,
+        pull_back=asked.pull_back,
+        optimizer=asked.descent,
+        examples=observation.examples,
+        starts=asked.starts,
+        prior=asked.prior,
+        steps=asked.steps,
+        seed=asked.seed,
+        devices=_check_devices(asked.devices),
+        defense=_told(observation, asked.hears, asked.gradient_noise),
+        local_steps=observation.local_steps,
+        learning_rate=observation.learning_rate,
+        channel_limits=None if observation.input_mean is None else observation.limits,
+        factors=_factors(observation, asked.gradient_scale, asked.hears),
+        outputs=logits.shape[-1],
+    )
+    return problem, remarks
+
+
+def _told(observation: Observation, adaptive: bool, gradient_noise: float | None) -> Setting | None:
+    """The defense that the attack reckons with."""
+    known = adaptive and observation.defense not in (None, CUSTOM)
+    if known:
+        return build_defense(str(observation.defense))
+    return build_defense(f"gaussian:{gradient_noise!r}") if adaptive and gradient_noise is not None else None
+
+
+def _unheard(observation: Observation, adaptive: bool) -> bool:
+    """Whether the defense multiplies gradients, and the attack takes them as they are."""
+    if observation.defense is None or observation.defense == CUSTOM:
+        return observation.defense == CUSTOM
+    return build_defense(observation.defense).server.rescales and not adaptive
+
+
+def _factors(observation: Observation, told: float | None, adaptive: bool) -> tuple[float | None, ...]:
+    """By victim the factor that is known, or told."""
+    known = {} if _unheard(observation, adaptive) else observation.factors
+    return known_factors(observation.gradients, known, told)
+
+
+def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
+    if gradient_noise is None:
+        return
+    wanted = "a standard deviation above 0, or None"
+    if not real("gradient_noise", gradient_noise, wanted) > 0:
+        raise InputError(f"gradient_noise must be {wanted}, got {gradient_noise!r}")
+    if observation.defense is not None:
+        raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
+
+
+@keep(16)
+def _cast(model: Model, input_shape: tuple[int, ...], dtype: str) -> Wide:
+    return in_one_precision(model, input_shape, dtype)
+
+
+def _chain(model: Model, observation: Observation, dtype: str, needed: bool) -> Chain | None:
+    """The model as segments for the examples of one gradient; None where not needed and it cannot be read."""
+    try:
+        return read_chain(model, observation.input_shape, dtype, observation.examples)
+    except UnreadableModelError:
+        if needed:
+            raise
+        return None
+
+
+def _check_devices(devices: Sequence[Any] | None) -> tuple[Any, ...]:
+    chosen = tuple(devices or ())
+    here = jax.local_devices()
+    if len(set(chosen)) < len(chosen) or any(device not in here for device in chosen):
+        raise InputError(f"devices must be different ones of jax.local_devices(), {len(here)} here, got {chosen}")
+    return chosen
+
+
+def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:
+    if labels is None:
+        return None
+    given, expected = np.asarray(labels), observation.victims * observation.examples
+    if given.shape != (expected,) or not np.issubdtype(given.dtype, np.integer):
+        raise InputError(f"labels must be {expected} integers, one an example, got shape {given.shape}")
+    if given.min() < 0 or given.max() >= labels_of(outputs):
+        raise InputError(f"labels must be in 0..{labels_of(outputs) - 1}, got {given.min()}..{given.max()}")
+    return given.reshape(observation.victims, observation.examples)
