@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from leakjax.models.losses import labels_of
 from leakjax.models.reader import Arrays
@@ -100,7 +100,7 @@ def _shares(
 def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) -> Callable[..., Moments]:
     """(variables, shape, low, high) -> mean and mean square of the gradients of `paths` over dummies of each label."""
 
-    def chosen(variables: Arrays, x: Float[Array, "B ..."], tags: Int[Array, " B"]) -> dict[str, Float[Array, "..."]]:
+    def chosen(variables: Arrays, x: Shaped[Array, "B ..."], tags: Int[Array, " B"]) -> dict[str, Float[Array, "..."]]:
         found = gradient(variables, x, tags)
         return {path: found[path] for path in paths}
 
