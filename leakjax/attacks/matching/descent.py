@@ -133,7 +133,7 @@ def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Callable[...
             misfit = jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, tags), sent)
             return x, tags, optax.tree.norm(misfit) / size, end.steps
 
-        tried = over(from_start, (0,))(starts)
+        tried = jax.vmap(from_start)(starts)
         best = jnp.argmin(jnp.nan_to_num(tried[2], nan=jnp.inf))
         return *(part[best] for part in tried[:3]), jnp.sum(tried[3])  # type: ignore[return-value]
 
