@@ -3,8 +3,8 @@
 u is the larger of the solver's and of the client's unit of rounding (`rounding`): 2e-16 in float64, 1e-7 where a client
 computed in float32. An entry of a gradient is a sum of products over examples, positions and channels; m terms of
 random rounding errors leave a relative error of sqrt(m) u (Higham, Accuracy and Stability of Numerical Algorithms,
-section 2.8), and m is at most some 1e6 in the layers that are read: 1e3 u. No certificate hangs on one of these numbers
-alone, nor on its exact value: tests/test_tolerances.py moves each by a factor of three, either way.
+section 2.8), and m is at most some 1e6 in the layers that are read: 1e3 u. Their exact values should not
+matter: tests/test_tolerances.py moves each by a factor of three, either way.
 """
 
 import dataclasses
