@@ -22,7 +22,7 @@ from leakjax.client.observation import Observation
 from leakjax.client.silent import silent_victims, with_silent
 from leakjax.constraints.priors import DEFAULT_PRIOR
 from leakjax.errors import InputError
-from leakjax.preparation import Asked, check, prepare
+from leakjax.preparation import Asked, checked, prepare
 from leakjax.reconstruction import Reconstruction
 from leakjax.runtime.precision import compute_in
 from leakjax.solvers.descent import DEFAULT_OPTIMIZER
@@ -91,7 +91,7 @@ def invert(
     given = {name: value for name, value in locals().items() if name != "observation"}
     start, asked = time.perf_counter(), Asked(**given)
     instance("observation", observation, Observation, "from observe or read_capture")
-    check(asked, observation)
+    asked = checked(asked, observation)
     silent = silent_victims(observation)
     if silent:
         return _of_the_others(observation, silent, given)

@@ -63,8 +63,9 @@ class Asked:
         return OPTIMIZERS.get(self.optimizer) if isinstance(self.optimizer, str) else self.optimizer
 
 
-def check(asked: Asked, observation: Observation) -> None:
-    """Raise `InputError` for what cannot be asked, of any attack or of these gradients, before anything is traced."""
+def checked(asked: Asked, observation: Observation) -> Asked:
+    """`asked` with its numbers as floats; `InputError` for what cannot be asked, of any attack or of these gradients,
+    before anything is traced."""
     names = {"attack": (asked.attack, ATTACKS), "prior": (asked.prior, PRIORS)}
     names |= {"pull_back": (asked.pull_back, PULL_BACKS), "solver": (asked.solver, SOLVERS)}
     names |= {"optimizer": (asked.optimizer, OPTIMIZERS)}
@@ -79,13 +80,14 @@ def check(asked: Asked, observation: Observation) -> None:
         raise unknown_name("optimizer", str(asked.optimizer), OPTIMIZERS)
     if not isinstance(asked.descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
-    _check_noise(asked.gradient_noise, observation)
+    noise = _check_noise(asked.gradient_noise, observation)
     factor = check_factor("gradient_scale", asked.gradient_scale)
     if factor is not None and _unheard(observation, asked.hears):
         raise InputError(
             f"gradient_scale: the defense {observation.defense!r} is a factor itself to an attack that is not told of "
             "it; leave gradient_scale out, or use attack='match' (--attack match)"
         )
+    return dataclasses.replace(asked, gradient_noise=noise, gradient_scale=factor)
 
 
 def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Monitor) -> tuple[Problem, tuple[str, ...]]:
@@ -101,7 +103,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
     sent, amplified = without_decay(observation.gradients, observation.model.params, observation.weight_decay)
     own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
-    assert asked.descent is not None, "check found the optimizer"
+    assert asked.descent is not None, "checked before"
     problem = Problem(
         chain=chain,
         network=network,
@@ -154,14 +156,16 @@ def _factors(observation: Observation, told: float | None, adaptive: bool) -> tu
     return known_factors(observation.gradients, known, told)
 
 
-def _check_noise(gradient_noise: float | None, observation: Observation) -> None:
+def _check_noise(gradient_noise: Any, observation: Observation) -> float | None:
     if gradient_noise is None:
-        return
+        return None
     wanted = "a standard deviation above 0, or None"
-    if not real("gradient_noise", gradient_noise, wanted) > 0:
+    deviation = real("gradient_noise", gradient_noise, wanted)
+    if not deviation > 0:
         raise InputError(f"gradient_noise must be {wanted}, got {gradient_noise!r}")
     if observation.defense is not None:
         raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
+    return deviation
 
 
 @keep(16)

@@ -99,6 +99,14 @@ def test_a_noise_that_is_no_deviation_is_refused(clean, wrong):
         invert(clean[0], gradient_noise=wrong)
 
 
+def test_a_noise_and_a_factor_may_be_numbers_of_numpys(clean):
+    observation, images = clean
+    rng, factor = np.random.default_rng(0), np.float64(0.7)
+    sent = changed(observation, lambda g: factor * g + 1e-4 * rng.normal(size=g.shape))
+    told = {"gradient_noise": np.float64(1e-4), "gradient_scale": factor}
+    within_three_decibel(invert(sent, attack="match", **told), images)
+
+
 def test_behind_kinks_the_fit_begins_from_several_points():
     """ReLU in a residual block: noise spoils the pattern of signs that the layers' own answers have."""
     net = architecture(62)

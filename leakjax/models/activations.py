@@ -154,7 +154,10 @@ class Activation:
         return jax.vjp(lambda z: self.function(variables, z), z)[1](jnp.ones_like(z))[0]
 
     def reach(self, variables: Any, dtype: Any) -> tuple[float, float]:
-        """(least, greatest) value of the function, as sampled on [-1000, 1000]; infinite where it still grows there."""
+        """(least, greatest) value of the function, as sampled on [-1000, 1000]; infinite where it still grows there.
+
+        Of the closed form, where the function was recognized as one.
+        """
         if self.kind is not None:
             return _reach_of_kind(self.kind, self.parameter, np.dtype(dtype))
         return _reach(lambda z: _compiled(self.function)(variables, z), dtype)

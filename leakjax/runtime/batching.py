@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def over(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
+def vmap_several(function: Callable[..., Any], in_axes: Sequence[int | None]) -> Callable[..., Any]:
     """`jax.vmap(function, in_axes)` with axes 0 or None; the function itself, between a squeeze and an expansion, where
     the mapped axis has length 1.
 

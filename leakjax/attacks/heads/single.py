@@ -20,7 +20,7 @@ from leakjax.constraints.layer import layer_system, loss_pull
 from leakjax.models.activations import Preimage
 from leakjax.models.losses import labels_of
 from leakjax.models.reader import Arrays
-from leakjax.runtime.batching import over
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import LsmrSolution, solve_lsmr
@@ -171,7 +171,7 @@ def _with_bias(
         dz = jnp.linalg.lstsq(slope.T, jnp.ravel(gradient[path]))[0].reshape(segment.output.shape)
         return dz, _input_from_gradient(segment, variables, dz, gradient, tolerance)
 
-    return jax.jit(over(solve, (None, 0)))
+    return jax.jit(vmap_several(solve, (None, 0)))
 
 
 @keep(32)
@@ -183,7 +183,7 @@ def _mismatch(segment: Segment, loss: str) -> Callable[..., Float[Array, "V L"]]
         pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
         return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
 
-    return jax.jit(over(off, (None, 0, 0, None)))
+    return jax.jit(vmap_several(off, (None, 0, 0, None)))
 
 
 @keep(32)
@@ -213,7 +213,7 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., tuple[Float[A
         solution, size = jax.tree.map(lambda a: a[-1], solutions), jnp.linalg.norm(dz)
         return dz / size, solution._replace(x=solution.x * size)
 
-    return jax.jit(over(factor, (None, 0)))
+    return jax.jit(vmap_several(factor, (None, 0)))
 
 
 @keep(32)
@@ -285,7 +285,7 @@ def _scalar_roots(
                         victim=0,
                         label=label,
                         dz=dz,
-                        x=np.asarray(x) * x.dtype.type(t),
+                        x=x * x.dtype.type(t),
                         residual=float(np.linalg.norm(off)),
                     )
                 )

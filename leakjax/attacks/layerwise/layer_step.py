@@ -13,7 +13,7 @@ from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.layer import BLOCKS, LayerSystem, layer_system
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
-from leakjax.runtime.batching import over
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.cores import ALONE, cores
 from leakjax.runtime.devices import placement, spread
 from leakjax.runtime.precision import compute_in
@@ -81,7 +81,7 @@ def _lowered(segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...]
         pulled = jax.vjp(lambda x: segment.function(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
-    return jax.jit(spread(over(step, (None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
+    return jax.jit(spread(vmap_several(step, (None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
 
 
 _COMPILED: Shelf[Step] = Shelf(128)

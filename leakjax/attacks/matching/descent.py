@@ -19,7 +19,7 @@ from leakjax.attacks.matching.outcome import Found, matched_outcomes
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
-from leakjax.runtime.batching import over
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.descent import descend
@@ -133,8 +133,8 @@ def _program(gradient: Gradient, recipe: Recipe, limits: Limits) -> Callable[...
             misfit = jax.tree.map(lambda w, g, s: w * (g - s), over, gradient(variables, x, tags), sent)
             return x, tags, optax.tree.norm(misfit) / size, end.steps
 
-        tried = jax.vmap(from_start)(starts)
+        tried = vmap_several(from_start, (0,))(starts)
         best = jnp.argmin(jnp.nan_to_num(tried[2], nan=jnp.inf))
         return *(part[best] for part in tried[:3]), jnp.sum(tried[3])  # type: ignore[return-value]
 
-    return jax.jit(over(of_victim, (None, None, 0, 0, 0)))
+    return jax.jit(vmap_several(of_victim, (None, None, 0, 0, 0)))

@@ -15,7 +15,7 @@ from leakjax.attacks.adaptive import Sent
 from leakjax.attacks.problem import DeviceLabels
 from leakjax.constraints.priors import from_natural, to_natural
 from leakjax.models.reader import Arrays
-from leakjax.runtime.batching import over
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
 from leakjax.solvers.gauss_newton import NewtonSolution, continuation, levenberg_marquardt
@@ -66,7 +66,7 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
             options = {"size": size, "tolerance": 10 * tolerance, "forcing": forcing}
             return levenberg_marquardt(function, start, max_steps=OUTER, max_inner=INNER, **options)
 
-        return over(one, (0,))(starts)
+        return vmap_several(one, (0,))(starts)
 
     def smooth(variables: Arrays, sent: Sent, labels: DeviceLabels, starts: Float[Array, "S B ..."]) -> NewtonSolution:
         function, size = residual(variables, sent, labels)
@@ -75,7 +75,7 @@ def match_programs(compare: Compare, tolerance: float, forcing: float = 1e-2) ->
             options = {"smoothing": SMOOTHING, "sharpest": SHARPEST, "tolerance": 1e-8, "size": size}
             return continuation(function, start, max_steps=2 * OUTER, max_inner=INNER, **options)
 
-        return over(one, (0,))(starts)
+        return vmap_several(one, (0,))(starts)
 
     def look(variables: Arrays, sent: Sent, labels: DeviceLabels, x: Float[Array, "B ..."]) -> LsmrSolution:
         rows, tangent = jax.linearize(residual(variables, sent, labels)[0], x)
