@@ -134,9 +134,10 @@ def study(first, count, attacks, victims, examples=1):
 
 
 def test_certificates_of_random_networks():
+    """Rates are at least 90 % of those measured: 8 exact and 4 ambiguous of 12."""
     statuses = study(0, 3, ["copa", "match"], victims=2)
-    assert statuses["exact"] >= 2
-    assert sum(statuses.values()) >= 10
+    assert statuses["exact"] >= 8  # 7.2
+    assert statuses["exact"] + statuses["ambiguous"] >= 11  # 10.8
 
 
 def test_every_layerwise_answer_of_a_deficient_network_stays_a_candidate():
@@ -152,8 +153,9 @@ def test_certificates_of_many_random_networks(part):
 
 
 def test_certificates_of_random_networks_and_batches():
+    """Rates are at least 90 % of those measured: of two networks one is refused, all of the other's are exact."""
     statuses = study(40, 2, ["copa"], victims=4, examples=2)
-    assert statuses["exact"] >= 1
+    assert statuses["exact"] >= 4  # 3.6
 
 
 @pytest.mark.slow
