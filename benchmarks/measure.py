@@ -14,7 +14,8 @@ import numpy as np
 import leakjax
 from benchmarks import baseline
 from benchmarks.records import environment
-from leakjax.attacks.layerwise.layer_step import LayerState, compile_steps, run_steps
+from leakjax.attacks.layerwise.layer_step import compile_steps, run_steps
+from leakjax.attacks.layerwise.system import LayerState
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.layer import loss_pull, segment_rows
 from leakjax.datasets import load_dataset, to_range
@@ -115,11 +116,11 @@ def engine(argument: str) -> dict[str, Any]:
         cpu = wall = 0.0
         for _ in range(2):  # the first run warms up
             results, cpu, wall = [], time.process_time(), time.perf_counter()
-            for k, (segment, step) in enumerate(zip(segments, steps, strict=True)):
+            for k, step in enumerate(steps):
                 noise = 1e-10 * np.sqrt(np.mean(xs[k + 1] ** 2, axis=tuple(range(1, xs[k + 1].ndim))))
-                state = LayerState(xs[k + 1], dxs[k], noise, np.full(images, problem.tolerance))
+                state = LayerState(xs[k + 1], dxs[k], noise, np.full(images, problem.tolerances.solve))
                 parts = [(group, LayerState(*(a[group] for a in state))) for group in groups]
-                results.append([run_steps(problem, segment, step, size, part, group)[0].x for group, part in parts])
+                results.append([run_steps(problem, step, size, part, group)[0].x for group, part in parts])
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     errors = [
         max(float(np.linalg.norm(x - t) / np.linalg.norm(t)) for x, t in zip(np.concatenate(found), truth, strict=True))

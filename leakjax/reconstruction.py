@@ -8,14 +8,18 @@ from jaxtyping import Float, Int
 
 Status = Literal["exact", "ambiguous", "approximate", "failed"]
 Proof = Literal["global", "local"]
+LayerSolver = Literal["direct", "lsmr", "dense", "pull_back", "match"]
 LayerStatus = Literal["determined", "deficient", "pulled_back", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """One layer's linear system: `unknowns`, `rank` (None where too large to know), `rank_deficiency` = rank -
-    unknowns, `condition` = largest over smallest non-zero singular value, `residual` = ||A x - b|| / ||b||,
-    `pull_back_depth` and solver `steps`."""
+    unknowns, `condition` = largest over smallest non-zero singular value (a bound of it where the solve was direct),
+    `residual` = ||A x - b|| / ||b||, `pull_back_depth` and solver `steps`.
+
+    `solver`: "direct" (by the small matrix of its gradient, or a factor of its weights), "lsmr", "dense" (by singular
+    values), "pull_back" (with the layers before it) or "match" (the gradient as a whole)."""
 
     name: str
     unknowns: int
@@ -26,6 +30,7 @@ class LayerInfo:
     pull_back_depth: int
     steps: int
     status: LayerStatus
+    solver: LayerSolver = "lsmr"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,7 @@ EXAMPLE = [
 ]
 CERTIFICATE = ["status", "leaked_dimensions", "unknowns", "condition", "layer", "proof", "symmetry", "psnr_estimate"]
 LAYER = ["name", "unknowns", "rank", "rank_deficiency", "condition", "residual", "pull_back_depth", "steps", "status"]
+LAYER += ["solver"]
 SECONDS = ["trace", "compile", "solve", "total"]
 
 NETS = """

@@ -30,13 +30,13 @@ def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
     compile_steps, busy, disturbed = module.compile_steps, threading.Semaphore(1), []
 
     def faulty(*given):
-        def wrap(step):
+        def wrap(program):
             def run(*arguments):
                 alone = busy.acquire(blocking=False)
                 try:
                     if alone:
                         threading.Event().wait(0.2)  # the other run begins meanwhile
-                    solution, pulled = step(*arguments)
+                    solution, pulled = program(*arguments)
                 finally:
                     if alone:
                         busy.release()
@@ -49,11 +49,14 @@ def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
 
             return run
 
-        return [wrap(step) for step in compile_steps(*given)]
+        steps = compile_steps(*given)
+        for step in steps:
+            step.programs = {kind: wrap(program) for kind, program in step.programs.items()}
+        return steps
 
     recursion = importlib.import_module("leakjax.attacks.layerwise.recursion")
     monkeypatch.setattr(recursion, "compile_steps", faulty)
-    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(importlib.import_module("leakjax.attacks.layerwise.chunks"), "cores", lambda: 2)
     images = rng.uniform(size=(2, 6, 6, 1))
     answer = invert(observe(small(rng), (images, np.array([1, 2]))), attack="rgap")
     assert disturbed

@@ -30,7 +30,7 @@ class Tolerances:
     - `kinked`: residual from which on a piecewise-linear layer that was solved has an entry on the wrong side of a
       kink, 30 u or 1e-9: what is solved with the right sides is fitted to a few u, and one wrong entry of n leaves
       about n^(-1/2) of its own size.
-    - `clean`: residual up to which a solve counts as undisturbed, 100 u or 1e-9: see `layer_step.run_steps`.
+    - `clean`: residual up to which a solve counts as undisturbed, 100 u or 1e-9: see `layerwise.chunks.run_chunks`.
     - `error`: estimated relative error (condition times residual) up to which a layer counts as solved: 60 dB.
     - `same_gradient`: difference of two gradients, parameter by parameter, that a symmetry of the network leaves: 30 u,
       no less than 1e-10 and no more than `same_at_most`, since half precision would call many images alike that an

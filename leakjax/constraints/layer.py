@@ -34,10 +34,13 @@ Labels = int | Int[np.ndarray | Array, "*B"] | Float[np.ndarray | Array, "B K"]
 
 
 class LayerSystem(NamedTuple):
-    """operator(x) = vector, in rows (forward, {path: gradient}), each multiplied by its weight; 0 drops a row."""
+    """operator(x) = vector, in rows (forward, {path: gradient}), each multiplied by its weight; 0 drops a row.
+
+    `weight`: of the forward rows."""
 
     operator: lx.AbstractLinearOperator
     vector: Rows
+    weight: Float[Array, "..."]
 
 
 def segment_rows(
@@ -102,7 +105,8 @@ def layer_system(
 
     _, linear = jax.linearize(rows, zero)
     operator = lx.FunctionLinearOperator(linear, jax.eval_shape(lambda: zero))
-    return LayerSystem(operator, (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths}))
+    vector = (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths})
+    return LayerSystem(operator, vector, over_forward * forward_weight)
 
 
 def _rms(arrays: list[Float[Array, "..."]]) -> Float[Array, ""]:

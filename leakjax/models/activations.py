@@ -149,6 +149,13 @@ class Activation:
         """Whether some outputs leave the input unknown (ReLU's zeros, saturation)."""
         return self.kind is None or any(np.isfinite(self.kind.domain(self.parameter)))
 
+    def is_flat(self, variables: Any, dtype: Any) -> bool:
+        """Whether act' = 0 on a part of [-3, 3] (a ReLU's zeros), so that many inputs are unknown."""
+        if not self.has_masks:
+            return False
+        grid = np.linspace(-3.0, 3.0, 16).astype(dtype)  # an even number: no point at 0
+        return bool(np.any(np.asarray(_slopes(self)(variables, grid)) == 0))
+
     def slope(self, variables: Any, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """act'(z), by a vector-Jacobian product."""
         return jax.vjp(lambda z: self.function(variables, z), z)[1](jnp.ones_like(z))[0]
@@ -206,6 +213,11 @@ class Activation:
 
 _GRID = np.concatenate([-np.geomspace(40.0, 1e-3, 100), [0.0], np.geomspace(1e-3, 40.0, 100)])
 """Where functions are compared: finest near 0, as far as a logistic function leaves its ends in float32."""
+
+
+@keep(64)
+def _slopes(activation: Activation) -> Callable[[Any, Any], Array]:
+    return jax.jit(activation.slope)
 
 
 @keep(128)

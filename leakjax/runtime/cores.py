@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 ALONE = threading.Lock()
 """Held by a compiled program with loops that nothing checks afterwards: XLA's CPU client (jax 0.10 and 0.11) has
 returned wrong numbers from two runs of one such program at once, on two cores and from some size on; one run alone has
-been right always. What runs side by side without this lock is checked (`layer_step.run_steps`)."""
+been right always. What runs side by side without this lock is checked (`layerwise.chunks.run_chunks`)."""
 
 T = TypeVar("T")
 R = TypeVar("R")

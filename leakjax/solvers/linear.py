@@ -3,6 +3,7 @@
 Both also answer how much of x the operator sees: its rank and condition where they are cheap to know.
 """
 
+from collections.abc import Callable
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
 _SMALL = 800
+_POWER = 5  # steps of the power iteration: a condition is told by its order of magnitude
 _SEEN = 1e-6  # of a random x: how near it must come back
 PROBE_LOSS = 3 * _SEEN
 """Share `lost` of a random probe up to which a system has no null space. A solve that ended because it was near enough
@@ -201,3 +203,16 @@ def relative_residual(
     size = optax.tree.norm(vector)
     error = optax.tree.norm(optax.tree.sub(operator.mv(x), vector))
     return error / jnp.where(size > 0, size, 1.0)
+
+
+def largest_singular_value(
+    product: Callable[[Float[Array, "..."]], PyTree[Float[Array, "..."]]], start: Float[Array, "..."]
+) -> Float[Array, ""]:
+    """||A||, from below and to some ten per cent, by a few steps of the power iteration on A^T A; A x = product(x)."""
+    adjoint = jax.linear_transpose(product, start)
+
+    def step(v: Float[Array, "..."], _: None) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+        image = product(v / jnp.maximum(jnp.linalg.norm(jnp.ravel(v)), jnp.finfo(v.dtype).tiny))
+        return adjoint(image)[0], optax.tree.norm(image)
+
+    return jax.lax.scan(step, start, None, length=_POWER)[1][-1]

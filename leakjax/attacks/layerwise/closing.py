@@ -11,7 +11,6 @@ from leakjax.attacks.layerwise.path import Anchor, Path, layer_info, noise_level
 from leakjax.attacks.layerwise.ranks import layer_null_space, matrix_shape
 from leakjax.attacks.problem import Problem
 from leakjax.segments.chain import Segment
-from leakjax.solvers.linear import lsmr_condition
 
 Nulls = dict[int, tuple[Path, Float[np.ndarray, "n r"] | None]]
 """By victim: a path, and the null space of its layer's system."""
@@ -36,13 +35,13 @@ def close(problem: Problem, position: int, solved: Solved, k: int, path: Path, n
     found = close_null_space(problem, before, null, x, noise_level(problem, x, residual))
     if found is None or not found.residual <= problem.tolerances.matched:
         return None
-    pairs = ((lsmr_condition(solution, k), residual), (found.condition, found.residual))
+    pairs = ((float(solution.condition[k]), residual), (found.condition, found.residual))
     condition, residual = max(pairs, key=lambda pair: pair[0] * pair[1])
     steps = int(solution.steps[k]) + found.steps
     info = layer_info(problem, segment.name, x.size, x.size, condition, residual, steps)
     anchor = None if found.whole else Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     info = dataclasses.replace(info, status="pulled_back" if info.status == "determined" else info.status)
-    info = dataclasses.replace(info, pull_back_depth=1, rank=x.size if found.whole else None)
+    info = dataclasses.replace(info, pull_back_depth=1, rank=x.size if found.whole else None, solver="pull_back")
     x = found.x.astype(state.x.dtype).reshape(segment.input.shape)
     noise = noise_level(problem, x, residual)
     seen = np.ones(x.shape) if found.whole else None

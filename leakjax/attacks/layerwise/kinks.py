@@ -6,11 +6,12 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from leakjax.attacks.layerwise.layer_step import LayerState, Step, max_steps, run_steps
+from leakjax.attacks.layerwise.iterative import max_steps
+from leakjax.attacks.layerwise.layer_step import LayerSolution, Step, run_steps
+from leakjax.attacks.layerwise.system import LayerState
 from leakjax.attacks.problem import Problem
 from leakjax.models.activations import preimage_program
 from leakjax.segments.chain import Segment
-from leakjax.solvers.linear import LsmrSolution
 
 NOISE_FACTORS = (0.1, 10.0, 0.01, 100.0)
 MOST_KINKS, MOST_TRIALS = 4, 32  # entries moved across a kink, and tried at a time
@@ -19,14 +20,13 @@ MOST_KINKS, MOST_TRIALS = 4, 32  # entries moved across a kink, and tried at a t
 class Solved(NamedTuple):
     """Solutions of several paths' systems, dL/dx of each, and the states that they came from."""
 
-    solution: LsmrSolution
+    solution: LayerSolution
     dx: Float[np.ndarray, "P ..."]
     state: LayerState
 
 
 def mend_kinks(
     problem: Problem,
-    segment: Segment,
     step: Step,
     size: int,
     victims: list[int],
@@ -38,8 +38,10 @@ def mend_kinks(
     A path behind a layer that was not determined is left alone: its misfit has another cause.
     """
 
+    segment = step.segment
+
     def run(state: LayerState, owners: Int[np.ndarray, " R"]) -> Solved:
-        return Solved(*run_steps(problem, segment, step, size, state, [victims[k] for k in owners]), state)
+        return Solved(*run_steps(problem, step, size, state, [victims[k] for k in owners]), state)
 
     def misfits(solved: Solved) -> Int[np.ndarray, " M"]:
         """Paths whose system was solved and does not fit (where a step limit was met, it is conditioning)."""

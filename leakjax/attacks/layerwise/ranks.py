@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.attacks.layerwise.layer_step import LayerState, dense_system
 from leakjax.attacks.layerwise.pull_back import Known, products
+from leakjax.attacks.layerwise.system import LayerState, dense_system
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.layer import segment_rows
 from leakjax.runtime.memory import fits_in_memory

@@ -11,17 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from leakjax.attacks.layerwise.chunks import workers
 from leakjax.attacks.layerwise.closing import Nulls, close
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.kinks import Solved, mend_kinks
-from leakjax.attacks.layerwise.layer_step import (
-    LayerState,
-    Step,
-    compile_steps,
-    pull_back_cotangent,
-    run_steps,
-    workers,
-)
+from leakjax.attacks.layerwise.layer_step import Step, compile_steps, run_steps
 from leakjax.attacks.layerwise.outcomes import outcomes
 from leakjax.attacks.layerwise.path import (
     Anchor,
@@ -35,15 +29,17 @@ from leakjax.attacks.layerwise.path import (
 from leakjax.attacks.layerwise.prior_choice import choose
 from leakjax.attacks.layerwise.ranks import matrix_shape, solve_layer_densely
 from leakjax.attacks.layerwise.start import start
+from leakjax.attacks.layerwise.system import LayerState, pull_back_cotangent
 from leakjax.attacks.layerwise.waiting import pull, wait
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError, UnreadableModelError
+from leakjax.reconstruction import LayerSolver
 from leakjax.runtime.cores import side_by_side
 from leakjax.runtime.devices import solved_together
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.chain import Segment
-from leakjax.solvers.linear import dense_bytes, lsmr_condition
+from leakjax.solvers.linear import dense_bytes
 
 ILL_CONDITIONED = 1e5  # above it a layer is solved again by singular values, where that is small enough
 
@@ -107,16 +103,16 @@ def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
 
 
 def _advance(problem: Problem, position: int, step: Step, size: int, paths: list[Path], waiting: bool) -> list[Path]:
-    segment, victims = problem.segments[position], [p.victim for p in paths]
+    victims = [p.victim for p in paths]
     state = LayerState(
         np.stack([p.x for p in paths]),
         np.stack([p.dx for p in paths]),
         np.asarray([p.noise for p in paths]),
         np.asarray([solve_tolerance(problem, p.layers[0].residual) for p in paths]),
     )
-    solved = Solved(*run_steps(problem, segment, step, size, state, victims), state)
+    solved = Solved(*run_steps(problem, step, size, state, victims), state)
     certain = np.array([p.certain for p in paths])
-    solved = mend_kinks(problem, segment, step, size, victims, solved, certain)
+    solved = mend_kinks(problem, step, size, victims, solved, certain)
     nulls: Nulls = {}
 
     def finish(victim: int) -> list[tuple[int, Path]]:
@@ -136,7 +132,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
         closed = close(problem, position, solved, k, path, nulls)
         if closed is not None:
             return closed
-    answer, anchor = _by_lsmr(segment, solved, k, problem.tolerances.probe), path.anchor
+    answer, anchor = _by_step(segment, solved, k, problem.tolerances.probe), path.anchor
     here = Anchor(position, state.x[k], state.dx[k], float(state.noise[k]))
     if anchor is not None or (waiting and deficient):
         anchor = anchor or here
@@ -151,6 +147,7 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
         answer.residual,
         int(solved.solution.steps[k]),
     )
+    info = dataclasses.replace(info, solver=answer.solver)
     return dataclasses.replace(
         path,
         x=answer.x,
@@ -164,8 +161,8 @@ def _solved(problem: Problem, position: int, solved: Solved, k: int, path: Path,
 
 
 class _Answer(NamedTuple):
-    """A layer's input by its own system: x and dL/dx, relative residual, condition, rank and row-space shares, the last
-    two None where they are not known."""
+    """A layer's input by its own system: x and dL/dx, relative residual, condition, rank and row-space shares, these
+    two None where they are not known, and what found it."""
 
     x: Float[np.ndarray, "..."]
     dx: Float[np.ndarray, "..."]
@@ -173,26 +170,28 @@ class _Answer(NamedTuple):
     condition: float
     rank: int | None
     seen: Float[np.ndarray, "..."] | None
+    solver: LayerSolver
 
 
-def _by_lsmr(segment: Segment, solved: Solved, k: int, probe: float) -> _Answer:
-    """What LSMR found; of full rank where it lost nothing of a random right-hand side."""
+def _by_step(segment: Segment, solved: Solved, k: int, probe: float) -> _Answer:
+    """What the layer's step found; of full rank where it lost nothing of a random input."""
     solution, x = solved.solution, np.asarray(solved.solution.x[k])
     whole = bool(solution.lost[k] <= probe)
     return _Answer(
         x=x,
         dx=solved.dx[k],
         residual=float(solution.residual[k]),
-        condition=lsmr_condition(solution, k),
+        condition=float(solution.condition[k]),
         rank=x.size if whole else None,
         seen=np.ones(segment.input.shape) if whole else None,
+        solver="direct" if solution.direct[k] else "lsmr",
     )
 
 
 def _by_singular_values(
     problem: Problem, segment: Segment, solved: Solved, k: int, victim: int, answer: _Answer
 ) -> _Answer:
-    """LSMR's answer, with the rank of the layer's matrix where that is small enough, and its solution where it fits."""
+    """The step's answer, with the rank of the layer's matrix where that is small, and its solution where it fits."""
     found = solve_layer_densely(problem, segment, solved.state, k, victim)
     if found is None:
         return answer
@@ -202,7 +201,9 @@ def _by_singular_values(
     if problem.solver != "dense" and not better:
         return ranked
     x = dense.x.reshape(segment.input.shape).astype(answer.x.dtype)
-    return ranked._replace(x=x, dx=pull_back_cotangent(segment, problem.variables, x, dz), residual=dense.residual)
+    return ranked._replace(
+        x=x, dx=pull_back_cotangent(segment, problem.variables, x, dz), residual=dense.residual, solver="dense"
+    )
 
 
 def _check_memory(problem: Problem, size: int) -> None:

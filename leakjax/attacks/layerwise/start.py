@@ -5,9 +5,9 @@ import numpy as np
 from leakjax.attacks.heads.batch import examples_shown, fits, read_dense_head, separate_examples
 from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.heads.single import read_head
-from leakjax.attacks.layerwise.layer_step import pull_back_cotangent
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
 from leakjax.attacks.layerwise.ranks import head_rank
+from leakjax.attacks.layerwise.system import pull_back_cotangent
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.runtime.devices import solved_together

@@ -232,5 +232,10 @@ def _pulled_info(info: LayerInfo, depth: int, condition: float, residual: float,
     own = info.rank == info.unknowns or depth == 0
     status = "failed" if not matched else "determined" if own else "pulled_back"
     return dataclasses.replace(
-        info, condition=condition, residual=residual, pull_back_depth=0 if own else depth, status=status
+        info,
+        condition=condition,
+        residual=residual,
+        pull_back_depth=0 if own else depth,
+        status=status,
+        solver="pull_back" if status == "pulled_back" else info.solver,
     )

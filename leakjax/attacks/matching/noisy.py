@@ -238,6 +238,7 @@ def _matched(problem: Problem, labels: Labels, group: list[Outcome], fit: Polish
         pull_back_depth=0,
         steps=0,
         status="determined",
+        solver="match",
     )
     return [
         dataclasses.replace(

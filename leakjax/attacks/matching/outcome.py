@@ -91,6 +91,7 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
         pull_back_depth=0,
         steps=steps,
         status=status,
+        solver="match",
     )
     error = max((c * t.residual for (_, _, c), t in zip(ranks, matching, strict=False) if c), default=0.0)
     images = split([answer[:3] for answer in answers], float(np.clip(10 * error, 1e-7, LIKE)))

@@ -41,8 +41,8 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         padding=(0, 1),
         collapse_padding=True,
     )
-    for name in ("layer", "unknowns", "rank", "missing", "condition", "residual", "steps", "status"):
-        layers.add_column(name, justify="left" if name in ("layer", "status") else "right")
+    for name in ("layer", "unknowns", "rank", "missing", "condition", "residual", "solver", "steps", "status"):
+        layers.add_column(name, justify="left" if name in ("layer", "solver", "status") else "right")
     for info in report["examples"][0]["layers"]:
         layers.add_row(
             info["name"],
@@ -51,6 +51,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
             _number(None if info["rank_deficiency"] is None else -info["rank_deficiency"], "d"),
             _number(info["condition"], ".3g"),
             _number(info["residual"], ".1e"),
+            info["solver"],
             str(info["steps"]),
             info["status"],
         )
