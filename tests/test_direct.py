@@ -7,12 +7,12 @@ import pytest
 
 import leakjax
 from leakjax import invert, observe
-from leakjax.attacks.layerwise import direct, layer_step
+from leakjax.attacks.layerwise import direct, factors, layer_step
 from leakjax.attacks.layerwise.system import dense_system
 from leakjax.constraints.channel_reading import read_channels
 from leakjax.segments.chain import read_chain
 from leakjax.solvers.banded import factor_gram, solve_banded
-from leakjax.solvers.kronecker import inverse_bound, solve_blocks, solve_full, spectrum
+from leakjax.solvers.kronecker import solve_blocks, solve_full, spectrum
 
 
 def conv(x, w, stride=1, padding="VALID", groups=1, layout=("NHWC", "HWIO", "NHWC")):
@@ -106,19 +106,6 @@ def test_blocks_are_solved_together(rng):
     assert float(least) == pytest.approx(np.linalg.svd(full)[1][-1], rel=0.05)
 
 
-def test_the_bound_of_an_inverse_holds(rng):
-    for seed in range(20):
-        draw = np.random.default_rng(seed)
-        k, f = draw.normal(size=(9, 6)) * np.r_[1.0, 1.0, 0.3, 0.1, 1e-5, 0.0], draw.normal(size=(5, 6))
-        vt = np.linalg.svd(k)[2]
-        s = np.linalg.svd(k)[1]
-        weak = vt[s < 1e-3 * s[0]].T
-        rest = np.linalg.svd(np.concatenate([f @ weak, k @ weak]))[1][-1]
-        smallest = np.linalg.svd(np.concatenate([f, k]))[1][-1]
-        least = s[s >= 1e-3 * s[0]][-1]
-        assert 1 / smallest <= inverse_bound(np.linalg.norm(f, 2), least, rest) * (1 + 1e-9)
-
-
 PADDED = [(1, 1), (1, 1)]
 
 
@@ -162,10 +149,9 @@ def test_every_route_gives_what_lsmr_gives(rng, monkeypatch):
         assert np.max(np.abs(a - image)) <= max(10 * np.max(np.abs(b - image)), 1e-10)
     for mine, theirs in zip(answer.layers[0], other.layers[0], strict=True):
         assert mine.rank == theirs.rank == mine.unknowns
-        assert mine.condition >= 0.7 * theirs.condition
 
 
-def test_a_condition_is_told_as_a_bound(rng, monkeypatch):
+def test_a_condition_is_near_the_dense_one(rng, monkeypatch):
     kept = []
     run = layer_step.run_steps
 
@@ -179,7 +165,8 @@ def test_a_condition_is_told_as_a_bound(rng, monkeypatch):
     assert len(kept) == 3
     for problem, segment, state, condition in kept:
         values = np.linalg.svd(dense_system(problem, segment, state, 0, 0)[1], compute_uv=False)
-        assert 0.8 * values[0] / values[-1] <= condition <= 1e3 * values[0] / values[-1]
+        print(segment.name, condition, values[0] / values[-1])
+        assert 0.1 * values[0] / values[-1] <= condition <= 1.5 * values[0] / values[-1]
 
 
 def test_factors_belong_to_weights(rng):
@@ -200,3 +187,20 @@ def test_what_a_direct_solve_leaves_open_is_lsmr_s(rng):
     layers = answer.layers[0]
     assert all(info.rank == info.unknowns for info in layers if info.solver == "direct")
     assert any(info.solver != "direct" for info in layers)
+
+
+def test_weak_directions_are_closed_by_the_gradient(rng, monkeypatch):
+    """Forward rows that hardly see some directions; the gradient's see them."""
+    params = {"a": rng.normal(0, 0.3, (5, 5, 3, 12)), "d": rng.normal(0, 0.05, (12 * 12 * 12, 4))}
+
+    def apply(p, x):
+        return jnp.tanh(conv(x, p["a"], 2, [(2, 2), (2, 2)])).reshape(len(x), -1) @ p["d"]
+
+    images = rng.uniform(size=(3, 24, 24, 3))
+    made = []
+    monkeypatch.setattr(direct, "factor_of", lambda *given: made.append(factors.factor_of(*given)) or made[-1])
+    answer = invert(observe((apply, params), (images, np.array([0, 3, 1]))))
+    assert made[0].weak.shape[1] > 0
+    assert [layers[0].solver for layers in answer.layers] == ["direct"] * 3
+    assert all(c.status == "exact" for c in answer.certificates)
+    assert np.max(np.abs(answer.images - images)) < 1e-9

@@ -3,8 +3,10 @@
 Entry (p, c) of the input of a convolution meets no other entry in F^T F than those of near positions. Cut into slabs of
 whole rows, F^T F is block tridiagonal:
 
-    F^T F = L L^T,   L_ii L_ii^T = N_ii - L_i,i-1 L_i,i-1^T,   L_i,i-1 = N_i,i-1 L_i-1,i-1^-T
+    F^T F + s I = L L^T,   L_ii L_ii^T = N_ii - L_i,i-1 L_i,i-1^T,   L_i,i-1 = N_i,i-1 L_i-1,i-1^-T
 
+with a shift s of some roundings, so that directions that F hardly sees do not stop it; refinement takes it back where F
+sees well.
 A factor belongs to the weights of a model and serves every right-hand side, of all its clients.
 """
 
@@ -20,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 _ROUNDING = 1e-12  # of the largest entry: what counts as 0 in a product with an impulse
 _AGREES = 1e-9  # of the size of a product: how well the assembled matrix must reproduce it
+_SHIFT = 1e-14  # of the largest row sum: above the rounding of a factor, below the square of what float64 resolves
 
 
 class BandedFactor(NamedTuple):
@@ -70,8 +73,8 @@ def factor_gram(
     """The factor of the symmetric matrix behind `product`, read from few products with combs of impulses.
 
     Arguments: `product`, v -> (N v) of several v at once, on inputs of `shape` (axes of positions, channels last),
-    flat; `most`, the memory that the factor may take, in bytes. Returns None where N is not positive definite, takes
-    more memory than that, or is not the banded matrix that its impulses in the corners and the middle show.
+    flat; `most`, the memory that the factor may take, in bytes. Returns None where N has negative eigenvalues, its
+    factor takes more memory, or N is not the banded matrix that its impulses in the corners and the middle show.
     """
     reach = _reach(product, shape)
     if len(shape) < 2 or factor_bytes(shape, reach[0]) > most:
@@ -101,9 +104,10 @@ class _Slabs(NamedTuple):
 
     def factor(self) -> BandedFactor | None:
         slabs, size, _ = self.diagonal.shape
+        shift = _SHIFT * float(np.max(np.sum(np.abs(self.diagonal), axis=2) + np.sum(np.abs(self.below), axis=2)))
         inverse, below = np.zeros((slabs, size, size)), np.zeros((slabs, size, size))
         for i in range(slabs):
-            block = self.diagonal[i]
+            block = self.diagonal[i] + shift * np.eye(size)
             if i:
                 below[i] = self.below[i] @ inverse[i - 1].T
                 block = block - below[i] @ below[i].T

@@ -124,12 +124,3 @@ def solve_full(
 
     grown = jax.lax.scan(power, start, None, length=_POWER)[1][-1]
     return x, 1.0 / jnp.sqrt(grown)
-
-
-def inverse_bound(forward: float, least: float, rest: float) -> float:
-    """An upper bound of ||A^+|| from ||F||, the least singular value of K by itself, and that of what K leaves.
-
-    A in coordinates (strong, weak) is block triangular but for F's image of the strong ones:
-    c = R^+ (a - F x_K), so that ||A^+|| <= 1 / least + (1 + ||F|| / least) / rest; `rest` is inf where nothing is left.
-    """
-    return 1.0 / least + (1.0 + forward / least) / rest

@@ -5,15 +5,16 @@ Every answer is checked by the layer's own equations, as LSMR's are: its residua
 must come back from what the layer would show of it.
 """
 
-import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
+from leakjax.attacks.layerwise.factors import factor_of
 from leakjax.attacks.layerwise.system import build_system, slope_floor
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.channel_reading import read_channels
@@ -22,26 +23,20 @@ from leakjax.constraints.layer import LayerSystem, Rows
 from leakjax.models.reader import Arrays
 from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.devices import spread
-from leakjax.runtime.memory import available_bytes
-from leakjax.runtime.programs import Shelf, keep
+from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
-from leakjax.solvers.banded import BandedFactor, factor_gram, solve_banded
+from leakjax.solvers.banded import solve_banded
 from leakjax.solvers.kronecker import BlockSolution, solve_blocks, solve_full, spectrum
 from leakjax.solvers.linear import largest_singular_value, relative_residual
+from leakjax.solvers.normal_factor import NormalFactor
 
 MOST_POSITIONS = 512
 """Positions up to which K1's spectrum is found: 9 n^3 operations, 1.2 GFLOP, about as many as 600 steps of LSMR."""
 
-_POWER = 6  # steps of an inverse power iteration from a random start: the least singular value to a few per cent
-_PRODUCTS = 32  # inputs that F^T F is applied to at once
-_SHARE = 8  # of the free memory, what one factor may take
-
-
-class Factor(NamedTuple):
-    """The factor of F^T F, and the least singular value of F."""
-
-    banded: BandedFactor
-    least: Float[Array, ""]
+_SEEN = 1e-7  # of the largest singular value: what counts as seen by the rows that close weak directions
+_ROUNDS = 3
+"""Of a factor's solve, each with the weak directions closed: rounding, what the shift of the factor left, and the last
+digits."""
 
 
 class _Kind(NamedTuple):
@@ -55,7 +50,7 @@ class Route(NamedTuple):
     """How a segment is solved: through its channels, or by the `factor` of its weights."""
 
     kind: _Kind | None
-    factor: Factor | None
+    factor: NormalFactor | None
 
 
 class DirectSolution(NamedTuple):
@@ -90,73 +85,10 @@ def routes(problem: Problem, segments: Sequence[Segment]) -> dict[Segment, Route
         if reading is not None and reading.channels.sizes(segment.input.shape)[0] <= MOST_POSITIONS:
             found[segment] = Route(_Kind(reading.channels, bool(reading.full)), None)
         elif "forward" in problem.blocks(segment):
-            factor = _factor(problem, segment)
+            factor = factor_of(problem, segment)
             if factor is not None:
                 found[segment] = Route(None, factor)
     return found
-
-
-_FACTORS: Shelf[Factor | None] = Shelf(16)
-
-
-def _factor(problem: Problem, segment: Segment) -> Factor | None:
-    """The factor of the segment's weights, made once for them."""
-    shape = segment.input.shape
-    if len(shape) < 3 or np.prod(segment.output.shape) < np.prod(shape):
-        return None
-    if segment.activation.is_flat(dict(problem.variables), problem.dtype):
-        return None
-    key = (segment, _digest(problem.variables))
-    if key in _FACTORS:
-        return _FACTORS.get(key)
-    program, one = _gram(segment), shape[1:]
-
-    def product(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
-        padded = np.concatenate([v, np.zeros((-len(v) % _PRODUCTS, v.shape[1]))])
-        parts = [program(dict(problem.variables), part) for part in padded.reshape(-1, _PRODUCTS, *one)]
-        return np.concatenate([np.asarray(part) for part in parts])[: len(v)].reshape(len(v), -1)
-
-    banded = factor_gram(product, one, available_bytes() // _SHARE)
-    if banded is None:
-        return _FACTORS.put(key, None)
-    return _FACTORS.put(key, Factor(banded, _least(banded, int(np.prod(one)))))
-
-
-def _digest(variables: Arrays) -> bytes:
-    found = hashlib.blake2b()
-    for path in sorted(variables):
-        found.update(path.encode())
-        found.update(np.ascontiguousarray(variables[path]).tobytes())
-    return found.digest()
-
-
-@keep(32)
-def _gram(segment: Segment) -> Any:
-    """F^T F on inputs of the first example; the others are alike."""
-
-    def gram(variables: Arrays, v: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-        def of_one(v: Float[Array, "..."]) -> Float[Array, "..."]:
-            zero = jnp.zeros(segment.input.shape, v.dtype)
-            _, tangent = jax.linearize(lambda x: segment.function(variables, x), zero)
-            return jax.linear_transpose(tangent, zero)(tangent(zero.at[0].set(v)))[0][0]
-
-        return jax.vmap(of_one)(v)
-
-    return jax.jit(gram)
-
-
-@jax.jit
-def _inverse_power(banded: BandedFactor, start: Float[Array, "n 1"]) -> Float[Array, ""]:
-    def step(v: Float[Array, "n 1"], _: None) -> tuple[Float[Array, "n 1"], Float[Array, ""]]:
-        v = solve_banded(banded, v / jnp.linalg.norm(v))
-        return v, jnp.linalg.norm(v)
-
-    return jax.lax.scan(step, start, None, length=_POWER)[1][-1]
-
-
-def _least(banded: BandedFactor, unknowns: int) -> Float[Array, ""]:
-    start = np.random.default_rng(0).normal(size=(unknowns, 1))
-    return 1.0 / jnp.sqrt(_inverse_power(banded, jnp.asarray(start, banded.inverse.dtype)))
 
 
 @keep(128)
@@ -168,7 +100,7 @@ def lowered(
 
     def step(
         variables: Arrays,
-        factor: Factor | None,
+        factor: NormalFactor | None,
         x: Float[Array, "..."],
         dx: Float[Array, "..."],
         noise: Float[Array, ""],
@@ -259,26 +191,55 @@ def _by_channels(
 def _by_factor(
     segment: Segment,
     variables: Arrays,
-    factor: Factor,
+    factor: NormalFactor,
     system: LayerSystem,
     sides: Rows,
     probe: Float[Array, "..."],
 ) -> _Answer:
-    zero = jnp.zeros(segment.input.shape, system.weight.dtype)
+    zero, size = jnp.zeros(segment.input.shape, system.weight.dtype), math.prod(segment.input.shape[1:])
     _, tangent = jax.linearize(lambda x: segment.function(variables, x), zero)
     adjoint = jax.linear_transpose(tangent, zero)
     over = jnp.where(system.weight > 0, 1.0 / jnp.where(system.weight > 0, system.weight, 1.0), 0.0)
 
     def solve(rows: Float[Array, "2 ..."]) -> Float[Array, "2 ..."]:
+        """F^+ of unweighted forward rows, but for the weak directions."""
         right = jax.vmap(lambda r: adjoint(r)[0])(rows)
-        examples, size = zero.shape[0], int(np.prod(zero.shape[1:]))
-        columns = right.reshape(2 * examples, size).T
-        return solve_banded(factor.banded, columns).T.reshape(2, *zero.shape)
+        columns = solve_banded(factor.banded, right.reshape(2 * len(zero), size).T)
+        columns = columns - factor.weak @ (factor.weak.T @ columns)
+        return columns.T.reshape(2, *zero.shape)
 
-    right = over[None] * sides[0]
-    x = solve(right)
-    x = x + solve(right - jax.vmap(tangent)(x))
+    close, least = _closing(system, factor, zero)
+    x = jnp.zeros((2, *zero.shape), zero.dtype)
+    for _ in range(_ROUNDS if close is not None else _ROUNDS - 1):
+        left = jax.tree.map(lambda side, row: side - row, sides, jax.vmap(system.operator.mv)(x))
+        x = x + solve(over[None] * left[0])
+        if close is not None:
+            x = x + jax.vmap(close)(jax.tree.map(lambda s, row: s - row, sides, jax.vmap(system.operator.mv)(x)))
     none, nothing = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), zero.dtype)
     largest = largest_singular_value(system.operator.mv, probe)
-    least = factor.least * jnp.min(system.weight)
-    return _Answer(x=x, largest=largest, least=least, steps=none, recorded=none, alphas=nothing, betas=nothing)
+    strong = factor.least * jnp.min(system.weight)
+    smallest = strong if least is None else jnp.minimum(strong, least)
+    return _Answer(x=x, largest=largest, least=smallest, steps=none, recorded=none, alphas=nothing, betas=nothing)
+
+
+def _closing(
+    system: LayerSystem, factor: NormalFactor, zero: Float[Array, "..."]
+) -> tuple[Callable[[Rows], Float[Array, "..."]] | None, Float[Array, ""] | None]:
+    """(what the rows left over say of the weak directions, the least singular value that these rows see of them)."""
+    count = factor.weak.shape[1]
+    if not count:
+        return None, None
+    one = factor.weak.T.reshape(count, *zero.shape[1:])
+    basis = jnp.concatenate([jnp.zeros((count, *zero.shape), zero.dtype).at[:, b].set(one) for b in range(len(zero))])
+    rows = jax.vmap(lambda v: ravel_pytree(system.operator.mv(v))[0])(basis)
+    values, turn = jnp.linalg.eigh(rows @ rows.T)
+    kept = values > _SEEN**2 * values[-1]
+    inverse = (turn * jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0)[None]) @ turn.T
+
+    def close(left: Rows) -> Float[Array, "..."]:
+        flat = ravel_pytree(left)[0]
+        c = inverse @ (rows @ flat)
+        c = c + inverse @ (rows @ (flat - rows.T @ c))
+        return jnp.tensordot(c, basis, 1)
+
+    return close, jnp.sqrt(jnp.where(kept[0], values[0], 0.0))

@@ -21,14 +21,13 @@ from leakjax.attacks.problem import Monitor, Problem
 from leakjax.runtime.devices import placement
 from leakjax.runtime.programs import Shelf
 from leakjax.segments.chain import Segment
-from leakjax.solvers.kronecker import inverse_bound
 from leakjax.solvers.linear import LsmrSolution, lsmr_condition
 from leakjax.solvers.lsmr import extreme_singular_values
 
 
 class LayerSolution(NamedTuple):
     """Of P paths' systems: x, ||A x - b|| / ||b||, what a random probe lost (see `LsmrSolution`), LSMR's steps, the
-    condition (estimated by LSMR; at most this, by a direct solve), and whether the solve was direct."""
+    condition (estimated from below), and whether the solve was direct."""
 
     x: Float[np.ndarray, "P ..."]
     residual: Float[np.ndarray, " P"]
@@ -161,7 +160,10 @@ def _solve_directly(
 
 
 def _condition(found: DirectSolution) -> float:
-    """At most the condition of one system that was solved directly."""
+    """Of one system that was solved directly: ||A|| over the smallest singular value on each of its two sides.
+
+    From below, as LSMR's is; how the sides meet can make the smallest singular value of both together smaller.
+    """
     if not (np.isfinite(found.largest) and found.least > 0):
         return float("inf")
     left = [
@@ -169,10 +171,8 @@ def _condition(found: DirectSolution) -> float:
         for a, b, s in zip(found.alphas, found.betas, found.recorded, strict=True)
         if s > 0
     ]
-    rest = min(left, default=np.inf)
-    if rest == 0:
-        return float("inf")
-    return float(found.largest * inverse_bound(float(found.largest), float(found.least), rest))
+    least = min([float(found.least), *left])
+    return float(found.largest) / least if least > 0 else float("inf")
 
 
 def _iterate(
