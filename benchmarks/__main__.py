@@ -28,6 +28,7 @@ STUDIES = {
     "accuracy": "test accuracy after training with each defense, beside what an attack on it still finds",
     "study": "certificates of random networks, judged against the truth",
     "guard": "what the guard of training loops costs",
+    "layers": "direct solves of layers beside LSMR, in one run",
 }
 
 

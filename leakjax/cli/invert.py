@@ -64,7 +64,9 @@ class AttackOptions:
         float | None, _of_client("--gradient-noise", "SIGMA", "Standard deviation of noise known in every entry.")
     ] = None
     gradient_scale: Annotated[float | None, _of_client("--gradient-scale", "C", _SCALE)] = None
-    solver: Annotated[str, option("--solver", "auto|lsmr|dense", "Linear solver.")] = "auto"
+    solver: Annotated[
+        str, option("--solver", "auto|lsmr|dense", "Linear solver; auto is direct where a layer allows.")
+    ] = "auto"
     prior: Annotated[str | None, option("--prior", "tv|none", "What chooses where information is missing.")] = None
     pull_back: Annotated[str, option("--pull-back", _PULL_BACKS, "Pull-back solver.")] = "auto"
     optimizer: Annotated[str, option("--optimizer", "lbfgs|adam", "What first-order descent goes by.")] = "lbfgs"

@@ -27,9 +27,6 @@ MOST_STEPS = 300
 """LSMR steps for the weak directions: 32 suffice at condition 3, 300 at 30; a system that needs more is not closed."""
 
 _POWER = 6  # steps of an inverse power iteration: the least singular value to a few per cent
-_DIGITS = (1e-8, 1e-8)
-"""Tolerances of two rounds: the second begins with a residual that is computed anew, and takes no more steps for the
-last digits than a single round would."""
 
 
 class Spectrum(NamedTuple):
@@ -65,10 +62,14 @@ def solve_blocks(
     seen: Spectrum,
     a: Float[Array, "..."],
     b: Float[Array, "m c"],
+    tolerances: Float[Array, " rounds"],
     *,
     most_weak: int,
 ) -> BlockSolution:
-    """x with F x = a and K x = b, exact where both hold and no more than `most_weak` directions are weak."""
+    """x with F x = a and K x = b, exact where both hold and no more than `most_weak` directions are weak.
+
+    `tolerances`: of the rounds; each begins with a residual that is computed anew.
+    """
     inverses = jnp.where(seen.strong, 1.0 / jnp.where(seen.strong, seen.values, 1.0), 0.0)
     onto = jnp.where(seen.strong[None, :most_weak], 0.0, seen.vectors[:, :most_weak])
     image = k @ onto
@@ -87,7 +88,7 @@ def solve_blocks(
         found = lsmr(operator, (a - forward(x), b - k @ x), tolerance=tolerance, max_steps=MOST_STEPS)
         return x + onto @ found.x, found
 
-    x, found = jax.lax.scan(round, jnp.zeros((k.shape[1], b.shape[1]), k.dtype), jnp.asarray(_DIGITS, k.dtype))
+    x, found = jax.lax.scan(round, jnp.zeros((k.shape[1], b.shape[1]), k.dtype), tolerances)
     x = x + by_k(b - k @ x)
     least = jnp.sqrt(1.0 / jnp.maximum(jnp.max(inverses), jnp.finfo(k.dtype).tiny))
     return BlockSolution(

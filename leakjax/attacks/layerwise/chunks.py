@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float
-from threadpoolctl import threadpool_limits
 
 from leakjax.attacks.layerwise.system import LayerState
 from leakjax.attacks.problem import Problem
-from leakjax.runtime.cores import cores
+from leakjax.runtime.cores import blas_threads, cores
 from leakjax.runtime.devices import placement
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.chain import Segment
@@ -37,11 +36,11 @@ def run_chunks(
     """A program on all chunks, once for each of the `kinds`: (its tag, the program's second argument).
 
     On CPUs the chunks, and the kinds of each, run side by side, one a core: a lone victim stays in its core's cache and
-    waits for no other. Two runs of one program at once have returned wrong numbers on CPUs (`runtime.cores.ALONE`): a
-    wrong solution fits its system no better than by chance, so what is not clean (`Tolerances.clean`, or a probe above
-    `Tolerances.probe`) runs again, alone; deficient layers pay for that by a second run of their probe. Layers beyond a
-    core's cache go one after another (`LARGE`). Where the problem has several devices, each takes its share of every
-    chunk.
+    waits for no other; the small matrices of a layer gain nothing from threads. Two runs of one program at once have
+    returned wrong numbers on CPUs (`runtime.cores.ALONE`): a wrong solution fits its system no better than by chance,
+    so what is not clean (`Tolerances.clean`, or a probe above `Tolerances.probe`) runs again, alone; deficient layers
+    pay for that by a second run of their probe. Layers beyond a core's cache go one after another (`LARGE`). Where the
+    problem has several devices, each takes its share of every chunk.
     """
     whole, part = (placement(problem.devices, split=split) for split in (False, True))
     with compute_in(str(problem.dtype)):
@@ -64,8 +63,7 @@ def run_chunks(
     tasks = [(kind, start) for kind in range(len(kinds)) for start in starts]
     large = size * max(np.prod(segment.input.shape), np.prod(segment.output.shape)) >= LARGE
     lanes = 1 if large else workers(problem)
-    share = threadpool_limits(limits=max(1, cores() // max(min(lanes, len(tasks)), 1)), user_api="blas")
-    with share, concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+    with blas_threads(1), concurrent.futures.ThreadPoolExecutor(lanes) as pool:
         results = list(pool.map(run, tasks))
     if lanes > 1 and len(tasks) > 1:
         results = [

@@ -33,6 +33,10 @@ from leakjax.solvers.normal_factor import NormalFactor
 MOST_POSITIONS = 512
 """Positions up to which K1's spectrum is found: 9 n^3 operations, 1.2 GFLOP, about as many as 600 steps of LSMR."""
 
+_TOLERANCES = ((1e-8, 1e-8), (1e-8, 1.0))
+"""Of two rounds of LSMR on what K1 leaves, for the system and for the probe. The second gives the last digits, in as many
+steps as a single round would take for them; the probe needs none."""
+
 _SEEN = 1e-7  # of the largest singular value: what counts as seen by the rows that close weak directions
 _ROUNDS = 3
 """Of a factor's solve, each with the weak directions closed: rounding, what the shift of the factor left, and the last
@@ -172,10 +176,10 @@ def _by_channels(
     seen = spectrum(small)
     most_weak = min(positions, max(positions - rows, 0) + positions // 4 + 1)
 
-    def solve(a: Float[Array, "..."], b: Float[Array, "m c"]) -> BlockSolution:
-        return solve_blocks(forward, small, seen, a, b, most_weak=most_weak)
+    def solve(given: tuple[Float[Array, "..."], Float[Array, "m c"], Float[Array, " rounds"]]) -> BlockSolution:
+        return solve_blocks(forward, small, seen, *given, most_weak=most_weak)
 
-    both = jax.vmap(solve)(sides[0], b)
+    both = jax.lax.map(solve, (sides[0], b, jnp.asarray(_TOLERANCES, small.dtype)))
     x = jax.vmap(lambda parts: channels.join(parts, shape))(both.x)
     return _Answer(
         x=x,
