@@ -58,8 +58,8 @@ def invert(
     - `labels`: (V,) integers, or (V * B,) for gradients of B examples, if the labels are known; recovered otherwise;
     - `solver`: "auto" solves layers directly where their structure allows, by LSMR where not, and by the singular
       values of their whole matrix where LSMR met a null space or bad conditioning and the matrix is small; "lsmr" is
-      matrix-free, "dense" factorizes every layer's matrix and gives `match` few, costly steps, for models whose gradient
-      says little of an image (global average pooling);
+      matrix-free, "dense" factorizes every layer's matrix; it gives `match` few, costly steps, for models whose
+      gradient says little of an image (global average pooling);
     - `starts`: how many random starts `match` and the matching baselines solve at once, the best by residual kept;
     - `prior`: a name of `constraints.priors.PRIORS`, that chooses among the images that explain the gradient equally
       well ("none" is the one of minimum norm);

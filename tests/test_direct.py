@@ -96,6 +96,7 @@ def test_blocks_are_solved_together(rng):
         seen,
         jnp.asarray(f @ x.ravel()),
         jnp.asarray(k @ x),
+        jnp.full(2, 1e-8),
         most_weak=8,
     )
     assert np.allclose(found.x, x, rtol=0, atol=1e-12)

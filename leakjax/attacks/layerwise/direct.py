@@ -34,8 +34,8 @@ MOST_POSITIONS = 512
 """Positions up to which K1's spectrum is found: 9 n^3 operations, 1.2 GFLOP, about as many as 600 steps of LSMR."""
 
 _TOLERANCES = ((1e-8, 1e-8), (1e-8, 1.0))
-"""Of two rounds of LSMR on what K1 leaves, for the system and for the probe. The second gives the last digits, in as many
-steps as a single round would take for them; the probe needs none."""
+"""Of two rounds of LSMR on what K1 leaves, for the system and for the probe. The second gives the last digits, in as
+many steps as a single round would take for them; the probe needs none."""
 
 _SEEN = 1e-7  # of the largest singular value: what counts as seen by the rows that close weak directions
 _ROUNDS = 3
