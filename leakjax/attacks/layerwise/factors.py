@@ -16,9 +16,10 @@ from leakjax.segments.chain import Segment
 from leakjax.solvers.normal_factor import MOST_WEAK, NormalFactor, factor_map
 
 _PRODUCTS = 32  # inputs that F and F^T are applied to at once
-_SHARE = 8  # of the free memory, what one factor may take
+_KEPT = 8  # factors: a model has two or three layers that take one
+_SHARE = 4 * _KEPT  # of the free memory, what one factor may take: a quarter for all of them
 
-_FACTORS: Shelf[NormalFactor | None] = Shelf(16)
+_FACTORS: Shelf[NormalFactor | None] = Shelf(_KEPT)
 
 
 def factor_of(problem: Problem, segment: Segment) -> NormalFactor | None:
