@@ -80,7 +80,7 @@ def solve_blocks(
     def rest(c: Float[Array, "q c"]) -> tuple[Float[Array, "..."], Float[Array, "m c"]]:
         return forward(onto @ c), image @ c
 
-    struct = jax.ShapeDtypeStruct((onto.shape[1], b.shape[1]), k.dtype)
+    struct = jax.eval_shape(lambda: image.T @ b)  # with the mesh that it is on, where there is one
     operator = lx.FunctionLinearOperator(rest, struct)
 
     def round(x: Float[Array, "p c"], tolerance: Float[Array, ""]) -> tuple[Float[Array, "p c"], Lsmr]:
