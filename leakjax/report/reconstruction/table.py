@@ -41,7 +41,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         padding=(0, 1),
         collapse_padding=True,
     )
-    for name in ("layer", "unknowns", "rank", "missing", "condition", "residual", "solver", "steps", "status"):
+    for name in ("layer", "unknowns", "rank", "missing", "condition", "residual", "solver", "status"):
         layers.add_column(name, justify="left" if name in ("layer", "solver", "status") else "right")
     for info in report["examples"][0]["layers"]:
         layers.add_row(
@@ -51,8 +51,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
             _number(None if info["rank_deficiency"] is None else -info["rank_deficiency"], "d"),
             _number(info["condition"], ".3g"),
             _number(info["residual"], ".1e"),
-            info["solver"],
-            str(info["steps"]),
+            f"{info['solver']} {info['steps'] or ''}".rstrip(),
             info["status"],
         )
     console.print(layers)
