@@ -15,7 +15,7 @@ LayerStatus = Literal["determined", "deficient", "pulled_back", "failed"]
 @dataclasses.dataclass(frozen=True)
 class LayerInfo:
     """One layer's linear system: `unknowns`, `rank` (None where too large to know), `rank_deficiency` = rank -
-    unknowns, `condition` = largest over smallest non-zero singular value (estimated from below, but for "dense"),
+    unknowns, `condition` = largest over smallest non-zero singular value (estimated, but for "dense"),
     `residual` = ||A x - b|| / ||b||, `pull_back_depth` and solver `steps`.
 
     `solver`: "direct" (by the small matrix of its gradient, or a factor of its weights), "lsmr", "dense" (by singular

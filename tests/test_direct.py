@@ -205,3 +205,20 @@ def test_weak_directions_are_closed_by_the_gradient(rng, monkeypatch):
     assert [layers[0].solver for layers in answer.layers] == ["direct"] * 3
     assert all(c.status == "exact" for c in answer.certificates)
     assert np.max(np.abs(answer.images - images)) < 1e-9
+
+
+def test_a_gradient_that_hardly_sees_its_input_is_not_solved_alone(rng):
+    """dL/dz decays over the positions: K1 has full rank and a bad condition, the forward rows see everything."""
+    params = {"w": rng.normal(0, 0.3, (3, 3, 3, 16)), "c": rng.normal(0, 0.1, 4)}
+    far = np.maximum(*np.meshgrid(np.arange(8), np.arange(8), indexing="ij"))
+    rows = rng.normal(0, 0.1, (8, 8, 16, 4)) * 10.0 ** (-5 * far / 7)[:, :, None, None]
+    params["v"] = rows.reshape(-1, 4)
+
+    def apply(p, x):
+        return jnp.tanh(conv(x, p["w"], 1, PADDED)).reshape(len(x), -1) @ p["v"] + p["c"][None]
+
+    images = rng.uniform(size=(1, 8, 8, 3))
+    observation = observe((apply, params), (images, np.array([1])))
+    answer, other = invert(observation, attack="rgap"), invert(observation, attack="rgap", solver="lsmr")
+    assert answer.layers[0][0].condition < 100
+    assert np.max(np.abs(answer.images - images)) <= 10 * np.max(np.abs(other.images - images))

@@ -80,6 +80,8 @@ def routes(problem: Problem, segments: Sequence[Segment]) -> dict[Segment, Route
     is weighed by a least-squares solution of all rows at once, which a solution block by block is not."""
     if problem.solver != "auto" or not slope_floor(problem):
         return {}
+    if problem.devices and problem.chunk > 1:  # a chunk of several on a mesh of CPUs was seen never to return
+        return {}
     linear = [s for s in segments if s.linear and s.paths]
     found = {}
     readings = read_channels(linear, problem.variables, MOST_POSITIONS) if linear else []
