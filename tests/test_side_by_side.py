@@ -29,7 +29,7 @@ def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
     module = importlib.import_module("leakjax.attacks.layerwise.layer_step")
     compile_steps, busy, disturbed = module.compile_steps, threading.Semaphore(1), []
 
-    def faulty(*given):
+    def faulty(*given, **options):
         def wrap(program):
             def run(*arguments):
                 alone = busy.acquire(blocking=False)
@@ -49,7 +49,7 @@ def test_a_run_that_was_disturbed_by_another_is_done_again(monkeypatch, rng):
 
             return run
 
-        steps = compile_steps(*given)
+        steps = compile_steps(*given, **options)
         for step in steps:
             step.programs = {kind: wrap(program) for kind, program in step.programs.items()}
         return steps

@@ -1,16 +1,18 @@
 """Whether a segment's gradient treats its input channels alike, read from what it computes.
 
-A gradient that does so turns x M into the gradient of x, mixed by the same M, for every matrix M on the channels.
+A gradient that does so turns x M into the gradient of x, mixed by the same M, for every matrix M on the channels. Two
+linear maps are the same where a random functional of their answers is, so that one gradient at a time is held.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from leakjax.constraints.channels import Channels, columns, impulses
+from leakjax.constraints.channels import Channels, channel_matrix
 from leakjax.constraints.layer import segment_rows
 from leakjax.models.reader import Arrays
 from leakjax.runtime.programs import Shelf, keep
@@ -32,20 +34,31 @@ _READ: Shelf[list[Reading | None]] = Shelf(64)
 def read_channels(segments: Sequence[Segment], variables: Arrays, most: int) -> list[Reading | None]:
     """The channels of linear segments with parameters; None for one whose gradient does not treat them alike.
 
-    Random inputs and cotangents decide: two maps that agree on them differ with probability 0. One program evaluates
-    all segments, once for all models of an architecture. `most`: positions up to which ranks are found.
+    Random weights (in the shapes of `variables`), inputs and cotangents decide, so that a reading belongs to an
+    architecture: maps that agree on them differ with probability 0. Weights that happen to be special keep the
+    structure; where they lower a rank, a solve says so. `most`: positions up to which ranks are found.
     """
     key = (tuple(segments), most)
     known = _READ.get(key)
     if known is not None:
         return known
     rng = np.random.default_rng(0)
-    questions = [_Question.of(segment, rng, most) for segment in segments]
+    drawn = {path: _like(rng, a) for path, a in variables.items()}
+    questions = [_Question.of(segment, rng) for segment in segments]
     asked = [
         (q.inputs.astype(s.input.dtype), q.dz.astype(s.output.dtype)) for s, q in zip(segments, questions, strict=True)
     ]
-    answers = _gradients(key[0])(dict(variables), asked)
-    return _READ.put(key, [question.read(answer) for question, answer in zip(questions, answers, strict=True)])
+    answers = _functionals(key[0])(drawn, asked)
+    channels = [q.channels(answer) for q, answer in zip(questions, answers, strict=True)]
+    full = _full_ranks(drawn, segments, channels, questions, most)
+    return _READ.put(key, [None if c is None else Reading(c, f) for c, f in zip(channels, full, strict=True)])
+
+
+def _like(rng: np.random.Generator, a: Any) -> Any:
+    """Random numbers in the place of weights; above 0, as the variances among them are."""
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        return np.asarray(a)
+    return rng.uniform(0.5, 1.5, a.shape).astype(a.dtype)
 
 
 class _Mixing(NamedTuple):
@@ -57,70 +70,110 @@ class _Mixing(NamedTuple):
 
     def of_input(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """x M."""
-        if self.axis is None:
-            return self.along(x.reshape(len(x), -1), 1).reshape(x.shape)
-        return self.along(x, self.axis)
+        channels = Channels(self.axis)
+        parts = channels.split(x)
+        return channels.join(parts + np.outer(parts @ self.v, self.u), x.shape)
 
-    def along(self, x: Float[np.ndarray, "..."], axis: int) -> Float[np.ndarray, "..."]:
-        """x with `axis` mixed."""
-        last = np.moveaxis(x, axis, -1)
-        return np.moveaxis(last + (last @ self.v)[..., None] * self.u, -1, axis)
-
-    def axis_of(self, plain: Float[np.ndarray, "..."], mixed: Float[np.ndarray, "..."]) -> int | None:
-        """Along which axis a gradient is mixed as its input is; None where it is not, or does not see its input."""
+    def fits(self, plain: Float[np.ndarray, " c"], mixed: Float[np.ndarray, " c"]) -> bool:
+        """Whether a functional of a gradient was mixed as its input is; False where it does not see its input."""
         size = float(np.linalg.norm(mixed))
-        for axis in [k for k in range(plain.ndim) if plain.shape[k] == len(self.v)] if size > 0 else []:
-            if float(np.linalg.norm(mixed - self.along(plain, axis))) <= _SAME * size:
-                return axis
-        return None
+        expected = plain + (plain @ self.v) * self.u
+        return size > 0 and float(np.linalg.norm(mixed - expected)) <= _SAME * size
 
 
 class _Question(NamedTuple):
-    """Inputs of a segment, whose gradients say what it is: 0, x, x mixed along each candidate, and the impulses of the
-    first candidate; of which positions there are `places`."""
+    """Inputs of a segment, whose gradients say what it is: 0, x, and x mixed along each candidate axis."""
 
     inputs: Float[np.ndarray, "k ..."]
     dz: Float[np.ndarray, "..."]
     mixings: list[_Mixing]
-    places: int
 
     @classmethod
-    def of(cls, segment: Segment, rng: np.random.Generator, most: int) -> "_Question":
+    def of(cls, segment: Segment, rng: np.random.Generator) -> "_Question":
         shape = segment.input.shape
-        axes = [k for k in range(1, len(shape)) if shape[k] > 1] or [len(shape) - 1]
         x, mixings = rng.normal(size=shape), []
-        for axis in [*reversed(axes), *([None] if len(axes) > 1 else [])]:
-            u, v = rng.normal(size=(2, Channels(axis).sizes(shape)[1]))
+        for axis in (*reversed(range(1, len(shape))), None):
+            count = Channels(axis).sizes(shape)[1]
+            u, v = rng.normal(size=(2, count))
             mixings.append(_Mixing(axis, u / len(u), v))
-        likely = Channels(mixings[0].axis)
-        places, count = likely.sizes(shape)
-        places = places if places <= most else 0
-        combs = [likely.join(parts, shape) for parts in impulses(places, count)]
-        inputs = np.stack([np.zeros(shape), x, *(mixing.of_input(x) for mixing in mixings), *combs])
-        return cls(inputs, rng.normal(size=segment.output.shape), mixings, places)
+        inputs = np.stack([np.zeros(shape), x, *(mixing.of_input(x) for mixing in mixings)])
+        return cls(inputs, rng.normal(size=segment.output.shape), mixings)
 
-    def read(self, answer: Arrays) -> Reading | None:
-        shown = {path: np.asarray(g) - np.asarray(g[0]) for path, g in answer.items()}
+    def channels(self, functionals: dict[str, list[Any]]) -> Channels | None:
+        """What the answers of `_functionals` say."""
         for k, mixing in enumerate(self.mixings):
-            axes = {path: mixing.axis_of(g[1], g[k + 2]) for path, g in shown.items()}
-            rows = tuple((path, axis) for path, axis in axes.items() if axis is not None)
+            rows = []
+            for path, along in functionals.items():
+                shown = [np.asarray(f) - np.asarray(f[0]) for f in along]
+                fitting = [
+                    a for a, f in enumerate(shown) if f.shape[1] == len(mixing.u) and mixing.fits(f[1], f[k + 2])
+                ]
+                rows += [(path, fitting[0])] if fitting else []
             if rows:
-                channels = Channels(mixing.axis, rows)
-                return Reading(channels, self._full(channels, shown) if k == 0 and self.places else None)
+                return Channels(mixing.axis, tuple(rows))
         return None
-
-    def _full(self, channels: Channels, shown: dict[str, Float[np.ndarray, "k ..."]]) -> bool:
-        first = len(self.mixings) + 2
-        answers = [channels.gather({p: g[k] for p, g in shown.items()}) for k in range(first, len(self.inputs))]
-        return bool(np.linalg.matrix_rank(columns(np.stack(answers), self.places)) == self.places)
 
 
 @keep(16)
-def _gradients(segments: tuple[Segment, ...]) -> Any:
-    def gradients(variables: Arrays, asked: Sequence[tuple[Any, Any]]) -> list[Arrays]:
-        return [
-            jax.vmap(lambda x, s=s, dz=dz: segment_rows(s, variables, dz, x)[1])(inputs)
-            for s, (inputs, dz) in zip(segments, asked, strict=True)
-        ]
+def _functionals(segments: tuple[Segment, ...]) -> Any:
+    """(weights, [(inputs, dz)]) -> {path: by axis, a random functional over the other axes of its gradient}, of every
+    segment and input."""
 
-    return jax.jit(gradients)
+    def of_one(
+        segment: Segment, variables: Arrays, inputs: Float[Array, "k ..."], dz: Float[Array, "..."]
+    ) -> dict[str, list[Float[Array, "k c"]]]:
+        def functionals(x: Float[Array, "..."]) -> dict[str, list[Float[Array, " c"]]]:
+            gradient = segment_rows(segment, variables, dz, x)[1]
+            return {path: [_along(g, axis) for axis in range(g.ndim)] for path, g in gradient.items()}
+
+        return jax.lax.map(functionals, inputs)
+
+    def answers(variables: Arrays, asked: Sequence[tuple[Any, Any]]) -> list[dict[str, list[Any]]]:
+        return [of_one(s, variables, *given) for s, given in zip(segments, asked, strict=True)]
+
+    return jax.jit(answers)
+
+
+def _along(g: Any, axis: int) -> Float[Array, " c"]:
+    """A fixed random functional over all axes but one: a product of one vector for each."""
+    rng = np.random.default_rng(0)
+    for k in reversed(range(g.ndim)):
+        if k != axis:
+            g = jnp.tensordot(g, rng.normal(size=g.shape[k]).astype(g.dtype), ([k], [0]))
+    return g
+
+
+def _full_ranks(
+    variables: Mapping[str, Any],
+    segments: Sequence[Segment],
+    channels: Sequence[Channels | None],
+    questions: Sequence[_Question],
+    most: int,
+) -> list[bool | None]:
+    """By segment, whether K1 has full column rank; None where it has no channels, or more than `most` positions."""
+    places = [0 if c is None else c.sizes(s.input.shape)[0] for s, c in zip(segments, channels, strict=True)]
+    wanted = [k for k, count in enumerate(places) if 1 < count <= most]
+    found: list[bool | None] = [True if count == 1 else None for count in places]
+    if wanted:
+        pairs = tuple((segments[k], channels[k]) for k in wanted)
+        matrices = _channel_matrices(pairs)(
+            variables, [questions[k].dz.astype(segments[k].output.dtype) for k in wanted]
+        )
+        for k, matrix in zip(wanted, matrices, strict=True):
+            found[k] = bool(np.linalg.matrix_rank(np.asarray(matrix)) == places[k])
+    return found
+
+
+@keep(16)
+def _channel_matrices(pairs: tuple[tuple[Segment, Any], ...]) -> Any:
+    """(weights, [dz]) -> K1 of every segment with its channels."""
+
+    def of_one(segment: Segment, channels: Channels, variables: Arrays, dz: Float[Array, "..."]) -> Any:
+        zero = jnp.zeros(segment.input.shape, dz.dtype)
+        _, product = jax.linearize(lambda x: segment_rows(segment, variables, dz, x)[1], zero)
+        return channel_matrix(channels, product, segment.input.shape, dz.dtype)
+
+    def matrices(variables: Arrays, dzs: Sequence[Float[Array, "..."]]) -> list[Any]:
+        return [of_one(*pair, variables, dz) for pair, dz in zip(pairs, dzs, strict=True)]
+
+    return jax.jit(matrices)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from leakjax.guard.derivative import Derivative, each
+from leakjax.solvers.lapack import eigh
 
 
 def errors_at_least(
@@ -25,7 +26,7 @@ def errors_at_least(
     def rule(which: Array) -> Array:
         block = jnp.arange(size) // (size // blocks)
         v = jnp.where(block == which % blocks, starts[which // blocks], 0.0)
-        values, vectors = jnp.linalg.eigh(_lanczos(lambda d: j.adjoint(j.forward(d)), v, steps))
+        values, vectors = eigh(_lanczos(lambda d: j.adjoint(j.forward(d)), v, steps))
         return jnp.sum(vectors[0] ** 2 * ridge / (jnp.maximum(values, 0.0) + ridge))
 
     return jnp.mean(each(rule, jnp.arange(count * blocks), steps).reshape(count, blocks), axis=0)

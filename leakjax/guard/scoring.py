@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from leakjax.guard.derivative import CHUNK, Derivative, each
 from leakjax.guard.quadrature import errors_at_least
 from leakjax.metrics import PSNR_CAP
+from leakjax.solvers.lapack import eigh, right_singular, singular_values, triangular
 
 OVERSAMPLING = 16
 
@@ -107,7 +108,7 @@ def leaked_exactly(j: Derivative, key: Array) -> tuple[Array, Float[Array, "n n"
         return j.adjoint(j.weights * jax.random.rademacher(key, (parameters,), dtype))
 
     rows = jax.lax.map(row, jax.random.split(key, n + n // 4 + OVERSAMPLING), batch_size=CHUNK)
-    _, values, basis = jnp.linalg.svd(jnp.linalg.qr(rows, mode="r"))
+    values, basis = right_singular(triangular(rows))
     return _count(values, rows), basis
 
 
@@ -138,7 +139,7 @@ def errors_exactly(
     inside = leaked[:, None] & leaked[None]
     apart = -jnp.max(jnp.diag(gram))  # below every eigenvalue of the row space, hence no eigenvector is of both
     gram = jnp.where(inside, 0.5 * (gram + gram.T), jnp.diag(jnp.where(leaked, 0.0, apart)))
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     rounding = 4 * jnp.finfo(gram.dtype).eps * values[-1]
     values = jnp.where(leaked[::-1], jnp.maximum(values, rounding), 0.0)
     errors = jnp.square(basis.T @ vectors) @ (ridge / (values + ridge))
@@ -188,7 +189,7 @@ def _shares(j: Derivative, basis: Float[Array, "n n"], leaked: Bool[Array, " n"]
 
 def _rank(matrix: Float[Array, "a b"]) -> Array:
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    return _count(jnp.linalg.svd(jnp.linalg.qr(tall, mode="r"), compute_uv=False), matrix)
+    return _count(singular_values(triangular(tall)), matrix)
 
 
 def _count(values: Float[Array, " n"], matrix: Float[Array, "a b"]) -> Array:

@@ -1,8 +1,9 @@
 """ONE store of what is traced and compiled: every function that makes a program keeps its results here.
 
 A program belongs to an architecture, not to weights or gradients: its key is the function that computes it (a model's
-`apply`, a `Segment`), shapes and dtypes. Nothing in the store holds a gradient. Each keeper holds its latest results;
-`clear_caches` empties them all.
+`apply`, a `Segment`), shapes and dtypes. What else is kept says so: factors belong to a model's weights (a digest of
+them is the key). Nothing in the store holds a gradient. Each keeper holds its latest results; `clear_caches` empties
+them all.
 """
 
 import functools
@@ -38,16 +39,16 @@ def keep(most: int) -> Callable[[F], F]:
 
 
 class Shelf(Generic[T]):
-    """Results that are found under a key that the caller makes; at most `most` of them, the oldest go first."""
+    """Results that are found under a key that the caller makes; at most `most` of them, the oldest go first.
+
+    Another thread may drop a result at any time: ask by `get` alone, and hold on to what it gives.
+    """
 
     def __init__(self, most: int):
         self._most = most
         self._kept: dict[Hashable, T] = {}
         self._lock = threading.Lock()
         _CLEAR.append(self._kept.clear)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
 
     def get(self, key: Hashable) -> T | None:
         """What is kept under `key`, or None."""

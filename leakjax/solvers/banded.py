@@ -73,12 +73,15 @@ def factor_gram(
     """The factor of the symmetric matrix behind `product`, read from few products with combs of impulses.
 
     Arguments: `product`, v -> (N v) of several v at once, on inputs of `shape` (axes of positions, channels last),
-    flat; `most`, the memory that the factor may take, in bytes. Returns None where N has negative eigenvalues, its
-    factor takes more memory, or N is not the banded matrix that its impulses in the corners and the middle show.
+    flat; `most`, the memory that the factor may take, in bytes. Returns None where N has negative eigenvalues, or is
+    not the banded matrix that its impulses in the corners and the middle show. Raises `MemoryError` where its factor
+    takes more memory.
     """
-    reach = _reach(product, shape)
-    if len(shape) < 2 or factor_bytes(shape, reach[0]) > most:
+    if len(shape) < 2:
         return None
+    reach = _reach(product, shape)
+    if factor_bytes(shape, reach[0]) > most:
+        raise MemoryError(f"a factor of {factor_bytes(shape, reach[0]):,} bytes does not fit into {most:,}")
     matrix = _assemble(product, shape, reach)
     probe = np.random.default_rng(0).normal(size=(1, int(np.prod(shape))))
     expected = product(probe)[0]

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float, Int
 
+from leakjax.solvers.lapack import cholesky, cholesky_solve, eigh
+from leakjax.solvers.linear import inverse_power
 from leakjax.solvers.lsmr import Lsmr, lsmr
 
 WEAK = 1e-3
@@ -25,8 +27,6 @@ layer: 59 at 1e-3, 111 at 0.05)."""
 
 MOST_STEPS = 300
 """LSMR steps for the weak directions: 32 suffice at condition 3, 300 at 30; a system that needs more is not closed."""
-
-_POWER = 6  # steps of an inverse power iteration: the least singular value to a few per cent
 
 
 class Spectrum(NamedTuple):
@@ -51,7 +51,7 @@ class BlockSolution(NamedTuple):
 
 def spectrum(k: Float[Array, "m p"]) -> Spectrum:
     """The spectrum of K^T K."""
-    values, vectors = jnp.linalg.eigh(k.T @ k)
+    values, vectors = eigh(k.T @ k)
     largest = jnp.maximum(values[-1], 0.0)
     return Spectrum(vectors, values, (values > WEAK**2 * largest) & (values > 0))
 
@@ -110,18 +110,10 @@ def solve_full(
     (Björck 1987, corrected seminormal equations). `start` begins an inverse power iteration.
     """
     gram = k.T @ k
-    lower = jnp.linalg.cholesky(gram)
-
-    def inverse(right: Float[Array, "p q"]) -> Float[Array, "p q"]:
-        return jax.scipy.linalg.cho_solve((lower, True), right)
+    lower = cholesky(gram)
 
     x = jnp.zeros((k.shape[1], b.shape[1]), k.dtype)
     for _ in range(3):
-        x = x + inverse(k.T @ (b - k @ x))
+        x = x + cholesky_solve(lower, k.T @ (b - k @ x))
 
-    def power(v: Float[Array, "p 1"], _: None) -> tuple[Float[Array, "p 1"], Float[Array, ""]]:
-        v = inverse(v / jnp.linalg.norm(v))
-        return v, jnp.linalg.norm(v)
-
-    grown = jax.lax.scan(power, start, None, length=_POWER)[1][-1]
-    return x, 1.0 / jnp.sqrt(grown)
+    return x, inverse_power(lambda v: cholesky_solve(lower, v), start)

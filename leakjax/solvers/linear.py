@@ -19,6 +19,7 @@ from leakjax.solvers.lsmr import Lsmr, extreme_singular_values, lsmr
 
 _SMALL = 800
 _POWER = 5  # steps of the power iteration: a condition is told by its order of magnitude
+_INVERSE_POWER = 6  # steps of the inverse one, which tells well-conditioned layers from others
 _SEEN = 1e-6  # of a random x: how near it must come back
 PROBE_LOSS = 3 * _SEEN
 """Share `lost` of a random probe up to which a system has no null space. A solve that ended because it was near enough
@@ -216,3 +217,15 @@ def largest_singular_value(
         return adjoint(image)[0], optax.tree.norm(image)
 
     return jax.lax.scan(step, start, None, length=_POWER)[1][-1]
+
+
+def inverse_power(
+    inverse: Callable[[Float[Array, "n 1"]], Float[Array, "n 1"]], start: Float[Array, "n 1"]
+) -> Float[Array, ""]:
+    """The least singular value of A, from above and to a few per cent; inverse(v) = (A^T A)^-1 v."""
+
+    def step(v: Float[Array, "n 1"], _: None) -> tuple[Float[Array, "n 1"], Float[Array, ""]]:
+        v = inverse(v / jnp.linalg.norm(v))
+        return v, jnp.linalg.norm(v)
+
+    return 1.0 / jnp.sqrt(jax.lax.scan(step, start, None, length=_INVERSE_POWER)[1][-1])

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.solvers.banded import BandedFactor, factor_gram, solve_banded
+from leakjax.solvers.linear import inverse_power
 
 WEAK = 1e-3
 """Singular values below this share of the largest count as weak: above it a solve by the squared factor and two
@@ -22,7 +23,7 @@ MOST_WEAK = 96
 """A basis of more takes longer to close than the iterations that it replaces (cnn6: 600 steps)."""
 
 _ROUNDS = 5  # of inverse iteration on a block: 1e-2 of a singular value's square a round, for those a tenth of the cut
-_STEPS = 6  # of an inverse power iteration: the least singular value to a few per cent
+_STEPS = 6  # of a power iteration: the largest singular value to some per cent
 
 
 class NormalFactor(NamedTuple):
@@ -38,9 +39,10 @@ def factor_map(
     shape: Sequence[int],
     most: int,
 ) -> NormalFactor | None:
-    """The factor of a map F on inputs of `shape`; None where it has none (see `factor_gram`), or F sees too little.
+    """The factor of a map F on inputs of `shape`; None where it has none, or F sees too little.
 
     Arguments: `gram`, v -> F^T F v of several flat v at once; `most`, the memory that the factor may take, in bytes.
+    Raises `MemoryError` where it takes more (see `factor_gram`).
     """
     banded = factor_gram(gram, shape, most)
     if banded is None:
@@ -49,7 +51,7 @@ def factor_map(
     rng = np.random.default_rng(0)
     start = rng.normal(size=(unknowns, 1))
     largest = _power(gram, start[:, 0])
-    least = 1.0 / float(np.sqrt(_inverse_power(banded, jnp.asarray(start, banded.inverse.dtype))))
+    least = float(_least(banded, jnp.asarray(start, banded.inverse.dtype)))
     count = 0
     while least < WEAK * largest and count < MOST_WEAK:
         count = min(2 * count or MOST_WEAK // 4, MOST_WEAK, unknowns)
@@ -84,9 +86,5 @@ def _solve(banded: BandedFactor, b: Float[Array, "n k"]) -> Float[Array, "n k"]:
 
 
 @jax.jit
-def _inverse_power(banded: BandedFactor, start: Float[Array, "n 1"]) -> Float[Array, ""]:
-    def step(v: Float[Array, "n 1"], _: None) -> tuple[Float[Array, "n 1"], Float[Array, ""]]:
-        v = solve_banded(banded, v / jnp.linalg.norm(v))
-        return v, jnp.linalg.norm(v)
-
-    return jax.lax.scan(step, start, None, length=_STEPS)[1][-1]
+def _least(banded: BandedFactor, start: Float[Array, "n 1"]) -> Float[Array, ""]:
+    return inverse_power(lambda v: solve_banded(banded, v), start)

@@ -6,32 +6,25 @@ must come back from what the layer would show of it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from leakjax.attacks.layerwise.factors import factor_of
-from leakjax.attacks.layerwise.system import build_system, slope_floor
-from leakjax.attacks.problem import Problem
-from leakjax.constraints.channel_reading import read_channels
-from leakjax.constraints.channels import Channels, channel_matrix
+from leakjax.attacks.layerwise.routes import Kind
+from leakjax.attacks.layerwise.system import build_system
+from leakjax.constraints.channels import channel_matrix
 from leakjax.constraints.layer import LayerSystem, Rows
 from leakjax.models.reader import Arrays
-from leakjax.runtime.batching import vmap_several
-from leakjax.runtime.devices import spread
-from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.banded import solve_banded
 from leakjax.solvers.kronecker import BlockSolution, solve_blocks, solve_full, spectrum
+from leakjax.solvers.lapack import eigh
 from leakjax.solvers.linear import largest_singular_value, relative_residual
 from leakjax.solvers.normal_factor import NormalFactor
-
-MOST_POSITIONS = 512
-"""Positions up to which K1's spectrum is found: 9 n^3 operations, 1.2 GFLOP, about as many as 600 steps of LSMR."""
 
 _TOLERANCES = ((1e-8, 1e-8), (1e-8, 1.0))
 """Of two rounds of LSMR on what K1 leaves, for the system and for the probe. The second gives the last digits, in as
@@ -43,30 +36,13 @@ _ROUNDS = 3
 digits."""
 
 
-class _Kind(NamedTuple):
-    """A segment that is solved through its `channels`; whether their K1 has `full` column rank by itself."""
+class Estimates(NamedTuple):
+    """Of one system: what its condition is estimated from.
 
-    channels: Channels
-    full: bool
-
-
-class Route(NamedTuple):
-    """How a segment is solved: through its channels, or by the `factor` of its weights."""
-
-    kind: _Kind | None
-    factor: NormalFactor | None
-
-
-class DirectSolution(NamedTuple):
-    """Of one system: x, its relative residual and what a random probe lost; what its condition is estimated from.
-
-    `largest`: singular value of A; `least`: of what was solved at once; `steps`: of LSMR on the
-    rest, for the system and for the probe; `recorded`, those whose `alphas` and `betas` are given.
+    `largest`: singular value of A; `least`: of what was solved at once; `steps`: of LSMR on the rest, for the system
+    and for the probe; `recorded`, those whose `alphas` and `betas` are given.
     """
 
-    x: Float[Array, "..."]
-    residual: Float[Array, ""]
-    lost: Float[Array, ""]
     largest: Float[Array, ""]
     least: Float[Array, ""]
     steps: Int[Array, " 2"]
@@ -75,34 +51,25 @@ class DirectSolution(NamedTuple):
     betas: Float[Array, "2 max_steps"]
 
 
-def routes(problem: Problem, segments: Sequence[Segment]) -> dict[Segment, Route]:
-    """The segments that are solved directly, and how. Only float64, for clients of that precision: the noise of others
-    is weighed by a least-squares solution of all rows at once, which a solution block by block is not."""
-    if problem.solver != "auto" or not slope_floor(problem):
-        return {}
-    if problem.devices and problem.chunk > 1:  # a chunk of several on a mesh of CPUs was seen never to return
-        return {}
-    linear = [s for s in segments if s.linear and s.paths]
-    found = {}
-    readings = read_channels(linear, problem.variables, MOST_POSITIONS) if linear else []
-    for segment, reading in zip(linear, readings, strict=True):
-        if "gradient" not in problem.blocks(segment):
-            continue
-        if reading is not None and reading.channels.sizes(segment.input.shape)[0] <= MOST_POSITIONS:
-            found[segment] = Route(_Kind(reading.channels, bool(reading.full)), None)
-        elif "forward" in problem.blocks(segment):
-            factor = factor_of(problem, segment)
-            if factor is not None:
-                found[segment] = Route(None, factor)
-    return found
+class DirectSolution(NamedTuple):
+    """Of one system: x, its relative residual, what a random probe lost, and `estimates` of its condition."""
+
+    x: Float[Array, "..."]
+    residual: Float[Array, ""]
+    lost: Float[Array, ""]
+    estimates: Estimates
 
 
-@keep(128)
-def lowered(
-    segment: Segment, kind: _Kind | None, floor: float, blocks: tuple[str, ...], devices: tuple[Any, ...]
-) -> Any:
-    """The jitted step of a segment: (variables, factor, x, dx, noise, tolerance, gradient) -> (solution, dL/dx), of
-    several clients at once."""
+def _without_steps(largest: Float[Array, ""], least: Float[Array, ""]) -> Estimates:
+    none, nothing = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), largest.dtype)
+    return Estimates(largest=largest, least=least, steps=none, recorded=none, alphas=nothing, betas=nothing)
+
+
+def direct_step(
+    segment: Segment, kind: Kind | None, floor: float, blocks: tuple[str, ...]
+) -> Callable[..., tuple[DirectSolution, Float[Array, "..."]]]:
+    """The step of a segment for one client: (variables, factor, x, dx, noise, tolerance, gradient) -> (solution,
+    dL/dx). Its tolerances are its own."""
 
     def step(
         variables: Arrays,
@@ -118,47 +85,31 @@ def lowered(
         probe = jax.random.normal(jax.random.key(0), segment.input.shape, dz.dtype)
         sides = jax.tree.map(lambda b, r: jnp.stack([b, r]), system.vector, product(probe))
         if kind is not None:
-            answer = _by_channels(segment, kind, product, sides, probe)
+            both, estimates = _by_channels(segment, kind, product, sides, probe)
         else:
             assert factor is not None
-            answer = _by_factor(segment, variables, factor, system, sides, probe)
+            both, estimates = _by_factor(segment, variables, factor, system, sides, probe)
         found = DirectSolution(
-            x=answer.x[0],
-            residual=relative_residual(system.operator, system.vector, answer.x[0]),
-            lost=jnp.linalg.norm(answer.x[1] - probe) / jnp.linalg.norm(probe),
-            largest=answer.largest,
-            least=answer.least,
-            steps=answer.steps,
-            recorded=answer.recorded,
-            alphas=answer.alphas,
-            betas=answer.betas,
+            x=both[0],
+            residual=relative_residual(system.operator, system.vector, both[0]),
+            lost=jnp.linalg.norm(both[1] - probe) / jnp.linalg.norm(probe),
+            estimates=estimates,
         )
         pulled = jax.vjp(lambda x: segment.function(variables, x), found.x)[1](dz)[0]
         return found, pulled
 
-    return jax.jit(spread(vmap_several(step, (None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
-
-
-class _Answer(NamedTuple):
-    """The inputs of both sides, and the rest as `DirectSolution` has it."""
-
-    x: Float[Array, "2 ..."]
-    largest: Float[Array, ""]
-    least: Float[Array, ""]
-    steps: Int[Array, " 2"]
-    recorded: Int[Array, " 2"]
-    alphas: Float[Array, "2 max_steps"]
-    betas: Float[Array, "2 max_steps"]
+    return step
 
 
 def _by_channels(
     segment: Segment,
-    route: _Kind,
+    kind: Kind,
     product: Callable[[Float[Array, "..."]], Rows],
     sides: Rows,
     probe: Float[Array, "..."],
-) -> _Answer:
-    shape, (channels, full) = segment.input.shape, route
+) -> tuple[Float[Array, "2 ..."], Estimates]:
+    """(the inputs of both sides, what the condition is estimated from)."""
+    shape, (channels, full) = segment.input.shape, kind
     small = channel_matrix(channels, lambda x: product(x)[1], shape, probe.dtype)
     rows, positions = small.shape
 
@@ -172,9 +123,7 @@ def _by_channels(
         together = jnp.moveaxis(b, 0, 1).reshape(rows, -1)
         parts, least = solve_full(small, together, start[:, :1])
         parts = jnp.moveaxis(parts.reshape(positions, 2, -1), 1, 0)
-        steps, record = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), small.dtype)
-        x = jax.vmap(lambda p: channels.join(p, shape))(parts)
-        return _Answer(x=x, largest=largest, least=least, steps=steps, recorded=steps, alphas=record, betas=record)
+        return jax.vmap(lambda p: channels.join(p, shape))(parts), _without_steps(largest, least)
     seen = spectrum(small)
     most_weak = min(positions, max(positions - rows, 0) + positions // 4 + 1)
 
@@ -183,8 +132,7 @@ def _by_channels(
 
     both = jax.lax.map(solve, (sides[0], b, jnp.asarray(_TOLERANCES, small.dtype)))
     x = jax.vmap(lambda parts: channels.join(parts, shape))(both.x)
-    return _Answer(
-        x=x,
+    return x, Estimates(
         largest=largest,
         least=both.least[0],
         steps=both.steps,
@@ -201,7 +149,8 @@ def _by_factor(
     system: LayerSystem,
     sides: Rows,
     probe: Float[Array, "..."],
-) -> _Answer:
+) -> tuple[Float[Array, "2 ..."], Estimates]:
+    """(the inputs of both sides, what the condition is estimated from)."""
     zero, size = jnp.zeros(segment.input.shape, system.weight.dtype), math.prod(segment.input.shape[1:])
     _, tangent = jax.linearize(lambda x: segment.function(variables, x), zero)
     adjoint = jax.linear_transpose(tangent, zero)
@@ -221,11 +170,10 @@ def _by_factor(
         x = x + solve(over[None] * left[0])
         if close is not None:
             x = x + jax.vmap(close)(jax.tree.map(lambda s, row: s - row, sides, jax.vmap(system.operator.mv)(x)))
-    none, nothing = jnp.zeros(2, jnp.int32), jnp.zeros((2, 1), zero.dtype)
     largest = largest_singular_value(system.operator.mv, probe)
     strong = factor.least * jnp.min(system.weight)
     smallest = strong if least is None else jnp.minimum(strong, least)
-    return _Answer(x=x, largest=largest, least=smallest, steps=none, recorded=none, alphas=nothing, betas=nothing)
+    return x, _without_steps(largest, smallest)
 
 
 def _closing(
@@ -238,7 +186,7 @@ def _closing(
     one = factor.weak.T.reshape(count, *zero.shape[1:])
     basis = jnp.concatenate([jnp.zeros((count, *zero.shape), zero.dtype).at[:, b].set(one) for b in range(len(zero))])
     rows = jax.vmap(lambda v: ravel_pytree(system.operator.mv(v))[0])(basis)
-    values, turn = jnp.linalg.eigh(rows @ rows.T)
+    values, turn = eigh(rows @ rows.T)
     kept = values > _SEEN**2 * values[-1]
     inverse = (turn * jnp.where(kept, 1.0 / jnp.where(kept, values, 1.0), 0.0)[None]) @ turn.T
 

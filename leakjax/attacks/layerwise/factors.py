@@ -10,16 +10,18 @@ from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
 from leakjax.models.reader import Arrays
-from leakjax.runtime.memory import available_bytes
+from leakjax.runtime.memory import available_bytes, working_device
 from leakjax.runtime.programs import Shelf, keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.normal_factor import MOST_WEAK, NormalFactor, factor_map
 
 _PRODUCTS = 32  # inputs that F and F^T are applied to at once
 _KEPT = 8  # factors: a model has two or three layers that take one
-_SHARE = 4 * _KEPT  # of the free memory, what one factor may take: a quarter for all of them
+_SHARE = 4 * _KEPT
+"""Of the free memory, of this machine and of the device that computes, what one factor may take: a quarter for all of
+them. While one is made, its matrix stands beside it, and copies that move to the device."""
 
-_FACTORS: Shelf[NormalFactor | None] = Shelf(_KEPT)
+_FACTORS: Shelf[tuple[NormalFactor | None]] = Shelf(_KEPT)
 
 
 def factor_of(problem: Problem, segment: Segment) -> NormalFactor | None:
@@ -29,9 +31,10 @@ def factor_of(problem: Problem, segment: Segment) -> NormalFactor | None:
         return None
     if segment.activation.is_flat(dict(problem.variables), problem.dtype):
         return None
-    key = (segment, _digest(problem.variables))
-    if key in _FACTORS:
-        return _FACTORS.get(key)
+    key = (segment, _digest(problem))
+    known = _FACTORS.get(key)
+    if known is not None:
+        return known[0]
     program = _gram(segment)
 
     def gram(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
@@ -39,15 +42,22 @@ def factor_of(problem: Problem, segment: Segment) -> NormalFactor | None:
         parts = [program(dict(problem.variables), part) for part in padded.reshape(-1, _PRODUCTS, *one)]
         return np.concatenate([np.asarray(part) for part in parts])[: len(v)]
 
-    return _FACTORS.put(key, factor_map(gram, one, available_bytes() // _SHARE))
+    try:
+        found = factor_map(gram, one, min(available_bytes(), available_bytes(working_device())) // _SHARE)
+    except MemoryError:  # there may be more of it next time
+        return None
+    return _FACTORS.put(key, (found,))[0]
 
 
-def _digest(variables: Arrays) -> bytes:
-    found = hashlib.blake2b()
-    for path in sorted(variables):
-        found.update(path.encode())
-        found.update(np.ascontiguousarray(variables[path]).tobytes())
-    return found.digest()
+def _digest(problem: Problem) -> bytes:
+    """Of all variables: the same for the same weights."""
+    if "digest" not in problem.shared:
+        found = hashlib.blake2b()
+        for path in sorted(problem.variables):
+            found.update(path.encode())
+            found.update(np.ascontiguousarray(problem.variables[path]).tobytes())
+        problem.shared["digest"] = found.digest()
+    return problem.shared["digest"]
 
 
 @keep(32)

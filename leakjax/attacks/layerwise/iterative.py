@@ -1,7 +1,6 @@
 """One step of the recursion by LSMR on the whole layer."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -9,9 +8,6 @@ from jaxtyping import Array, Bool, Float
 
 from leakjax.attacks.layerwise.system import build_system
 from leakjax.models.reader import Arrays
-from leakjax.runtime.batching import vmap_several
-from leakjax.runtime.devices import spread
-from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import LsmrSolution, solve_side
 
@@ -23,10 +19,11 @@ def max_steps(segment: Segment) -> int:
     return int(min(4 * max(int(np.prod(segment.input.shape)), 100), MOST_STEPS * min(segment.input.shape[0], 3)))
 
 
-@keep(128)
-def lowered(segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...], devices: tuple[Any, ...]) -> Any:
-    """The jitted step of a segment: (variables, random, x, dx, noise, tolerance, gradient) -> (solution, dL/dx), of
-    several clients at once; `random` asks for the probe instead of the system."""
+def lsmr_step(
+    segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...]
+) -> Callable[..., tuple[LsmrSolution, Float[Array, "..."]]]:
+    """The step of a segment for one client: (variables, random, x, dx, noise, tolerance, gradient) -> (solution,
+    dL/dx); `random` asks for the probe instead of the system."""
 
     def step(
         variables: Arrays,
@@ -45,4 +42,4 @@ def lowered(segment: Segment, dtype: str, floor: float, blocks: tuple[str, ...],
         pulled = jax.vjp(lambda x: segment.function(variables, x), solution.x)[1](dz)[0]
         return solution, pulled
 
-    return jax.jit(spread(vmap_several(step, (None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
+    return step

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from leakjax.attacks.layerwise.iterative import max_steps
-from leakjax.attacks.layerwise.layer_step import LayerSolution, Step, run_steps
+from leakjax.attacks.layerwise.layer_solution import LayerSolution
+from leakjax.attacks.layerwise.layer_step import Step, run_steps
 from leakjax.attacks.layerwise.system import LayerState
 from leakjax.attacks.problem import Problem
 from leakjax.models.activations import preimage_program

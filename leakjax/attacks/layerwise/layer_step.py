@@ -6,49 +6,42 @@ A segment is solved directly where it can be (`direct`), else by LSMR; what a di
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from leakjax.attacks.layerwise import direct, iterative
 from leakjax.attacks.layerwise.chunks import Program, run_chunks
-from leakjax.attacks.layerwise.direct import DirectSolution, Route
+from leakjax.attacks.layerwise.direct import direct_step
+from leakjax.attacks.layerwise.iterative import lsmr_step
+from leakjax.attacks.layerwise.layer_solution import LayerSolution, merged, rows_of
+from leakjax.attacks.layerwise.routes import Kind, Route, routes
 from leakjax.attacks.layerwise.system import LayerState, slope_floor
 from leakjax.attacks.problem import Monitor, Problem
-from leakjax.runtime.devices import placement
-from leakjax.runtime.programs import Shelf
+from leakjax.runtime.batching import vmap_several
+from leakjax.runtime.devices import placement, spread
+from leakjax.runtime.programs import Shelf, keep
 from leakjax.segments.chain import Segment
-from leakjax.solvers.linear import LsmrSolution, lsmr_condition
-from leakjax.solvers.lsmr import extreme_singular_values
 
-MOST_CONDITION = 1e3
-"""Up to which an answer of a gradient block alone stands: it leaves out rows that may see better what that block hardly
-sees, and LSMR weighs all of them (a K1 of condition 1e7 beside forward rows of condition 19 lost 70 dB)."""
-
-
-class LayerSolution(NamedTuple):
-    """Of P paths' systems: x, ||A x - b|| / ||b||, what a random probe lost (see `LsmrSolution`), LSMR's steps, the
-    condition (estimated), and whether the solve was direct."""
-
-    x: Float[np.ndarray, "P ..."]
-    residual: Float[np.ndarray, " P"]
-    lost: Float[np.ndarray, " P"]
-    steps: Int[np.ndarray, " P"]
-    condition: Float[np.ndarray, " P"]
-    direct: Bool[np.ndarray, " P"]
+Solved = tuple[LayerSolution, Float[np.ndarray, "P ..."]]
+"""Of several paths: their solutions, dL/dx of each."""
 
 
 @dataclasses.dataclass(eq=False)
 class Step:
-    """The programs of a segment: a direct one where it has a `route`, and LSMR's, compiled when it is first needed."""
+    """The programs of a segment: a direct one where it has a `route`, and LSMR's, each compiled when first needed."""
 
     segment: Segment
     route: Route | None
     programs: dict[bool, Program]
     compile: Callable[[bool], Program]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the gradient block is solved without the forward rows."""
+        return self.route is not None and self.route.kind is not None and self.route.kind.full
 
     def program(self, *, directly: bool) -> Program:
         """The compiled program of one kind."""
@@ -60,145 +53,142 @@ class Step:
 _COMPILED: Shelf[Program] = Shelf(256)
 
 
-def compile_steps(problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor) -> list[Step]:
-    """The steps of segments for chunks of `size`; those programs that are needed in any case compiled side by side."""
+def compile_steps(
+    problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor, *, later: Sequence[Segment] = ()
+) -> list[Step]:
+    """The steps of segments for chunks of `size`; those programs that are needed in any case, which are not those of
+    the segments for `later`, compiled side by side."""
     start = time.perf_counter()
-    routes = direct.routes(problem, segments)
+    known = routes(problem, segments, size)
     monitor.trace += time.perf_counter() - start
 
     def compile_all(wanted: Sequence[tuple[Segment, bool]]) -> list[Program]:
-        return _compile(problem, [(s, routes.get(s) if directly else None) for s, directly in wanted], size, monitor)
+        return _compile(problem, [(s, known.get(s) if directly else None) for s, directly in wanted], size, monitor)
 
-    made = compile_all([(s, s in routes) for s in segments])
+    now = [s for s in segments if s not in later]
+    made = dict(zip(now, compile_all([(s, s in known) for s in now]), strict=True))
     return [
-        Step(s, routes.get(s), {s in routes: program}, lambda directly, s=s: compile_all([(s, directly)])[0])
-        for s, program in zip(segments, made, strict=True)
+        Step(
+            s,
+            known.get(s),
+            {s in known: made[s]} if s in made else {},
+            lambda directly, s=s: compile_all([(s, directly)])[0],
+        )
+        for s in segments
     ]
+
+
+def one_step(segment: Segment, kind: Kind | None, dtype: str, floor: float, blocks: tuple[str, ...], *, directly: bool):
+    """The step of a segment for one client: (variables, given, x, dx, noise, tolerance, gradient) -> (solution, dL/dx);
+    `given` is the factor of its weights or None where it goes `directly`, else whether the probe is asked for."""
+    return direct_step(segment, kind, floor, blocks) if directly else lsmr_step(segment, dtype, floor, blocks)
+
+
+@keep(128)
+def _jitted(
+    segment: Segment,
+    kind: Kind | None,
+    dtype: str,
+    floor: float,
+    blocks: tuple[str, ...],
+    devices: tuple[Any, ...],
+    directly: bool,
+) -> Any:
+    step = one_step(segment, kind, dtype, floor, blocks, directly=directly)
+    return jax.jit(spread(vmap_several(step, (None, None, 0, 0, 0, 0, 0)), devices, shared=2, split=5))
 
 
 def _compile(
     problem: Problem, wanted: Sequence[tuple[Segment, Route | None]], size: int, monitor: Monitor
 ) -> list[Program]:
     dtype, floor, devices = str(problem.dtype), slope_floor(problem), problem.devices
-    whole, part = placement(devices, split=False), placement(devices, split=True)
-    struct = jax.ShapeDtypeStruct
-    weights = {p: struct(a.shape, a.dtype, sharding=whole) for p, a in problem.variables.items()}
-    lowered, programs, start = {}, {}, time.perf_counter()
-    for segment, route in wanted:
-        blocks = problem.blocks(segment)
-        shapes = None if route is None else jax.tree.map(lambda a: a.shape, route.factor)
-        key = (segment, route is None, str(route and route.kind), str(shapes), size, dtype, floor, blocks, devices)
-        programs[segment] = key
-        if key in _COMPILED:
-            continue
-        rows = {p: (size, *problem.gradients[p].shape[1:]) for p in segment.paths}
-        gradient = {p: struct(shape, problem.dtype, sharding=part) for p, shape in rows.items()}
-        x = struct((size, *segment.output.shape), problem.dtype, sharding=part)
-        noise = struct((size,), problem.dtype, sharding=part)
-        if route is None:
-            program, given = iterative.lowered(segment, dtype, floor, blocks, devices), struct((), bool, sharding=whole)
-        else:
-            program = direct.lowered(segment, route.kind, floor, blocks, devices)
-            given = jax.tree.map(lambda a: struct(a.shape, a.dtype, sharding=whole), route.factor)
-        lowered[key] = program.lower(weights, given, x, x, noise, noise, gradient)
+
+    def lower(segment: Segment, route: Route | None) -> tuple[Hashable, Callable[[], Any]]:
+        kind, blocks = route and route.kind, problem.blocks(segment)
+        given = jax.ShapeDtypeStruct((), bool) if route is None else route.factor
+        shapes = jax.tree.map(lambda a: a.shape, given)
+        key = (segment, route is None, str(kind), str(shapes), size, dtype, floor, blocks, devices)
+        jitted = _jitted(segment, kind, dtype, floor, blocks, devices, route is not None)
+        return key, lambda: jitted.lower(*arguments(problem, segment.paths, segment.output.shape, size, given))
+
+    return compile_programs([lower(*one) for one in wanted], monitor)
+
+
+def arguments(
+    problem: Problem, paths: Sequence[str], output: Sequence[int], size: int, given: Any
+) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
+    """The shapes of what a step takes, `size` clients at once, and where it lies."""
+    whole, part = (placement(problem.devices, split=split) for split in (False, True))
+
+    def struct(shape: Sequence[int], dtype: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+    weights = {p: struct(a.shape, a.dtype, whole) for p, a in problem.variables.items()}
+    shared = jax.tree.map(lambda a: struct(a.shape, a.dtype, whole), given)
+    x = struct((size, *output), problem.dtype, part)
+    one = struct((size,), problem.dtype, part)
+    gradient = {p: struct((size, *problem.gradients[p].shape[1:]), problem.dtype, part) for p in paths}
+    return weights, shared, x, x, one, one, gradient
+
+
+def compile_programs(wanted: Sequence[tuple[Hashable, Callable[[], Any]]], monitor: Monitor) -> list[Program]:
+    """The programs of (key, what lowers it): those that are not known yet are compiled side by side."""
+    start = time.perf_counter()
+    programs = {key: _COMPILED.get(key) for key, _ in wanted}
+    if all(program is not None for program in programs.values()):
+        return [programs[key] for key, _ in wanted]  # type: ignore[misc]
+    lowered = {key: lower() for key, lower in wanted if programs[key] is None}
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for key, program in zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True):
-            _COMPILED.put(key, program)
+            programs[key] = _COMPILED.put(key, program)
     monitor.compile += time.perf_counter() - start
-    return [_COMPILED.get(programs[segment]) for segment, _ in wanted]  # type: ignore[misc]
+    return [programs[key] for key, _ in wanted]  # type: ignore[misc]
 
 
 def run_steps(
-    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]
-) -> tuple[LayerSolution, Float[np.ndarray, "P ..."]]:
-    """Apply a step to all paths, `size` at a time (the last chunk is padded by repetition): (solutions, dL/dx).
+    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int], ahead: Solved | None = None
+) -> Solved:
+    """Apply a step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     What a direct solve leaves open (a null space, a misfit) is solved by LSMR, whose answer is the least-squares one of
-    minimum norm; a misfit is left alone where another path of its victim fits.
+    minimum norm; a misfit is left alone where another path of its victim fits. `ahead`: what the step gives, where that
+    is known.
     """
     if step.route is None:
-        return _iterate(problem, step, size, state, victims)
-    solution, pulled = _solve_directly(problem, step, size, state, victims)
-    good = (solution.lost <= problem.tolerances.probe) & (solution.residual <= problem.tolerances.clean)
-    if step.route.kind is not None and step.route.kind.full:
-        good &= solution.condition <= MOST_CONDITION
+        return ahead or _iterate(problem, step, size, state, victims)
+    solution, pulled = ahead or _solve_directly(problem, step, size, state, victims)
+    good = solution.stands(problem, alone=step.alone)
     settled = {victim for victim, fits in zip(victims, good, strict=True) if fits}
-    rest = [k for k, victim in enumerate(victims) if victim not in settled]
-    if not rest:
+    rest = np.array([k for k, victim in enumerate(victims) if victim not in settled], int)
+    if not len(rest):
         return solution, pulled
-    where = np.asarray(rest)
-    again, other = _iterate(
-        problem, step, size, jax.tree.map(lambda a: np.asarray(a)[where], state), [victims[k] for k in rest]
-    )
-
-    def mixed(a: Any, b: Any) -> Any:
-        a = np.array(a)
-        a[where] = b
-        return a
-
-    return jax.tree.map(mixed, solution, again), mixed(pulled, other)
+    again = _iterate(problem, step, size, rows_of(state, rest), [victims[k] for k in rest])
+    return merged((solution, pulled), again, rest)
 
 
-def _solve_directly(
-    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]
-) -> tuple[LayerSolution, Float[np.ndarray, "P ..."]]:
+def _solve_directly(problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]) -> Solved:
     assert step.route is not None
 
-    def is_clean(found: DirectSolution, task: None) -> bool:
+    def is_clean(result: Any, task: None) -> bool:
         """Whether the probes came back: a misfit of the system itself is a wrong candidate's, or LSMR's to settle."""
-        return bool(np.all(found.lost <= problem.tolerances.probe))
+        return bool(np.all(result[0].lost <= problem.tolerances.probe))
 
     program = step.program(directly=True)
-    [(found, pulled)] = run_chunks(
-        problem, step.segment, program, size, state, victims, [(None, step.route.factor)], is_clean
-    )
-    solution = LayerSolution(
-        x=found.x,
-        residual=found.residual,
-        lost=found.lost,
-        steps=np.max(found.steps, axis=1),
-        condition=np.array([_condition(jax.tree.map(lambda a, k=k: a[k], found)) for k in range(len(victims))]),
-        direct=np.ones(len(victims), bool),
-    )
-    return solution, pulled
+    given = [(None, step.route.factor)]
+    [(found, pulled)] = run_chunks(problem, [step.segment], program, size, state, victims, given, is_clean)
+    return LayerSolution.of_direct(found), pulled
 
 
-def _condition(found: DirectSolution) -> float:
-    """Of one system that was solved directly: ||A|| over the smallest singular value on each of its two sides.
-
-    An estimate: rows that were left out can only see more, how the two sides meet can make both see less.
-    """
-    if not (np.isfinite(found.largest) and found.least > 0):
-        return float("inf")
-    left = [
-        extreme_singular_values(a, b, s)[0]
-        for a, b, s in zip(found.alphas, found.betas, found.recorded, strict=True)
-        if s > 0
-    ]
-    least = min([float(found.least), *left])
-    return float(found.largest) / least if least > 0 else float("inf")
-
-
-def _iterate(
-    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]
-) -> tuple[LayerSolution, Float[np.ndarray, "P ..."]]:
-    def is_clean(solution: LsmrSolution, random: bool) -> bool:
+def _iterate(problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]) -> Solved:
+    def is_clean(result: Any, random: bool) -> bool:
         """Whether all solutions of a chunk meet their own equations: a probe its known answer."""
-        fitting = problem.tolerances.clean
+        solution, fitting = result[0], problem.tolerances.clean
         left, most = (solution.lost, problem.tolerances.probe) if random else (solution.residual, fitting)
         return bool(np.all(np.asarray(left) <= most))
 
     sides = [(random, np.asarray(random)) for random in (True, False)]
     program = step.program(directly=False)
-    (probes, _), (found, pulled) = run_chunks(problem, step.segment, program, size, state, victims, sides, is_clean)
-    solution = LayerSolution(
-        x=found.x,
-        residual=found.residual,
-        lost=probes.lost,
-        steps=found.steps,
-        condition=np.array([lsmr_condition(found, k) for k in range(len(victims))]),
-        direct=np.zeros(len(victims), bool),
-    )
-    return solution, pulled
+    (probes, _), (found, pulled) = run_chunks(problem, [step.segment], program, size, state, victims, sides, is_clean)
+    return LayerSolution.of_lsmr(found, probes.lost), pulled

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -14,6 +15,7 @@ from leakjax.constraints.pull_back import pull_gradients, push_forward
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Proof
 from leakjax.runtime.arrays import to_device
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 
@@ -62,29 +64,32 @@ def _seen(path: Path) -> Float[np.ndarray, "B ..."] | None:
 
 
 def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
-    """||g(x) - g|| / ||g|| of every path, through the chain of segments."""
-    gradient = _gradient_of(problem.segments, problem.loss)
-    residuals = []
-    for path in paths:
-        weights = np.ones(problem.examples) if path.weights is None else path.weights
-        point = dict(problem.variables), to_device(path.x, problem.dtype), to_device(path.labels)
-        found = gradient(*point, to_device(weights, problem.dtype))
-        given = {p: problem.gradients[p][path.victim] for p in found}
-        error = np.sqrt(sum(np.sum((np.asarray(found[p]) - given[p]) ** 2) for p in found))
-        residuals.append(float(error / np.sqrt(sum(np.sum(g**2) for g in given.values()))))
-    return residuals
+    """||g(x) - g|| / ||g|| of every path, through the chain of segments, `chunk` of them in one program."""
+    residual, dtype = _residual_of(problem.segments, problem.loss), problem.dtype
+    size, variables, residuals = min(problem.chunk, len(paths)), dict(problem.variables), []
+    for first in range(0, len(paths), max(size, 1)):
+        part = [paths[min(k, len(paths) - 1)] for k in range(first, first + size)]
+        weights = [np.ones(problem.examples) if path.weights is None else path.weights for path in part]
+        asked = (np.stack([p.x for p in part]), np.stack([p.labels for p in part]), np.stack(weights))
+        given = {p: to_device(g[[path.victim for path in part]], dtype) for p, g in problem.gradients.items()}
+        found = residual(variables, to_device(asked[0], dtype), to_device(asked[1]), to_device(asked[2], dtype), given)
+        residuals += [float(r) for r in np.asarray(found)]
+    return residuals[: len(paths)]
 
 
 @keep(32)
-def _gradient_of(segments: tuple[Segment, ...], loss: str) -> Callable[..., dict[str, Float[Array, "..."]]]:
-    """(variables, x, labels, weights (B,)) -> {path: dL/dtheta}, by the segments that the layers are solved with."""
+def _residual_of(segments: tuple[Segment, ...], loss: str) -> Callable[..., Float[Array, " P"]]:
+    """(variables, x, labels, weights (P, B), {path: dL/dtheta as sent}) -> relative misfits, by the segments that the
+    layers are solved with; of P paths."""
 
-    def gradient(
-        variables: Arrays, x: Float[Array, "B ..."], labels: DeviceLabels, weights: Float[Array, " B"]
-    ) -> dict[str, Float[Array, "..."]]:
+    def residual(
+        variables: Arrays, x: Float[Array, "B ..."], labels: DeviceLabels, weights: Float[Array, " B"], given: Arrays
+    ) -> Float[Array, ""]:
         xs, zs, slopes = push_forward(segments, variables, x)
         dz = loss_pull(segments[-1], variables, loss, zs[-1], labels)
         dz = dz * weights.reshape(-1, *[1] * (dz.ndim - 1))
-        return pull_gradients(segments, variables, xs, slopes, dz)[0]
+        found = pull_gradients(segments, variables, xs, slopes, dz)[0]
+        error = sum(jnp.sum((found[p] - given[p]) ** 2) for p in found)
+        return jnp.sqrt(error / sum(jnp.sum(g**2) for g in given.values()))
 
-    return jax.jit(gradient)
+    return jax.jit(vmap_several(residual, (None, 0, 0, 0, 0)))

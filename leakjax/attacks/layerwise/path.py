@@ -1,11 +1,13 @@
 """Candidates on their way from the head to the image, and when one is dropped."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from leakjax.attacks.problem import Labels, Problem
+from leakjax.attacks.tolerances import Tolerances
 from leakjax.reconstruction import LayerInfo
 from leakjax.segments.chain import Segment
 
@@ -31,6 +33,7 @@ class Path:
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
     whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
+    `row`: its place among the head's candidates.
     """
 
     victim: int
@@ -43,6 +46,7 @@ class Path:
     anchor: Anchor | None = None
     source: Anchor | None = None
     weights: Float[np.ndarray, " B"] | None = None
+    row: int = 0
 
     @property
     def certain(self) -> bool:
@@ -52,14 +56,29 @@ class Path:
 
 def noise_level(problem: Problem, x: Float[np.ndarray, "..."], residual: float) -> float:
     """Absolute level under which an entry of x may be rounding."""
-    known = residual if residual < problem.tolerances.error else 0.0
-    return 30 * max(known, problem.tolerances.rounding, LEAST) * float(np.sqrt(np.mean(x**2)))
+    return float(level_of(problem.tolerances, x, residual, np))
+
+
+def level_of(tolerances: Tolerances, x: Any, residual: Any, numpy: Any) -> Any:
+    """`noise_level`, by `numpy` or by what computes like it under jit."""
+    known = numpy.where(residual < tolerances.error, residual, 0.0)
+    share = numpy.maximum(known, max(tolerances.rounding, LEAST))
+    return 30 * share * numpy.sqrt(numpy.mean(x**2))
 
 
 def solve_tolerance(problem: Problem, residual: float) -> float:
     """Relative tolerance of a layer's solve: well below the misfit that the layer after it left, and no lower."""
-    share = EXACT_SHARE if problem.noise < 1e-12 else NOISY_SHARE
-    return float(np.clip(share * residual, problem.tolerances.solve, 1e-7))
+    return float(tolerance_of(problem.tolerances, misfit_share(problem), residual, np))
+
+
+def tolerance_of(tolerances: Tolerances, share: float, residual: Any, numpy: Any) -> Any:
+    """`solve_tolerance`, by `numpy` or by what computes like it under jit."""
+    return numpy.clip(share * residual, tolerances.solve, 1e-7)
+
+
+def misfit_share(problem: Problem) -> float:
+    """The share of a misfit that the next tolerance is."""
+    return EXACT_SHARE if problem.noise < 1e-12 else NOISY_SHARE
 
 
 def layer_info(

@@ -15,7 +15,7 @@ from leakjax.attacks.layerwise.chunks import workers
 from leakjax.attacks.layerwise.closing import Nulls, close
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.kinks import Solved, mend_kinks
-from leakjax.attacks.layerwise.layer_step import Step, compile_steps, run_steps
+from leakjax.attacks.layerwise.layer_step import Step, compile_steps
 from leakjax.attacks.layerwise.outcomes import outcomes
 from leakjax.attacks.layerwise.path import (
     Anchor,
@@ -24,12 +24,12 @@ from leakjax.attacks.layerwise.path import (
     drop_misfits,
     layer_info,
     noise_level,
-    solve_tolerance,
 )
 from leakjax.attacks.layerwise.prior_choice import choose
 from leakjax.attacks.layerwise.ranks import matrix_shape, solve_layer_densely
 from leakjax.attacks.layerwise.start import start
-from leakjax.attacks.layerwise.system import LayerState, pull_back_cotangent
+from leakjax.attacks.layerwise.sweep import Swept, advance, state_of, sweep, swept_together
+from leakjax.attacks.layerwise.system import pull_back_cotangent
 from leakjax.attacks.layerwise.waiting import pull, wait
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError, UnreadableModelError
@@ -69,16 +69,20 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     _check_memory(problem, size)
     monitor.tell("reading the head")
     paths = start(problem, monitor, head)
-    linear = [k for k, segment in enumerate(segments) if segment.linear]
+    linear = [segment for segment in segments if segment.linear]
     monitor.tell(f"compiling {len(linear)} layers")
-    steps = dict(zip(linear, compile_steps(problem, [segments[k] for k in linear], size, monitor), strict=True))
+    together = swept_together(problem, segments, size)
+    steps = dict(zip(linear, compile_steps(problem, linear, size, monitor, later=together), strict=True))
+    swept = sweep(problem, monitor, [steps[s] for s in together], size, paths)
     for position in reversed(range(len(segments))):
         if not paths:
             break
         monitor.tell(f"solving {segments[position].name}")
         paths = drop_impossible(problem, segments[position], paths)
-        if position in steps:
-            paths = _advance(problem, position, steps[position], size, paths, pulling and position > 0)
+        step = steps.get(segments[position])
+        if step is not None:
+            known = swept.get(segments[position])
+            paths = _advance(problem, position, step, known, size, paths, pulling and position > 0)
         else:
             paths = [wait(problem, position, path) for path in paths]
         pulled = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
@@ -102,15 +106,11 @@ def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
         )
 
 
-def _advance(problem: Problem, position: int, step: Step, size: int, paths: list[Path], waiting: bool) -> list[Path]:
+def _advance(
+    problem: Problem, position: int, step: Step, known: Swept | None, size: int, paths: list[Path], waiting: bool
+) -> list[Path]:
     victims = [p.victim for p in paths]
-    state = LayerState(
-        np.stack([p.x for p in paths]),
-        np.stack([p.dx for p in paths]),
-        np.asarray([p.noise for p in paths]),
-        np.asarray([solve_tolerance(problem, p.layers[0].residual) for p in paths]),
-    )
-    solved = Solved(*run_steps(problem, step, size, state, victims), state)
+    solved = Solved(*advance(problem, step, size, paths, known), state_of(problem, paths))
     certain = np.array([p.certain for p in paths])
     solved = mend_kinks(problem, step, size, victims, solved, certain)
     nulls: Nulls = {}

@@ -1,5 +1,7 @@
 """The first step of every path: what the head's gradient says of its input."""
 
+import dataclasses
+
 import numpy as np
 
 from leakjax.attacks.heads.batch import examples_shown, fits, read_dense_head, separate_examples
@@ -7,7 +9,7 @@ from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.heads.single import read_head
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
 from leakjax.attacks.layerwise.ranks import head_rank
-from leakjax.attacks.layerwise.system import pull_back_cotangent
+from leakjax.attacks.layerwise.system import pull_back_cotangent, pull_back_cotangents
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.runtime.devices import solved_together
@@ -27,7 +29,8 @@ def start(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
 
     Where a head's gradient is of another number of examples than was told, the monitor hears of it.
     """
-    return _of_one(problem, monitor, head) if problem.examples == 1 else _of_batches(problem, monitor, head)
+    read = _of_one if problem.examples == 1 else _of_batches
+    return [dataclasses.replace(path, row=k) for k, path in enumerate(read(problem, monitor, head))]
 
 
 def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
@@ -58,8 +61,8 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         tolerance=problem.tolerances.solve,
         accept=problem.tolerances.matched,
     )
-    paths = []
-    for candidate in reading.candidates:
+    paths, pulled = [], pull_back_cotangents(head, problem.variables, [(c.x, c.dz) for c in reading.candidates], size)
+    for candidate, dx in zip(reading.candidates, pulled, strict=True):
         v = candidate.victim
         if first + v >= problem.victims:
             continue
@@ -72,7 +75,6 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         info = layer_info(
             problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v])
         )
-        dx = pull_back_cotangent(head, problem.variables, candidate.x, candidate.dz)
         noise = noise_level(problem, candidate.x, residual)
         target = problem.target(first + v)
         tags = np.array([candidate.label]) if target is None else target[None]

@@ -1,6 +1,6 @@
 """A segment's layer system, from what the next layer gave."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from leakjax.attacks.problem import Problem
 from leakjax.constraints.layer import BLOCKS, LayerSystem, layer_system
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
+from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.cores import ALONE
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
@@ -85,6 +86,30 @@ def pull_back_cotangent(
     return np.asarray(_cotangent(segment)(dict(variables), x, dz))
 
 
+def pull_back_cotangents(
+    segment: Segment,
+    variables: Arrays,
+    pairs: Sequence[tuple[Float[np.ndarray, "*input"], Float[np.ndarray, "..."]]],
+    size: int,
+) -> list[Float[np.ndarray, "*input"]]:
+    """dL/dx of several (x, dz), `size` of them in one program."""
+    found = []
+    for first in range(0, len(pairs), size):
+        part = [pairs[min(k, len(pairs) - 1)] for k in range(first, first + size)]
+        x, dz = (np.stack([np.asarray(pair[side]) for pair in part]) for side in (0, 1))
+        found += list(np.asarray(_cotangents(segment)(dict(variables), x, dz)))
+    return found[: len(pairs)]
+
+
 @keep(64)
 def _cotangent(segment: Segment) -> Any:
-    return jax.jit(lambda variables, x, dz: jax.vjp(lambda x: segment.function(variables, x), x)[1](dz)[0])
+    return jax.jit(_pull(segment))
+
+
+@keep(64)
+def _cotangents(segment: Segment) -> Any:
+    return jax.jit(vmap_several(_pull(segment), (None, 0, 0)))
+
+
+def _pull(segment: Segment) -> Callable[..., Float[Array, "..."]]:
+    return lambda variables, x, dz: jax.vjp(lambda x: segment.function(variables, x), x)[1](dz)[0]
