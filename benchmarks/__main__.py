@@ -29,6 +29,7 @@ STUDIES = {
     "study": "certificates of random networks, judged against the truth",
     "guard": "what the guard of training loops costs",
     "layers": "direct solves of layers beside LSMR, in one run",
+    "accelerator": "clients a second of one program a chunk, beside the bounds of the device",
 }
 
 

@@ -224,3 +224,26 @@ def test_a_gradient_that_hardly_sees_its_input_is_not_solved_alone(rng):
     answer, other = invert(observation, attack="rgap"), invert(observation, attack="rgap", solver="lsmr")
     assert answer.layers[0][0].condition < 100
     assert np.max(np.abs(answer.images - images)) <= 10 * np.max(np.abs(other.images - images))
+
+
+def test_models_with_random_keys_among_their_variables(rng):
+    """Dropout keeps keys and counts beside the weights: they are no weights, and change no reading and no factor."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.first = nnx.Conv(2, 12, (4, 4), strides=(2, 2), padding=[(2, 2)] * 2, rngs=rngs)
+            self.second = nnx.Conv(12, 36, (3, 3), strides=(2, 2), padding=PADDED, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+            self.head = nnx.Linear(7 * 7 * 36, 4, rngs=rngs)
+
+        def __call__(self, x):
+            z = jnp.tanh(self.second(jnp.tanh(self.first(x))))
+            return self.head(self.dropout(z.reshape(len(x), -1)))
+
+    images = rng.uniform(size=(1, 24, 24, 2))
+    answer = invert(observe(Net(), (images, np.array([1]))))
+    assert [info.solver for info in answer.layers[0][:-1]] == ["direct", "direct"]
+    assert answer.certificates[0].status == "exact"
+    assert np.max(np.abs(answer.images - images)) < 1e-6  # the weights of nnx are float32

@@ -55,9 +55,10 @@ def read_channels(segments: Sequence[Segment], variables: Arrays, most: int) -> 
 
 
 def _like(rng: np.random.Generator, a: Any) -> Any:
-    """Random numbers in the place of weights; above 0, as the variances among them are."""
+    """Random numbers in the place of weights, above 0, as the variances among them are; other arrays (keys, counts)
+    as they are."""
     if not jnp.issubdtype(a.dtype, jnp.floating):
-        return np.asarray(a)
+        return a
     return rng.uniform(0.5, 1.5, a.shape).astype(a.dtype)
 
 

@@ -5,7 +5,6 @@ With a bias (any parameter b of the last affine map with d f / d b constant and 
 and the label y solve t dL/dz(f(t x), y) = dz (R-GAP, arXiv 2010.07733, section 3.2, for one logistic output).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.optimize import root_scalar
 
+from leakjax.attacks.heads.rays import ray_of, scalar_roots
 from leakjax.constraints.layer import layer_system, loss_pull
 from leakjax.models.activations import Preimage
 from leakjax.models.losses import labels_of
@@ -109,11 +108,12 @@ def read_head(
         return HeadReading(candidates, solution)
     direction, solution = jax.device_get(_rank_one(segment, tolerance)(dict(variables), arrays))
     candidates = []
-    for v in range(len(direction)):
-        given = None if labels is None else int(labels[v])
-        found = _scalar_roots(segment, variables, loss, direction[v], solution.x[v], given)
-        best = min((c.residual for c in found), default=np.inf)
-        candidates += [c._replace(victim=v) for c in found if c.residual <= max(accept, 10 * best)]
+    for v, roots in enumerate(scalar_roots(segment, variables, loss, direction, solution.x, labels)):
+        best = min((root.residual for root in roots), default=np.inf)
+        for t, label, residual in roots:
+            if residual <= max(accept, 10 * best):
+                dz, x = (direction[v] / t).astype(direction.dtype), solution.x[v] * solution.x.dtype.type(t)
+                candidates.append(HeadCandidate(victim=v, label=label, dz=dz, x=x, residual=residual))
     return HeadReading(candidates, solution)
 
 
@@ -134,8 +134,7 @@ def read_ray(
     """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
     arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
-    z0, along = _line(segment)(dict(variables), solution.x[0])
-    return direction[0], functools.partial(_ray(segment, loss), dict(variables), z0, along)
+    return direction[0], ray_of(segment, variables, loss, solution.x[0])
 
 
 def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
@@ -214,79 +213,3 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., tuple[Float[A
         return dz / size, solution._replace(x=solution.x * size)
 
     return jax.jit(vmap_several(factor, (None, 0)))
-
-
-@keep(32)
-def _ray(segment: Segment, loss: str) -> Callable[..., Float[Array, "T K"]]:
-    """(variables, z0, a, t (T,), label) -> t dL/dz(z0 + t a, label), (T, K)."""
-
-    def pulls(
-        variables: Arrays, z0: Float[Array, "*z"], a: Float[Array, "*z"], t: Float[Array, " T"], label: Int[Array, ""]
-    ) -> Float[Array, "T K"]:
-        return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label)))(t)
-
-    return jax.jit(pulls)
-
-
-@keep(32)
-def _line(segment: Segment) -> Callable[..., tuple[Float[Array, "..."], Float[Array, "..."]]]:
-    """(variables, x) -> f(0), f(x) - f(0): the logits along t x are the first plus t times the second."""
-
-    def ends(variables: Arrays, x: Float[Array, "*x"]) -> tuple[Float[Array, "*z"], Float[Array, "*z"]]:
-        at_zero = segment.function(variables, jnp.zeros_like(x))
-        return at_zero, segment.function(variables, x) - at_zero
-
-    return jax.jit(ends)
-
-
-def _scalar_roots(
-    segment: Segment,
-    variables: Arrays,
-    loss: str,
-    direction: Float[np.ndarray, "..."],
-    x: Float[np.ndarray, "..."],
-    given: int | None,
-) -> list[HeadCandidate]:
-    """All (t, y) with t dL/dz(f(t x), y) = direction: sign changes on a logarithmic grid, then Brent's method.
-
-    t = 1 / ||dz||: from 1e-5, logits of 1e5 under a squared error, to 1e16, where a probability is 1 in float64. Two
-    roots within a step of the grid, 0.8 %, are missed.
-    """
-    z0, a = _line(segment)(dict(variables), x)
-    flat = direction.ravel()
-    ray = functools.partial(_ray(segment, loss), dict(variables), z0, a)
-    outputs = flat.size
-    sizes = np.geomspace(1e-5, 1e16, 6300)
-    candidates = []
-    for sign in (1.0, -1.0):
-        if outputs > 1 and loss != "squared_error" and np.all(flat != 0):
-            labels = [int(np.argmin(sign * flat))]  # one-hot targets: only the label's entry of dz is negative
-        else:
-            labels = list(range(labels_of(outputs)))
-        for label in labels if given is None else [given]:
-            y = np.asarray(label)
-
-            def excess(t: Float[np.ndarray, " T"], y: Int[np.ndarray, ""] = y) -> Float[np.ndarray, " T"]:
-                return np.asarray(ray(np.asarray(t, x.dtype), y), float) @ flat - 1.0
-
-            grid = sign * sizes
-            values = excess(grid)
-            crossings = np.flatnonzero(np.sign(values[:-1]) * np.sign(values[1:]) < 0)
-            for k in crossings[:8]:
-
-                def at(t: float, excess: Callable[..., Float[np.ndarray, " T"]] = excess) -> float:
-                    return float(excess(np.full(8, t))[0])
-
-                t = root_scalar(at, bracket=np.sort(grid[k : k + 2]), method="brentq", xtol=1e-300).root
-                off = np.asarray(ray(np.full(8, t, x.dtype), y), float)[0] - flat
-                dz = (direction / t).astype(direction.dtype)
-                candidates.append(
-                    HeadCandidate(
-                        victim=0,
-                        label=label,
-                        dz=dz,
-                        x=x * x.dtype.type(t),
-                        residual=float(np.linalg.norm(off)),
-                    )
-                )
-    return candidates

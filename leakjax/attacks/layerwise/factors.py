@@ -55,9 +55,14 @@ def _digest(problem: Problem) -> bytes:
         found = hashlib.blake2b()
         for path in sorted(problem.variables):
             found.update(path.encode())
-            found.update(np.ascontiguousarray(problem.variables[path]).tobytes())
+            found.update(np.ascontiguousarray(_numbers(problem.variables[path])).tobytes())
         problem.shared["digest"] = found.digest()
     return problem.shared["digest"]
+
+
+def _numbers(a: Any) -> Any:
+    """An array, or the numbers of random keys."""
+    return jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a
 
 
 @keep(32)

@@ -33,7 +33,7 @@ class Path:
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
     whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
-    `row`: its place among the head's candidates.
+    `row`: its place in a sweep of several layers (see `sweep`).
     """
 
     victim: int

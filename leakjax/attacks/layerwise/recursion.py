@@ -73,16 +73,21 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     monitor.tell(f"compiling {len(linear)} layers")
     together = swept_together(problem, segments, size)
     steps = dict(zip(linear, compile_steps(problem, linear, size, monitor, later=together), strict=True))
-    swept = sweep(problem, monitor, [steps[s] for s in together], size, paths)
+    swept: dict[Segment, Swept] = {}
     for position in reversed(range(len(segments))):
         if not paths:
             break
-        monitor.tell(f"solving {segments[position].name}")
-        paths = drop_impossible(problem, segments[position], paths)
-        step = steps.get(segments[position])
+        segment = segments[position]
+        monitor.tell(f"solving {segment.name}")
+        paths = drop_impossible(problem, segment, paths)
+        one_each = len({path.victim for path in paths}) == len(paths)
+        if segment in together and not swept and (one_each or segment is not together[0]):
+            paths = [dataclasses.replace(path, row=k) for k, path in enumerate(paths)]
+            left = [steps[s] for s in together[together.index(segment) :]]
+            swept = sweep(problem, monitor, left, size, paths)
+        step = steps.get(segment)
         if step is not None:
-            known = swept.get(segments[position])
-            paths = _advance(problem, position, step, known, size, paths, pulling and position > 0)
+            paths = _advance(problem, position, step, swept.get(segment), size, paths, pulling and position > 0)
         else:
             paths = [wait(problem, position, path) for path in paths]
         pulled = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]

@@ -1,7 +1,5 @@
 """The first step of every path: what the head's gradient says of its input."""
 
-import dataclasses
-
 import numpy as np
 
 from leakjax.attacks.heads.batch import examples_shown, fits, read_dense_head, separate_examples
@@ -29,8 +27,7 @@ def start(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
 
     Where a head's gradient is of another number of examples than was told, the monitor hears of it.
     """
-    read = _of_one if problem.examples == 1 else _of_batches
-    return [dataclasses.replace(path, row=k) for k, path in enumerate(read(problem, monitor, head))]
+    return _of_one(problem, monitor, head) if problem.examples == 1 else _of_batches(problem, monitor, head)
 
 
 def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:

@@ -4,7 +4,8 @@
 
 with each layer's noise level and tolerance computed from the one after it, as the recursion does. What comes back says
 of every layer and client whether it fits and was determined; the recursion takes an answer where it would have asked
-the same question, and asks again elsewhere (a sign on the wrong side of a kink, a layer with a null space).
+the same question, and asks again elsewhere (a sign on the wrong side of a kink, a layer with a null space). Where a
+head leaves several candidates, the program of the layer before it goes first: most do not fit that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from leakjax.attacks.layerwise.chunks import run_chunks
+from leakjax.attacks.layerwise.chunks import Program, run_chunks
 from leakjax.attacks.layerwise.direct import DirectSolution
 from leakjax.attacks.layerwise.layer_solution import LayerSolution, merged, rows_of
 from leakjax.attacks.layerwise.layer_step import Solved, Step, arguments, compile_programs, one_step, run_steps
@@ -43,7 +44,7 @@ class Link(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """One layer of a sweep, for all rows of the head's paths: what it was asked, and what it gave."""
+    """One layer of a sweep, by path (`Path.row`): what it was asked, and what it gave."""
 
     state: LayerState
     solved: Solved
@@ -66,25 +67,32 @@ def swept_together(problem: Problem, segments: Sequence[Segment], size: int) -> 
     return found if len(found) > 1 else []
 
 
-def sweep(
-    problem: Problem, monitor: Monitor, steps: Sequence[Step], size: int, paths: Sequence[Path]
-) -> dict[Segment, Swept]:
-    """The layers of `steps` (last first) from what the head gave for `paths`, `size` of them in one program."""
-    if not steps or not paths:
-        return {}
-    state = state_of(problem, paths)
+def compile_sweep(problem: Problem, monitor: Monitor, steps: Sequence[Step], size: int) -> tuple[Program, Any]:
+    """(the program of `steps`, last layer first, for `size` clients; the factors that it takes)."""
     links = tuple(
         Link(s.segment, s.route and s.route.kind, s.route is not None, problem.blocks(s.segment)) for s in steps
     )
-    given = tuple(None if s.route is None else s.route.factor for s in steps)
+    factors = tuple(None if s.route is None else s.route.factor for s in steps)
     settings = (str(problem.dtype), slope_floor(problem), problem.tolerances, misfit_share(problem), problem.devices)
-    key = (links, str(links), str(jax.tree.map(lambda a: a.shape, given)), size, *settings)
+    key = (links, str(links), str(jax.tree.map(lambda a: a.shape, factors)), size, *settings)
     names = [p for s in steps for p in s.segment.paths]
-    shapes = (problem, names, steps[0].segment.output.shape, size, given)
+    shapes = (problem, names, steps[0].segment.output.shape, size, factors)
     [program] = compile_programs([(key, lambda: _jitted(links, *settings).lower(*arguments(*shapes)))], monitor)
-    victims = [path.victim for path in paths]
-    segments = [s.segment for s in steps]
-    [layers] = run_chunks(problem, segments, program, size, state, victims, [(None, given)], _clean(problem))
+    return program, factors
+
+
+def sweep(
+    problem: Problem, monitor: Monitor, steps: Sequence[Step], size: int, paths: Sequence[Path]
+) -> dict[Segment, Swept]:
+    """The layers of `steps` (last first) from what the layer after them gave for `paths`, `size` in one program.
+
+    Nothing where a single layer is left: its own program does.
+    """
+    if len(steps) < 2:
+        return {}
+    program, factors = compile_sweep(problem, monitor, steps, size)
+    state, victims, segments = state_of(problem, paths), [path.victim for path in paths], [s.segment for s in steps]
+    [layers] = run_chunks(problem, segments, program, size, state, victims, [(None, factors)], _clean(problem))
     found = {}
     for step, (solution, lost, dx, following) in zip(steps, layers, strict=True):
         if isinstance(solution, DirectSolution):
