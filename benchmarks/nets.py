@@ -1,4 +1,4 @@
-"""Models by name: the zoo's, and nets of any size, `plain:SIDExWIDTHxDEPTH` and `strided:SIDExWIDTH`."""
+"""Models by name: the zoo's, and nets of any size, `plain:SIDExWIDTHxDEPTH` and `strided:SIDExWIDTH[xCLASSES]`."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from leakjax.models.networks import Conv, ConvNet
 from leakjax.models.zoo import ModelSpec
 
 _PLAIN = re.compile(r"plain:(\d+)x(\d+)x(\d+)")
-_STRIDED = re.compile(r"strided:(\d+)x(\d+)")
+_STRIDED = re.compile(r"strided:(\d+)x(\d+)(?:x(\d+))?")
 
 
 def strided(side: int, width: int) -> str:
@@ -40,9 +40,11 @@ def net_spec(name: str) -> ModelSpec:
         side, width, depth = size
         return _spec("a plain net", side, [Conv(width, 3, 1 + (k == 0), 1) for k in range(depth)], 10)
     if (found := _STRIDED.fullmatch(name)) is not None:
-        side, width = int(found[1]), int(found[2])
-        return _spec("a strided net", side, [Conv(width, 11, 4, 2), Conv(4 * width, 3, 2, 1)], 1000)
-    raise InputError(f"model {name!r} is neither one of the zoo nor plain:SIDExWIDTHxDEPTH nor strided:SIDExWIDTH")
+        side, width, classes = int(found[1]), int(found[2]), int(found[3] or 1000)
+        return _spec("a strided net", side, [Conv(width, 11, 4, 2), Conv(4 * width, 3, 2, 1)], classes)
+    raise InputError(
+        f"model {name!r} is neither one of the zoo nor plain:SIDExWIDTHxDEPTH nor strided:SIDExWIDTH[xCLASSES]"
+    )
 
 
 def _spec(summary: str, side: int, layers: list[Conv], outputs: int) -> ModelSpec:

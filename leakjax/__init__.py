@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from leakjax.leakage.audit import audit
     from leakjax.leakage.directions import undetermined_directions
     from leakjax.models.reader import Model, read_model
-    from leakjax.reconstruction import Certificate, Reconstruction
+    from leakjax.planning import plan
+    from leakjax.reconstruction import Certificate, Plan, Reconstruction
     from leakjax.report.audit.audit import Audit
     from leakjax.runtime.programs import clear_caches
 
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "Model",
     "Observation",
+    "Plan",
     "Reconstruction",
     "UnreadableModelError",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
     "clear_caches",
     "invert",
     "observe",
+    "plan",
     "read_model",
     "undetermined_directions",
 ]
@@ -39,12 +42,14 @@ _HOMES = {
     "InputError": "errors",
     "Model": "models.reader",
     "Observation": "client.observation",
+    "Plan": "reconstruction",
     "Reconstruction": "reconstruction",
     "UnreadableModelError": "errors",
     "audit": "leakage.audit",
     "clear_caches": "runtime.programs",
     "invert": "inversion",
     "observe": "client.observation",
+    "plan": "planning",
     "read_model": "models.reader",
     "undetermined_directions": "leakage.directions",
 }

@@ -34,6 +34,48 @@ class LayerInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What one layer's solve costs for one client, before it is done.
+
+    - `unknowns`, `equations`: of its linear system;
+    - `solver`: as in `LayerInfo`; what is nonlinear waits for the layers before it ("pull_back"), and its cost, which
+      depends on the image, is None;
+    - `operations`: floating-point operations before iterations; `step`: of each step that LSMR reports, the random
+      input that tests the solve included; `most_steps`: the bound on these steps, 0 where there are none;
+    - `bytes`: memory of the compiled program, arguments and results included.
+    """
+
+    name: str
+    unknowns: int
+    equations: int
+    solver: LayerSolver
+    operations: float | None
+    step: float | None
+    most_steps: int | None
+    bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What inverting the gradients of `clients` costs, `together` of them in one program, layer by layer (`layers`,
+    first to last)."""
+
+    clients: int
+    together: int
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def operations(self) -> float:
+        """Of all clients, before iterations."""
+        return self.clients * sum(layer.operations or 0.0 for layer in self.layers)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the largest program, for the clients that are solved together."""
+        return self.together * max((layer.bytes or 0 for layer in self.layers), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class Certificate:
     """How far a reconstruction can be trusted, known without the truth.
 

@@ -42,6 +42,7 @@ ROOMS = [
     "preparation.py",
     "assembly.py",
     "inversion.py",
+    "planning.py",
     "activations.py",
     "residuals.py",
     "systems.py",

@@ -46,6 +46,7 @@ def _undriven(values: Values) -> bool:
     return pulling and values["prior"] == "none" and values["pull_back"] != "optax"
 
 
+_SOLVED = ("out", "labels", "prior", "pull_back", "optimizer", "starts", "steps", "gradient_noise", "gradient_scale")
 _WEIGHTS = Idle(("init",), lambda v: v["weights"] is not None, "beside --weights, which replace the initialization")
 _IMAGES = Idle(("dataset",), lambda v: v["images"] is not None, "beside --images")
 _RATE = Idle(("learning_rate",), lambda v: v["local_steps"] == 1, "without --local-steps of 2 or more")
@@ -53,6 +54,7 @@ _DP = "without --clip and --noise-multiplier"
 
 IDLE: Mapping[str, tuple[Idle, ...]] = {
     "invert": (
+        Idle(_SOLVED, lambda v: v["plan"], "with --plan, which solves nothing and writes nothing"),
         Idle(("dataset", "index", "batch_size"), _captured, "beside a capture, which is the data"),
         Idle(("init",), _captured, "beside a capture, which brings the weights"),
         *(

@@ -24,6 +24,8 @@ from leakjax.cli.stdout import answer
 from leakjax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from leakjax.cli.setup import Setup
     from leakjax.client.observation import Observation
 
@@ -82,6 +84,7 @@ def invert(
     how: AttackOptions,
     output: OutputOptions,
     dtype: Dtype = "float64",
+    plan: Annotated[bool, option("--plan", None, "Say what each layer costs, and stop.")] = False,
 ) -> None:
     """Reconstruct the images behind gradients; writes report.json, reconstruction.npz and figure.png."""
     with session() as console:
@@ -101,7 +104,7 @@ def invert(
         if prior not in PRIORS:
             raise unknown_name("prior", prior, PRIORS)
         _check_sources(model, data, captured, client)
-        directory = writable(output.out)
+        directory = output.out if plan else writable(output.out)
         setup = Setup.load(model)
         if captured.given:
             observation, shown = setup.from_capture(captured.capture, captured.torch_capture, captured.truth)
@@ -110,6 +113,9 @@ def invert(
         else:
             observation, shown = setup.observe(data, client, dtype, model.seed)
         given = None if how.labels is None else integers("--labels", how.labels)
+        if plan:
+            _plan(console, observation, attack, dtype, how.solver, as_json=output.json_output)
+            return
         with progress(console) as tell:
             result = inversion.invert(
                 observation,
@@ -139,6 +145,21 @@ def invert(
         else:
             print_report(console, report)
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+def _plan(
+    console: "Console", observation: "Observation", attack: str, dtype: str, solver: str, *, as_json: bool
+) -> None:
+    """Print what the inversion will cost; nothing is written."""
+    from leakjax.planning import plan
+    from leakjax.report.reconstruction.plan import print_plan
+
+    with progress(console) as tell:
+        planned = plan(observation, attack=attack, dtype=dtype, solver=solver, progress=tell)
+    if as_json:
+        answer(json.dumps({**dataclasses.asdict(planned), "operations": planned.operations, "bytes": planned.bytes}))
+    else:
+        print_plan(console, planned)
 
 
 def _check_sources(

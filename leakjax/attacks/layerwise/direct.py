@@ -130,7 +130,9 @@ def _by_channels(
     def solve(given: tuple[Float[Array, "..."], Float[Array, "m c"], Float[Array, " rounds"]]) -> BlockSolution:
         return solve_blocks(forward, small, seen, *given, most_weak=most_weak)
 
-    both = jax.lax.map(solve, (sides[0], b, jnp.asarray(_TOLERANCES, small.dtype)))
+    given = (sides[0], b, jnp.asarray(_TOLERANCES, small.dtype))
+    one_by_one = jax.default_backend() == "cpu"  # an accelerator is kept busy by both sides together
+    both = jax.lax.map(solve, given) if one_by_one else jax.vmap(lambda *one: solve(one))(*given)
     x = jax.vmap(lambda parts: channels.join(parts, shape))(both.x)
     return x, Estimates(
         largest=largest,

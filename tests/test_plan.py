@@ -1,0 +1,123 @@
+"""What a plan says an inversion costs is what its programs hold, and a plan solves nothing."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_direct import three_routes
+from typer.testing import CliRunner
+
+import leakjax
+from leakjax import InputError, invert, observe
+from leakjax.attacks.layerwise import layer_step
+from leakjax.cli import app
+from leakjax.segments.tracing.counting import count_operations
+
+
+def test_counts_are_those_of_the_textbook():
+    a, b = jnp.zeros((3, 4, 5)), jnp.zeros((3, 5, 6))
+    assert count_operations(jnp.matmul, a, b).fixed == 2 * 3 * 4 * 5 * 6
+    x, w = jnp.zeros((1, 8, 8, 2)), jnp.zeros((3, 3, 2, 7))
+
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    assert count_operations(conv, x, w).fixed == 2 * 6 * 6 * 7 * 9 * 2
+    gram = jnp.zeros((4, 9, 9))
+    assert count_operations(jax.lax.linalg.cholesky, gram).fixed >= 4 * 9**3 / 3
+
+
+def test_loops_count_by_their_length_or_by_the_step():
+    m = jnp.zeros((5, 5))
+
+    def closed(x):
+        return jax.lax.scan(lambda x, _: (m @ x, None), x, None, length=7)[0]
+
+    def opened(x):
+        return jax.lax.while_loop(lambda x: x[0] < 1, lambda x: m @ x, m @ x)
+
+    assert count_operations(closed, jnp.zeros(5)).fixed == 7 * 50
+    count = count_operations(opened, jnp.zeros(5))
+    assert (count.fixed, count.step) == (50, 50)
+    assert count.after(10) == 550
+
+
+def test_operations_are_those_of_the_compiled_program(rng, monkeypatch):
+    """XLA counts the same within a factor of two; of a loop it counts one step."""
+    kept = []
+    compile_steps = layer_step.compile_steps
+
+    def spied(*given, **options):
+        kept.extend(compile_steps(*given, **options))
+        return kept
+
+    monkeypatch.setattr("leakjax.attacks.layerwise.cost.compile_steps", spied)
+    observation = observe(three_routes(rng), (rng.uniform(size=(1, 24, 24, 2)), np.array([1])))
+    plan = leakjax.plan(observation, solver="lsmr")
+    assert [layer.name for layer in plan.layers] == ["a", "b", "c"]
+    for layer, step in zip(plan.layers, kept, strict=True):
+        counted = step.program(directly=False).cost_analysis()["flops"]
+        assert 0.5 * counted <= (layer.operations + layer.step) / 2 <= 2 * counted  # the program is one of two sides
+
+
+def test_a_plan_says_what_the_run_then_does(rng):
+    """Its solvers, its bounds on steps; and what it compiled is not compiled again."""
+    observation = observe(three_routes(rng), (rng.uniform(size=(2, 24, 24, 2)), np.array([1, 2])))
+    leakjax.clear_caches()
+    plan = leakjax.plan(observation)
+    assert (plan.clients, plan.together) == (2, 1)
+    answer = invert(observation)
+    for layer, info in zip(plan.layers, answer.layers[0][:-1], strict=True):
+        assert (layer.name, layer.unknowns, layer.solver) == (info.name, info.unknowns, info.solver)
+        assert info.steps <= layer.most_steps
+        assert layer.bytes > 8 * layer.unknowns
+    assert plan.operations == 2 * sum(layer.operations for layer in plan.layers)
+    assert answer.seconds["compile"] == 0
+
+
+def test_a_plan_counts_far_less_where_layers_are_solved_directly(rng):
+    observation = observe(three_routes(rng), (rng.uniform(size=(1, 24, 24, 2)), np.array([1])))
+    totals = {}
+    for solver in ("auto", "lsmr"):
+        plan, answer = leakjax.plan(observation, solver=solver), invert(observation, solver=solver)
+        steps = [info.steps for info in answer.layers[0][:-1]]
+        totals[solver] = sum(p.operations + p.step * s for p, s in zip(plan.layers, steps, strict=True))
+    assert totals["auto"] < 0.5 * totals["lsmr"]
+
+
+def test_nonlinear_layers_wait_and_have_no_count(rng):
+    params = {"w": rng.normal(size=(36, 36)), "u": rng.normal(size=(36, 36)), "v": rng.normal(size=(36, 4))}
+
+    def apply(p, x):
+        x = x.reshape(len(x), -1)
+        x = jnp.tanh(x + jnp.tanh(x @ p["w"]) @ p["u"])  # a residual block
+        return x @ p["v"]
+
+    plan = leakjax.plan(observe((apply, params), (rng.uniform(size=(1, 6, 6, 1)), np.array([1]))))
+    waiting = [layer for layer in plan.layers if layer.solver == "pull_back"]
+    assert [(layer.operations, layer.step, layer.bytes) for layer in waiting] == [(None, None, None)]
+    assert plan.operations == sum(layer.operations for layer in plan.layers if layer not in waiting)
+
+
+@pytest.mark.parametrize("attack", ["match", "rconv"])
+def test_attacks_without_layers_of_two_blocks_have_no_plan(rng, attack):
+    observation = observe(three_routes(rng), (rng.uniform(size=(1, 24, 24, 2)), np.array([1])))
+    with pytest.raises(InputError, match="has no plan; a plan counts the layers of copa"):
+        leakjax.plan(observation, attack=attack)
+
+
+def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["invert", "--model", "cnn2_c1", "--plan", "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    assert plan["layers"][0]["solver"] == "direct"
+    assert plan["operations"] > 0
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["invert", "--model", "cnn2_c1", "--plan"])
+    assert "max steps" in done.output
+    refused = CliRunner().invoke(app, ["invert", "--model", "cnn2_c1", "--plan", "--out", "x"])
+    assert refused.exit_code == 2
+    assert "solves nothing" in refused.output
