@@ -30,6 +30,7 @@ STUDIES = {
     "guard": "what the guard of training loops costs",
     "layers": "direct solves of layers beside LSMR, in one run",
     "accelerator": "clients a second of one program a chunk, beside the bounds of the device",
+    "sizes": "what an image costs against side, width and clients, counted and measured",
 }
 
 

@@ -22,7 +22,7 @@ from leakjax.errors import InputError
 from leakjax.metrics import psnr
 from leakjax.report.reconstruction.record import unit_scale
 
-NETS = ("cnn6", "cnn6d", "lenet", "lenet2", "wide", "cnn2_c1", "cnn3_c3", "rconv_lenet", "rconv_lenet_o", "rconv_cnn6")
+NETS = ("cnn6", "lenet", "lenet2", "wide", "cnn2_c1", "cnn3_c3", "rconv_lenet", "rconv_cnn6")
 SOLVERS = ("auto", "lsmr")
 PHOTOS = 10  # embedded ones; more clients have them again
 

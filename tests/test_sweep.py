@@ -158,3 +158,15 @@ def test_sweeps_are_forgotten_with_the_other_programs(rng):
     again = invert(observation, chunk=2)
     assert again.seconds["compile"] > 0
     assert np.array_equal(first.images, again.images)
+
+
+def test_the_benchmark_of_accelerators_runs_here(monkeypatch):
+    from benchmarks import accelerator
+
+    monkeypatch.setattr(accelerator, "MODEL", "cnn3_c3")
+    monkeypatch.setattr(accelerator, "RUNS", 1)
+    record = accelerator.measure(2, "float64", "auto", whole=True, layers=True)
+    assert min(record["db"]) > 200
+    assert record["certificates"] == 2
+    assert record["operations"] == pytest.approx(sum(row["operations"] for row in record["layers"]), rel=0.05)
+    assert "| 2 | float64 | auto |" in accelerator.table([record])
