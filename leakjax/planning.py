@@ -29,8 +29,8 @@ def plan(
 ) -> Plan:
     """What `invert` with the same arguments costs, layer by layer: operations, counted from shapes, and memory.
 
-    The programs of the layers are compiled (and kept: `invert` does not compile them again), the factors of weights
-    that clients share are made, and nothing is solved. How many steps LSMR takes depends on the condition of a layer,
+    The programs of the layers are compiled, the factors of weights that clients share are made, both are kept for
+    `invert` (which joins the layers in one program where it solves several clients at once), and nothing is solved. How many steps LSMR takes depends on the condition of a layer,
     which only a solve shows; a plan says what each step costs.
 
     Returns a `Plan`. Raises `InputError` as `invert` does, and for an attack that does not solve both blocks of
@@ -43,6 +43,8 @@ def plan(
     layerwise = [name for name, one in ATTACKS.items() if one.layerwise and name != "rconv"]
     if attack not in layerwise:  # rconv's layers have one block each
         raise InputError(f"attack {attack!r} has no plan; a plan counts the layers of {', '.join(layerwise)}")
+    if solver == "dense":
+        raise InputError("solver 'dense' has no plan: it factorizes whole matrices; use 'auto' or 'lsmr'")
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         problem, _ = prepare(observation, asked, floating, monitor)

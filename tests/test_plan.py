@@ -106,6 +106,8 @@ def test_attacks_without_layers_of_two_blocks_have_no_plan(rng, attack):
     observation = observe(three_routes(rng), (rng.uniform(size=(1, 24, 24, 2)), np.array([1])))
     with pytest.raises(InputError, match="has no plan; a plan counts the layers of copa"):
         leakjax.plan(observation, attack=attack)
+    with pytest.raises(InputError, match="solver 'dense' has no plan"):
+        leakjax.plan(observation, solver="dense")
 
 
 def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, monkeypatch):
