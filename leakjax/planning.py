@@ -29,9 +29,9 @@ def plan(
 ) -> Plan:
     """What `invert` with the same arguments costs, layer by layer: operations, counted from shapes, and memory.
 
-    The programs of the layers are compiled, the factors of weights that clients share are made, both are kept for
-    `invert` (which joins the layers in one program where it solves several clients at once), and nothing is solved. How many steps LSMR takes depends on the condition of a layer,
-    which only a solve shows; a plan says what each step costs.
+    The programs of the layers are compiled, and the factors of weights that clients share are made. Both are kept for
+    `invert`, which joins the layers in one program where it solves several clients at once. Nothing is solved. How many
+    steps LSMR takes depends on the condition of a layer, which only a solve shows; a plan says what each step costs.
 
     Returns a `Plan`. Raises `InputError` as `invert` does, and for an attack that does not solve both blocks of
     every layer.
