@@ -19,14 +19,13 @@ from PIL import Image
 import leakjax
 from benchmarks import asking
 from benchmarks.nets import build_net, net_spec
-from benchmarks.records import append, environment
+from benchmarks.records import environment
 from leakjax.attacks.layerwise.cost import step_count
 from leakjax.attacks.layerwise.layer_step import Step, compile_steps
 from leakjax.attacks.layerwise.start import start
 from leakjax.attacks.layerwise.sweep import compile_sweep, state_of, swept_together
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.datasets import to_range
-from leakjax.errors import InputError
 from leakjax.preparation import Asked, prepare
 from leakjax.report.reconstruction.record import unit_scale
 from leakjax.runtime.precision import compute_in
@@ -202,8 +201,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def main(words: Sequence[str]) -> None:
     """Measure every number of clients and print the table."""
     parser = asking.Parser(prog="python -m benchmarks accelerator", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
-    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+    asking.place_options(parser)
     parser.add_argument("--clients", default="64,1024,4096", metavar="N[,N..]")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     parser.add_argument("--solver", choices=("auto", "lsmr"), default="auto")
@@ -213,14 +211,7 @@ def main(words: Sequence[str]) -> None:
     if options.table is not None:
         print(asking.printed(options.table, table))
         return
-    counts = [int(word) if word.isdigit() else 0 for word in options.clients.split(",")]
-    if min(counts) < 1:
-        raise InputError(f"--clients must be positive numbers, got {options.clients!r}")
-    if options.out is not None:
-        asking.file_in_folder(options.out)
-    records = []
-    for clients in counts:
-        records.append(measure(clients, options.dtype, options.solver, whole=options.whole, layers=options.layers))
-        if options.out is not None:
-            append(options.out, records[-1:])
-    print(table(records))
+    counts = asking.whole_numbers("--clients", options.clients, 1)
+    chosen = {"whole": options.whole, "layers": options.layers}
+    records = (measure(clients, options.dtype, options.solver, **chosen) for clients in counts)
+    asking.recorded(records, options.out, table)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from benchmarks.records import Record, read_records
+from benchmarks.records import Record, append, read_records
 from leakjax.errors import InputError, first_line
 
 
@@ -78,12 +78,30 @@ def printed(place: Path, table: Callable[[list[Record]], str]) -> str:
         raise InputError(f"--table {place}: records of something else ({first_line(error)} is missing)") from None
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """The integers, from 0, of an option as typed, "0,3"."""
+def whole_numbers(option: str, text: str, least: int = 0) -> list[int]:
+    """The integers, from `least`, of an option as typed, "0,3"."""
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
-        raise InputError(f"{option}: expected integers from 0 separated by commas, got {text!r}")
+    if not all(part.strip().isdecimal() and len(part) < 10 and int(part) >= least for part in parts):
+        raise InputError(f"{option}: expected integers from {least} separated by commas, got {text!r}")
     return [int(part) for part in parts]
+
+
+def place_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a study that writes a file of records: `--out` and `--table`."""
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
+    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+
+
+def recorded(records: Iterator[Record], out: Path | None, table: Callable[[list[Record]], str]) -> None:
+    """Append each record to `out` as soon as it is made, and print the table of all."""
+    if out is not None:
+        file_in_folder(out)
+    made = []
+    for record in records:
+        made.append(record)
+        if out is not None:
+            append(out, [record])
+    print(table(made))
 
 
 def meet(

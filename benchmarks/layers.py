@@ -7,7 +7,6 @@ The nets of the papers whose layers are determined, float64, embedded photos.
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import leakjax
 from benchmarks import asking
 from benchmarks.nets import build_net, net_spec
 from benchmarks.pictures import load_pictures
-from benchmarks.records import append, environment
+from benchmarks.records import environment
 from leakjax.datasets import to_range
 from leakjax.errors import InputError
 from leakjax.metrics import psnr
@@ -74,8 +73,7 @@ def table(records: list[dict[str, Any]]) -> str:
 def main(words: Sequence[str]) -> None:
     """Measure every net and print the table."""
     parser = asking.Parser(prog="python -m benchmarks layers", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
-    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+    asking.place_options(parser)
     parser.add_argument("--nets", default=",".join(NETS), metavar="NET[,NET..]")
     parser.add_argument("--clients", default="1,8", metavar="N[,N..]")
     parser.add_argument("--activation", default="leaky_relu:0.2")
@@ -84,20 +82,11 @@ def main(words: Sequence[str]) -> None:
     if options.table is not None:
         print(asking.printed(options.table, table))
         return
-    counts = [int(word) if word.isdigit() else 0 for word in options.clients.split(",")]
-    if min(counts) < 1:
-        raise InputError(f"--clients must be positive numbers, got {options.clients!r}")
+    counts = asking.whole_numbers("--clients", options.clients, 1)
     if options.repetitions < 1:
         raise InputError(f"--repetitions must be a positive number, got {options.repetitions}")
     names = options.nets.split(",")
     for name in names:
         net_spec(name)
-    if options.out is not None:
-        asking.file_in_folder(options.out)
-    records = []
-    for name in names:
-        for clients in counts:
-            records.append(measure(name, clients, options.activation, options.repetitions))
-            if options.out is not None:
-                append(options.out, records[-1:])
-    print(table(records))
+    records = (measure(name, n, options.activation, options.repetitions) for name in names for n in counts)
+    asking.recorded(records, options.out, table)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,15 @@ import leakjax
 from benchmarks import asking
 from benchmarks.accelerator import photos, psnr_of
 from benchmarks.nets import build_net, net_spec
-from benchmarks.records import append, environment
+from benchmarks.records import environment
 from leakjax.datasets import to_range
+from leakjax.errors import InputError
 from leakjax.report.reconstruction.record import unit_scale
 
 SIDES, WIDTHS, CLIENTS = (32, 64, 128, 224), (48, 64, 96, 128), (1, 4, 16)
 SIDE, WIDTH = 64, 64  # where the others vary; from 48 filters on the first convolution alone has as many rows as pixels
-LINES = {"side": (0, SIDES), "width": (1, WIDTHS), "clients": (2, CLIENTS)}
+LINES = {"side": (0, SIDES), "width": (1, WIDTHS[1:]), "clients": (2, CLIENTS)}
+"""What is fitted, by the place in a size; 48 filters have fewer outputs than pixels, and another solver."""
 
 
 def sizes() -> list[tuple[int, int, int]]:
@@ -104,24 +105,23 @@ def table(records: list[dict[str, Any]]) -> str:
 def main(words: Sequence[str]) -> None:
     """Measure every size in a process of its own and print the table."""
     parser = asking.Parser(prog="python -m benchmarks sizes", description=__doc__)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the records as lines of JSON")
-    parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+    asking.place_options(parser)
     parser.add_argument("--one", metavar="SIDE,WIDTH,CLIENTS", help="one size, in this process; its record as JSON")
     options = parser.parse_args(words)
     if options.table is not None:
         print(asking.printed(options.table, table))
         return
     if options.one is not None:
-        side, width, clients = (int(word) for word in options.one.split(","))
-        print(json.dumps(measure(side, width, clients)))
+        numbers = asking.whole_numbers("--one", options.one, 1)
+        if len(numbers) != 3:
+            raise InputError(f"--one: expected SIDE,WIDTH,CLIENTS, got {options.one!r}")
+        print(json.dumps(measure(*numbers)))
         return
-    if options.out is not None:
-        asking.file_in_folder(options.out)
-    records = []
-    for size in sizes():
-        command = [sys.executable, "-m", "benchmarks", "sizes", "--one", ",".join(map(str, size))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        records.append(json.loads(done.stdout.splitlines()[-1]))
-        if options.out is not None:
-            append(options.out, records[-1:])
-    print(table(records))
+    asking.recorded(map(_alone, sizes()), options.out, table)
+
+
+def _alone(size: tuple[int, int, int]) -> dict[str, Any]:
+    """The record of one size, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks", "sizes", "--one", ",".join(map(str, size))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])

@@ -6,14 +6,14 @@ from typing import Any
 
 from leakjax.arguments import instance
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.layerwise.cost import layer_plans
+from leakjax.attacks.layerwise.cost import plan_of
+from leakjax.attacks.layerwise.recursion import checked_chain
 from leakjax.attacks.problem import Monitor
 from leakjax.client.observation import Observation
 from leakjax.errors import InputError
 from leakjax.inversion import invert
 from leakjax.preparation import Asked, checked, prepare
 from leakjax.reconstruction import Plan
-from leakjax.runtime.devices import solved_together
 from leakjax.runtime.precision import compute_in
 
 
@@ -33,8 +33,9 @@ def plan(
     `invert`, which joins the layers in one program where it solves several clients at once. Nothing is solved. How many
     steps LSMR takes depends on the condition of a layer, which only a solve shows; a plan says what each step costs.
 
-    Returns a `Plan`. Raises `InputError` as `invert` does, and for an attack that does not solve both blocks of
-    every layer.
+    Returns a `Plan`. Raises `InputError` as `invert` does for arguments, and models that its recursion cannot go
+    through; what gradients alone show (a batch that a head does not separate) is not looked at. Attacks that do not
+    solve both blocks of every layer have no plan.
     """
     given = {name: value for name, value in locals().items() if name != "observation"}
     defaults = {name: p.default for name, p in inspect.signature(invert).parameters.items() if name != "observation"}
@@ -48,6 +49,6 @@ def plan(
     monitor = Monitor(tell=progress or (lambda stage: None))
     with compute_in(dtype) as floating:
         problem, _ = prepare(observation, asked, floating, monitor)
-        size = solved_together(problem.victims, problem.chunk, problem.devices)
+        problem, size = checked_chain(problem, pulling=attack == "copa")
         monitor.tell("compiling layers")
-        return Plan(problem.victims, size, tuple(layer_plans(problem, monitor, size)))
+        return plan_of(problem, monitor, size)

@@ -42,7 +42,7 @@ class LayerPlan:
       depends on the image, is None;
     - `operations`: floating-point operations before iterations; `step`: of each step that LSMR reports, the random
       input that tests the solve included; `most_steps`: the bound on these steps, 0 where there are none;
-    - `bytes`: memory of the compiled program, arguments and results included.
+    - `bytes`: memory of the layer's compiled program, arguments and results included.
     """
 
     name: str
@@ -58,21 +58,21 @@ class LayerPlan:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What inverting the gradients of `clients` costs, `together` of them in one program, layer by layer (`layers`,
-    first to last)."""
+    first to last). The head, which is read first, and what certificates ask, are not counted.
+
+    `bytes`: memory of the largest program on each device, which holds several layers where several clients are solved
+    together.
+    """
 
     clients: int
     together: int
     layers: tuple[LayerPlan, ...]
+    bytes: int
 
     @property
     def operations(self) -> float:
         """Of all clients, before iterations."""
         return self.clients * sum(layer.operations or 0.0 for layer in self.layers)
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the largest program, for the clients that are solved together."""
-        return self.together * max((layer.bytes or 0 for layer in self.layers), default=0)
 
 
 @dataclasses.dataclass(frozen=True)

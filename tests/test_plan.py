@@ -10,8 +10,8 @@ from test_direct import three_routes
 from typer.testing import CliRunner
 
 import leakjax
-from leakjax import InputError, invert, observe
-from leakjax.attacks.layerwise import layer_step
+from leakjax import InputError, UnreadableModelError, invert, observe
+from leakjax.attacks.layerwise import chunks, layer_step
 from leakjax.cli import app
 from leakjax.segments.tracing.counting import count_operations
 
@@ -25,8 +25,23 @@ def test_counts_are_those_of_the_textbook():
         return jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     assert count_operations(conv, x, w).fixed == 2 * 6 * 6 * 7 * 9 * 2
-    gram = jnp.zeros((4, 9, 9))
-    assert count_operations(jax.lax.linalg.cholesky, gram).fixed >= 4 * 9**3 / 3
+    gram, tall = jnp.zeros((200, 200)), jnp.zeros((300, 200))
+
+    def triangular(a, b):
+        return jax.lax.linalg.triangular_solve(a, b, left_side=True)
+
+    def singular(a):
+        return jax.lax.linalg.svd(a, compute_uv=False)
+
+    leading = {  # masks and copies beside them are of lower order
+        jnp.linalg.cholesky: 200**3 / 3,
+        lambda a: jnp.linalg.eigh(a)[1]: 9 * 200**3,
+        lambda a: triangular(a, a): 200**3,
+        lambda a: singular(tall): 14 * 300 * 200**2,
+        lambda a: jnp.linalg.qr(tall, mode="r"): 2 * 300 * 200**2,
+    }
+    for function, operations in leading.items():
+        assert count_operations(function, gram).fixed == pytest.approx(operations, rel=0.15)
 
 
 def test_loops_count_by_their_length_or_by_the_step():
@@ -74,7 +89,38 @@ def test_a_plan_says_what_the_run_then_does(rng):
         assert info.steps <= layer.most_steps
         assert layer.bytes > 8 * layer.unknowns
     assert plan.operations == 2 * sum(layer.operations for layer in plan.layers)
+    assert plan.bytes == max(layer.bytes for layer in plan.layers)
     assert answer.seconds["compile"] == 0
+
+
+def test_the_memory_of_a_chunk_is_that_of_the_program_that_runs(rng, monkeypatch):
+    """Several clients have all layers in one program, which holds more than each layer's own."""
+    ran = []
+
+    def spied(problem, segments, program, *given):
+        ran.append(program)
+        return chunks.run_chunks(problem, segments, program, *given)
+
+    monkeypatch.setattr("leakjax.attacks.layerwise.sweep.run_chunks", spied)
+    observation = observe(three_routes(rng), (rng.uniform(size=(4, 24, 24, 2)), np.array([1, 2, 0, 3])))
+    plan = leakjax.plan(observation, chunk=4)
+    invert(observation, chunk=4)
+    memory = ran[0].memory_analysis()
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    assert plan.bytes == needed > 4 * max(layer.bytes for layer in plan.layers)
+
+
+def test_models_that_cannot_be_gone_through_have_no_plan(rng):
+    params = {"w": rng.normal(size=(36, 36)), "v": rng.normal(size=(36, 4))}
+
+    def residual(p, x):
+        x = x.reshape(len(x), -1)
+        return jnp.tanh(x + jnp.tanh(x @ p["w"])) @ p["v"]
+
+    observation = observe((residual, params), (rng.uniform(size=(1, 6, 6, 1)), np.array([1])))
+    for command in (leakjax.plan, invert):
+        with pytest.raises(UnreadableModelError, match="is no affine map"):
+            command(observation, attack="rgap")
 
 
 def test_a_plan_counts_far_less_where_layers_are_solved_directly(rng):

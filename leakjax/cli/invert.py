@@ -157,7 +157,7 @@ def _plan(
     with progress(console) as tell:
         planned = plan(observation, attack=attack, dtype=dtype, solver=solver, progress=tell)
     if as_json:
-        answer(json.dumps({**dataclasses.asdict(planned), "operations": planned.operations, "bytes": planned.bytes}))
+        answer(json.dumps({**dataclasses.asdict(planned), "operations": planned.operations}))
     else:
         print_plan(console, planned)
 

@@ -20,7 +20,7 @@ def _alone_on_cpus(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        return (one_by_one if jax.default_backend() == "cpu" else function)(*arguments)
+        return jax.lax.platform_dependent(*arguments, cpu=one_by_one, default=function)
 
     return call
 

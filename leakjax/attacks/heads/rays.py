@@ -52,8 +52,10 @@ def scalar_roots(
     direction: Float[np.ndarray, "V ..."],
     x: Float[np.ndarray, "V ..."],
     given: Int[np.ndarray, " V"] | None,
+    count: int | None = None,
 ) -> list[list[Root]]:
-    """By victim all roots, of both signs of t and every label that is possible, or of the `given` one."""
+    """By victim all roots, of both signs of t and every label that is possible, or of the `given` one; of the first
+    `count` victims, where the others fill a program up."""
     flat = direction.reshape(len(direction), -1)
     telling = flat.shape[1] > 1 and loss != "squared_error" and given is None
     plain = telling & np.all(flat != 0, axis=1)  # one-hot targets: only the label's entry of dz is negative
@@ -77,10 +79,10 @@ def scalar_roots(
         search(every, np.stack([everyone, everyone]))
     else:  # all victims, so that the program has one shape; what it says of those who are not plain is dropped
         search(every, np.stack([np.argmin(flat, axis=1), np.argmax(flat, axis=1)], axis=1)[:, :, None])
-        for v in np.flatnonzero(~plain):
+        for v in np.flatnonzero(~plain[:count]):
             found[v].clear()
             search([v], np.stack([everyone, everyone]))
-    return found
+    return found[:count]
 
 
 @keep(32)

@@ -86,8 +86,9 @@ def read_head(
     labels: Int[np.ndarray, " V"] | None,
     tolerance: float,
     accept: float,
+    count: int | None = None,
 ) -> HeadReading:
-    """All candidates (label, dz, x) of every victim.
+    """All candidates (label, dz, x) of every victim, or of the first `count`, where the others fill a program up.
 
     Arguments: `gradients` of the last segment's parameters with a leading victim axis; `labels` (V,) if given;
     `tolerance`, of the linear solves; `accept`, the largest `residual` with which a candidate without bias stands.
@@ -99,7 +100,7 @@ def read_head(
         labels_all = np.arange(labels_of(int(np.prod(segment.output.shape))))
         off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, labels_all))
         candidates = []
-        for v in range(len(dz)):
+        for v in range(len(dz))[:count]:
             least = float(np.min(off[v]))
             best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
             for label in map(int, best if labels is None else labels[v : v + 1]):
@@ -108,7 +109,7 @@ def read_head(
         return HeadReading(candidates, solution)
     direction, solution = jax.device_get(_rank_one(segment, tolerance)(dict(variables), arrays))
     candidates = []
-    for v, roots in enumerate(scalar_roots(segment, variables, loss, direction, solution.x, labels)):
+    for v, roots in enumerate(scalar_roots(segment, variables, loss, direction, solution.x, labels, count)):
         best = min((root.residual for root in roots), default=np.inf)
         for t, label, residual in roots:
             if residual <= max(accept, 10 * best):

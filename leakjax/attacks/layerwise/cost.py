@@ -7,30 +7,34 @@ import jax
 
 from leakjax.attacks.layerwise.iterative import max_steps
 from leakjax.attacks.layerwise.layer_step import Step, arguments, compile_steps, one_step
+from leakjax.attacks.layerwise.sweep import compile_sweep, swept_together
 from leakjax.attacks.layerwise.system import slope_floor
 from leakjax.attacks.problem import Monitor, Problem
-from leakjax.reconstruction import LayerPlan
+from leakjax.reconstruction import LayerPlan, Plan
 from leakjax.segments.chain import Segment
 from leakjax.segments.tracing.counting import Count, count_operations
 from leakjax.solvers.kronecker import MOST_STEPS
 
 
-def layer_plans(problem: Problem, monitor: Monitor, size: int) -> list[LayerPlan]:
-    """Of every segment but the head, first to last, in chunks of `size`; linear ones are compiled, none is solved."""
-    linear = [s for s in problem.segments[:-1] if s.linear]
+def plan_of(problem: Problem, monitor: Monitor, size: int) -> Plan:
+    """The plan for chunks of `size` clients: the programs of linear segments are compiled, none is run."""
+    segments = problem.segments[:-1]
+    linear = [s for s in segments if s.linear]
     steps = dict(zip(linear, compile_steps(problem, linear, size, monitor), strict=True))
-    return [_plan(problem, segment, steps.get(segment), size) for segment in problem.segments[:-1]]
+    layers = tuple(_layer(problem, segment, steps.get(segment), size) for segment in segments)
+    programs = [step.program(directly=step.route is not None) for step in steps.values()]
+    together = swept_together(problem, segments, size)
+    if together:
+        programs.append(compile_sweep(problem, monitor, [steps[s] for s in together], size)[0])
+    return Plan(problem.victims, size, layers, max(map(_bytes, programs), default=0))
 
 
-def _plan(problem: Problem, segment: Segment, step: Step | None, size: int) -> LayerPlan:
+def _layer(problem: Problem, segment: Segment, step: Step | None, size: int) -> LayerPlan:
     equations = math.prod(segment.output.shape) + sum(problem.gradients[p][0].size for p in segment.paths)
     known = {"name": segment.name, "unknowns": math.prod(segment.input.shape), "equations": equations}
     if step is None:
         return LayerPlan(**known, solver="pull_back", operations=None, step=None, most_steps=None, bytes=None)
     count, directly = step_count(problem, step), step.route is not None
-    program: Any = step.program(directly=directly)
-    memory = program.memory_analysis()
-    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     most = 2 * MOST_STEPS if directly else max_steps(segment)
     return LayerPlan(
         **known,
@@ -38,8 +42,14 @@ def _plan(problem: Problem, segment: Segment, step: Step | None, size: int) -> L
         operations=count.fixed,
         step=count.step,
         most_steps=most if count.step else 0,
-        bytes=needed // size,
+        bytes=_bytes(step.program(directly=directly)) * max(len(problem.devices), 1) // size,
     )
+
+
+def _bytes(program: Any) -> int:
+    """On each of the devices of a program."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
 
 def step_count(problem: Problem, step: Step) -> Count:

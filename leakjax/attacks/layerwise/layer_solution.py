@@ -13,8 +13,8 @@ from leakjax.solvers.lsmr import extreme_singular_values
 
 MOST_CONDITION = 1e4
 """Up to which an answer of a gradient block alone stands. It leaves out rows that may see better what that block hardly
-sees, and LSMR weighs all of them: beside forward rows of condition 19, a K1 of condition 1e7 lost 60 dB. At 1e4 twelve
-digits are left, as many as LSMR's own stopping leaves; R-CONV's nets have up to 2e3 and gain 40 dB on LSMR."""
+sees, and LSMR weighs all of them: beside forward rows of condition 6, a K1 of condition 1e4 gave 256 dB where LSMR gave
+290, one of 1e7 would give 200. R-CONV's nets have up to 2e3 and gain 40 dB on LSMR, whose steps stop earlier there."""
 
 
 class LayerSolution(NamedTuple):

@@ -7,11 +7,11 @@ import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from leakjax.attacks.layerwise.chunks import Program, run_chunks
 from leakjax.attacks.layerwise.direct import direct_step
@@ -147,18 +147,24 @@ def compile_programs(wanted: Sequence[tuple[Hashable, Callable[[], Any]]], monit
     return [programs[key] for key, _ in wanted]  # type: ignore[misc]
 
 
+class Ahead(NamedTuple):
+    """What a step gives for several paths, where that is known; the rows `missing` are still to be solved."""
+
+    solved: Solved
+    missing: Int[np.ndarray, " M"]
+
+
 def run_steps(
-    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int], ahead: Solved | None = None
+    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int], ahead: Ahead | None = None
 ) -> Solved:
     """Apply a step to all paths, `size` at a time (the last chunk is padded by repetition).
 
     What a direct solve leaves open (a null space, a misfit) is solved by LSMR, whose answer is the least-squares one of
-    minimum norm; a misfit is left alone where another path of its victim fits. `ahead`: what the step gives, where that
-    is known.
+    minimum norm; a misfit is left alone where another path of its victim fits.
     """
+    solution, pulled = _first(problem, step, size, state, victims, ahead)
     if step.route is None:
-        return ahead or _iterate(problem, step, size, state, victims)
-    solution, pulled = ahead or _solve_directly(problem, step, size, state, victims)
+        return solution, pulled
     good = solution.stands(problem, alone=step.alone)
     settled = {victim for victim, fits in zip(victims, good, strict=True) if fits}
     rest = np.array([k for k, victim in enumerate(victims) if victim not in settled], int)
@@ -166,6 +172,19 @@ def run_steps(
         return solution, pulled
     again = _iterate(problem, step, size, rows_of(state, rest), [victims[k] for k in rest])
     return merged((solution, pulled), again, rest)
+
+
+def _first(
+    problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int], ahead: Ahead | None
+) -> Solved:
+    """What the step's own solver gives, direct or LSMR; of what is known `ahead`, only the rows that are missing."""
+    solve = _iterate if step.route is None else _solve_directly
+    if ahead is None:
+        return solve(problem, step, size, state, victims)
+    if not len(ahead.missing):
+        return ahead.solved
+    again = solve(problem, step, size, rows_of(state, ahead.missing), [victims[k] for k in ahead.missing])
+    return merged(ahead.solved, again, ahead.missing)
 
 
 def _solve_directly(problem: Problem, step: Step, size: int, state: LayerState, victims: Sequence[int]) -> Solved:

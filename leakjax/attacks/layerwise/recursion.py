@@ -57,16 +57,8 @@ def recurse(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Outcom
 
 def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     """`recurse`, up to the images that were reached; several candidates a victim."""
-    problem = keep_activations(problem) if pulling else problem
+    problem, size = checked_chain(problem, pulling=pulling)
     *segments, head = problem.segments
-    if not head.paths:
-        raise UnreadableModelError(
-            "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
-            "model with a parameterized layer"
-        )
-    _refuse_nonlinear(problem.segments, pulling)
-    size = solved_together(problem.victims, problem.chunk, problem.devices)
-    _check_memory(problem, size)
     monitor.tell("reading the head")
     paths = start(problem, monitor, head)
     linear = [segment for segment in segments if segment.linear]
@@ -95,6 +87,21 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     return [choose(problem, monitor, path) for path in paths] if pulling else paths
 
 
+def checked_chain(problem: Problem, *, pulling: bool) -> tuple[Problem, int]:
+    """(the problem as its segments are solved, clients in one program); raises `UnreadableModelError` for a chain that
+    the recursion cannot start or go through, `InputError` for one that memory cannot hold."""
+    problem = keep_activations(problem) if pulling else problem
+    if not problem.segments[-1].paths:
+        raise UnreadableModelError(
+            "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
+            "model with a parameterized layer"
+        )
+    _refuse_nonlinear(problem.segments, pulling)
+    size = solved_together(problem.victims, problem.chunk, problem.devices)
+    _check_memory(problem, size)
+    return problem, size
+
+
 def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
     """The head must be affine, and without pulling back every segment."""
     *segments, head = chain
@@ -115,7 +122,8 @@ def _advance(
     problem: Problem, position: int, step: Step, known: Swept | None, size: int, paths: list[Path], waiting: bool
 ) -> list[Path]:
     victims = [p.victim for p in paths]
-    solved = Solved(*advance(problem, step, size, paths, known), state_of(problem, paths))
+    state = state_of(problem, paths)
+    solved = Solved(*advance(problem, step, size, state, paths, known), state)
     certain = np.array([p.certain for p in paths])
     solved = mend_kinks(problem, step, size, victims, solved, certain)
     nulls: Nulls = {}

@@ -57,12 +57,11 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         labels=None if problem.labels is None else problem.labels[victims, 0],
         tolerance=problem.tolerances.solve,
         accept=problem.tolerances.matched,
+        count=min(size, problem.victims - first),
     )
     paths, pulled = [], pull_back_cotangents(head, problem.variables, [(c.x, c.dz) for c in reading.candidates], size)
     for candidate, dx in zip(reading.candidates, pulled, strict=True):
         v = candidate.victim
-        if first + v >= problem.victims:
-            continue
         if problem.target(first + v) is not None and any(path.victim == first + v for path in paths):
             continue  # every label is as wrong
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])

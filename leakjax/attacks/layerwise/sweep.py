@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float
 
 from leakjax.attacks.layerwise.chunks import Program, run_chunks
 from leakjax.attacks.layerwise.direct import DirectSolution
-from leakjax.attacks.layerwise.layer_solution import LayerSolution, merged, rows_of
-from leakjax.attacks.layerwise.layer_step import Solved, Step, arguments, compile_programs, one_step, run_steps
+from leakjax.attacks.layerwise.layer_solution import LayerSolution, rows_of
+from leakjax.attacks.layerwise.layer_step import Ahead, Solved, Step, arguments, compile_programs, one_step, run_steps
 from leakjax.attacks.layerwise.path import Path, level_of, misfit_share, solve_tolerance, tolerance_of
 from leakjax.attacks.layerwise.routes import Kind
 from leakjax.attacks.layerwise.system import LayerState, slope_floor
@@ -31,7 +31,9 @@ from leakjax.runtime.devices import spread
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 
-_SAME = 1e-9  # relative: noise levels that differ by the rounding of a sum are one
+_SAME = 1e4
+"""Roundings by which noise levels and tolerances may differ that are one: sums over a layer in two orders, 2e-12 in
+float64 and 1e-3 in float32, where neither threshold decides anything."""
 
 
 class Link(NamedTuple):
@@ -114,24 +116,23 @@ def state_of(problem: Problem, paths: Sequence[Path]) -> LayerState:
     )
 
 
-def advance(problem: Problem, step: Step, size: int, paths: Sequence[Path], known: Swept | None) -> Solved:
-    """`run_steps` on the next layer of paths; what a sweep has `known` to the same question is taken from it."""
-    state, victims = state_of(problem, paths), [p.victim for p in paths]
+def advance(
+    problem: Problem, step: Step, size: int, state: LayerState, paths: Sequence[Path], known: Swept | None
+) -> Solved:
+    """`run_steps` on the `state` of paths; what a sweep has `known` to the same question is taken from it."""
+    victims = [path.victim for path in paths]
     if known is None:
         return run_steps(problem, step, size, state, victims)
-    rows = np.array([p.row for p in paths])
-    solved = rows_of(known.solved, rows)
-    other = np.flatnonzero(~_same(state, rows_of(known.state, rows)))
-    if len(other):
-        again = run_steps(problem, step, size, rows_of(state, other), [victims[k] for k in other])
-        solved = merged(solved, again, other)
-    return run_steps(problem, step, size, state, victims, ahead=solved)
+    rows = np.array([path.row for path in paths])
+    missing = np.flatnonzero(~_same(state, rows_of(known.state, rows)))
+    return run_steps(problem, step, size, state, victims, ahead=Ahead(rows_of(known.solved, rows), missing))
 
 
 def _same(a: LayerState, b: LayerState) -> Bool[np.ndarray, " P"]:
     """By path, whether two states ask the same: the same x and dL/dx, noise and tolerance but for rounding."""
     exact = [np.all(np.asarray(p == q).reshape(len(p), -1), axis=1) for p, q in ((a.x, b.x), (a.dx, b.dx))]
-    near = [np.abs(p - q) <= _SAME * np.abs(p) for p, q in ((a.noise, b.noise), (a.tolerance, b.tolerance))]
+    most = _SAME * np.finfo(np.asarray(b.x).dtype).eps
+    near = [np.abs(p - q) <= most * np.abs(p) for p, q in ((a.noise, b.noise), (a.tolerance, b.tolerance))]
     return np.logical_and.reduce([*exact, *near])
 
 

@@ -1,10 +1,11 @@
 """What a traced program costs, counted from its shapes: floating-point operations, those of each step of its loops.
 
 A product of matrices (m, k) (k, n) counts 2 m k n operations, a convolution two for each entry of its output and each
-number of a filter that meets it (zeros that a dilation puts in between are none), a factorization of n rows its leading
-term (Golub & Van Loan, Matrix Computations, 2013): Cholesky n^3 / 3, QR 2 n^2 (m - n / 3), eigenvectors 9 n^3; anything
-else one for each entry of its output. Loops whose length is known count as often as they run; what runs until it is
-done (`while_loop`) counts by the step.
+number of a filter that meets it (zeros that a dilation puts in between are none), a factorization its leading term or
+somewhat more (Golub & Van Loan, Matrix Computations, 2013): Cholesky n^3 / 3, eigenvectors 9 n^3, a triangular solve
+n^2 a column, QR 2 m n^2 and singular values 14 m n^2 of m >= n rows; anything else one for each entry of its output.
+Loops whose length is known count as often as they run; what runs until it is done (`while_loop`) counts by the step,
+without its condition.
 """
 
 import math
