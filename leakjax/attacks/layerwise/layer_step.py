@@ -78,7 +78,9 @@ def compile_steps(
     ]
 
 
-def one_step(segment: Segment, kind: Kind | None, dtype: str, floor: float, blocks: tuple[str, ...], *, directly: bool):
+def one_step(
+    segment: Segment, kind: Kind | None, dtype: str, floor: float, blocks: tuple[str, ...], *, directly: bool
+) -> Callable[..., Any]:
     """The step of a segment for one client: (variables, given, x, dx, noise, tolerance, gradient) -> (solution, dL/dx);
     `given` is the factor of its weights or None where it goes `directly`, else whether the probe is asked for."""
     return direct_step(segment, kind, floor, blocks) if directly else lsmr_step(segment, dtype, floor, blocks)
