@@ -141,7 +141,7 @@ def check_solving(
             whole(name, value, 1, MOST_STARTS if name == "starts" else MOST)
     whole("seed", seed, 0, 2**63 - 1)
     if labels is not None:
-        array("labels", labels, "iu", "integers, one an example")
+        array("labels", labels, "biuf", "integers, one an example, or the targets that the loss compares with")
     if devices is not None and (isinstance(devices, str) or not isinstance(devices, Iterable)):
         raise InputError(f"devices must be some of jax.local_devices(), got {shown(devices)}")
     listener("progress", progress)

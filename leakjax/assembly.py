@@ -1,6 +1,7 @@
 """From an attack's outcomes to a `Reconstruction`: the certificates, and what a defense leaves of them."""
 
 import time
+from typing import Any
 
 import numpy as np
 
@@ -58,8 +59,14 @@ def assemble(
             "total": time.perf_counter() - start,
         },
         gradient_scale=np.asarray([outcome.scale for outcome in outcomes]),
-        targets=tuple(outcome.target for outcome in outcomes),
+        targets=tuple(map(_target, outcomes)),
     )
+
+
+def _target(outcome: Outcome) -> Any:
+    """What the loss compares the outputs with, where it is no class."""
+    best = outcome.candidates[0].target if outcome.candidates else None
+    return best if outcome.target is None else outcome.target
 
 
 def _reckoned_with(problem: Problem, defense: str) -> bool:

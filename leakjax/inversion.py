@@ -11,9 +11,11 @@ import optax
 from leakjax.arguments import instance
 from leakjax.assembly import assemble
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
+from leakjax.attacks.certificates.free_targets import with_targets
 from leakjax.attacks.certificates.multiples import with_multiples
 from leakjax.attacks.certificates.other_images import seek_others
 from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled
+from leakjax.attacks.heads.targets import freed
 from leakjax.attacks.matching.noisy import with_noise
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.captures.orders import consistent_layers, doubt, first_victim, remark_of, reorderings
@@ -116,15 +118,16 @@ def _solve(observation: Observation, asked: Asked, problem: Problem, monitor: Mo
     problem = unscaled(problem, scalings)
     if problem.defense is not None and noise is not None and factor is not None:
         problem = dataclasses.replace(problem, defense=build_defense(f"gaussian:{noise / abs(factor)!r}"))
+    told, problem = problem, freed(problem)
     outcomes = seek_others(problem, monitor, attack.run(problem, monitor))
     outcomes = rescaled(outcomes, scalings)
     if attack.polished and problem.pull_back == "auto":  # another solver was asked for: its own answer is
-        told = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well
-        sigmas: list[float | None] = [told] * problem.victims
-        if told is None and noise is not None:
+        sigma = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well
+        sigmas: list[float | None] = [sigma] * problem.victims
+        if sigma is None and noise is not None:
             sigmas = [noise / abs(scaling.factor) for scaling in scalings]
         outcomes = with_noise(problem, monitor, outcomes, sigmas)
-    outcomes = with_multiples(problem, monitor, outcomes)
+    outcomes = with_targets(told, problem, with_multiples(problem, monitor, outcomes))
     outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
     monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return problem, outcomes

@@ -1,6 +1,7 @@
 """What was asked of an attack, checked, and an observation made a `Problem` by it."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,9 @@ from leakjax.client.observation import Observation
 from leakjax.client.silent import without_decay
 from leakjax.constraints.priors import PRIORS
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import UNKNOWN, on_outputs
 from leakjax.models.reader import Model, run_model
+from leakjax.models.targets import check_classes
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Chain, read_chain
 from leakjax.segments.tracing.network import read_network
@@ -80,6 +82,15 @@ def checked(asked: Asked, observation: Observation) -> Asked:
         raise unknown_name("optimizer", str(asked.optimizer), OPTIMIZERS)
     if not isinstance(asked.descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
+    if (
+        observation.examples > 1
+        and asked.labels is None
+        and (observation.target != "class" or observation.loss == UNKNOWN)
+    ):
+        raise InputError(
+            f"a gradient of {observation.examples} examples says nothing of targets that are no classes: give them "
+            "(labels=..., what the loss compares each example's outputs with), or take batch_size 1"
+        )
     noise = _check_noise(asked.gradient_noise, observation)
     factor = check_factor("gradient_scale", asked.gradient_scale)
     if factor is not None and _unheard(observation, asked.hears):
@@ -102,6 +113,8 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     network = read_network(model, observation.input_shape, observation.examples, asked.dtype)
     stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
     sent, amplified = without_decay(observation.gradients, observation.model.params, observation.weight_decay)
+    if observation.reduction == "sum":
+        sent = {p: g / observation.examples for p, g in sent.items()}
     own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
     assert asked.descent is not None, "checked before"
     problem = Problem(
@@ -109,10 +122,10 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         network=network,
         variables=model.variables,
         gradients={p: np.asarray(g, floating) for p, g in sent.items()},
-        loss=observation.loss,
+        loss=on_outputs(observation.loss, tuple(logits.shape[1:])),
         input_shape=tuple(observation.input_shape),
         input_range=observation.input_range,
-        labels=_check_labels(asked.labels, observation, logits.shape[-1]),
+        labels=_check_labels(asked.labels, observation, logits.shape[1:]),
         dtype=floating,
         noise=float(np.max(amplified)) * max(own, stored),
         chunk=asked.chunk or (1 if jax.default_backend() == "cpu" else 64),
@@ -130,7 +143,9 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         learning_rate=observation.learning_rate,
         channel_limits=None if observation.input_mean is None else observation.limits,
         factors=_factors(observation, asked.gradient_scale, asked.hears),
-        outputs=logits.shape[-1],
+        outputs=math.prod(logits.shape[1:]),
+        target_kind=observation.target,
+        target_shape=tuple(observation.target_shape),
     )
     return problem, remarks
 
@@ -163,6 +178,8 @@ def _check_noise(gradient_noise: Any, observation: Observation) -> float | None:
     deviation = real("gradient_noise", gradient_noise, wanted)
     if not deviation > 0:
         raise InputError(f"gradient_noise must be {wanted}, got {gradient_noise!r}")
+    if observation.reduction == "sum" and observation.examples > 1:
+        raise InputError("gradient_noise goes with means; divide what was sent, and the noise, by the examples")
     if observation.defense is not None:
         raise InputError(f"gradient_noise goes with gradients without a defense; this one says {observation.defense!r}")
     return deviation
@@ -191,12 +208,19 @@ def _check_devices(devices: Sequence[Any] | None) -> tuple[Any, ...]:
     return chosen
 
 
-def _check_labels(labels: Any, observation: Observation, outputs: int) -> np.ndarray | None:
+def _check_labels(labels: Any, observation: Observation, outputs: Sequence[int]) -> np.ndarray | None:
+    """The given labels or targets, (V, B, ...)."""
     if labels is None:
         return None
     given, expected = np.asarray(labels), observation.victims * observation.examples
-    if given.shape != (expected,) or not np.issubdtype(given.dtype, np.integer):
-        raise InputError(f"labels must be {expected} integers, one an example, got shape {given.shape}")
-    if given.min() < 0 or given.max() >= labels_of(outputs):
-        raise InputError(f"labels must be in 0..{labels_of(outputs) - 1}, got {given.min()}..{given.max()}")
-    return given.reshape(observation.victims, observation.examples)
+    kind, shape = observation.target, tuple(observation.target_shape)
+    if kind in ("class", "classes"):
+        if given.shape != (expected, *shape) or not np.issubdtype(given.dtype, np.integer):
+            each = f", {shape} an example" if shape else ", one an example"
+            raise InputError(f"labels must be {expected} integers{each}, got shape {given.shape}")
+        check_classes(given, outputs if shape else (math.prod(outputs),), "labels")
+    elif given.shape != (expected, *shape) or given.dtype.kind not in "biuf" or not np.all(np.isfinite(given)):
+        raise InputError(f"labels must be {expected} targets of shape {shape}, finite numbers, got shape {given.shape}")
+    if kind in ("values", "input"):
+        given = given.astype(float) if given.dtype.kind == "f" else given
+    return given.reshape(observation.victims, observation.examples, *shape)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 Status = Literal["exact", "ambiguous", "approximate", "failed"]
 Proof = Literal["global", "local"]
@@ -117,7 +117,7 @@ class Candidate:
     image: Float[np.ndarray, "H W C"]
     label: int
     gradient_residual: float
-    target: Float[np.ndarray, " K"] | None = None
+    target: Shaped[np.ndarray, "..."] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class Reconstruction:
     - `gradient_scale` (N,): the factor c of each example's gradient in what was sent, c dL/dtheta: 1 unless it was told
       or read otherwise from the last layer; NaN where other factors explain what was sent as well;
     - `targets`: by example, what its loss compares the logits with, where that is no integer label (then `labels` has
-      -1); None elsewhere;
+      -1) and the gradient shows it; dL/d(logits) where the loss is not known; None elsewhere;
     - `remarks`: what else the server should know, in words: of the model, or of how a capture was read.
     """
 
@@ -148,20 +148,21 @@ class Reconstruction:
     candidates: tuple[tuple[Candidate, ...], ...]
     seconds: dict[str, float]
     gradient_scale: Float[np.ndarray, " N"]
-    targets: tuple[Float[np.ndarray, " K"] | None, ...]
+    targets: tuple[Shaped[np.ndarray, "..."] | None, ...]
     remarks: tuple[str, ...] = ()
 
     @property
     def label_sources(self) -> tuple[str, ...]:
-        """Where each label is from: "given", "recovered", "target" (the loss compares with `targets` instead), or
-        "guessed": the certificate is `failed`, or its candidates have several labels."""
+        """Where each label is from: "given", "recovered", "target" (the loss compares with `targets` instead), "open"
+        (any numbers may be the target, and the gradient does not show them), or "guessed": the certificate is `failed`,
+        or its candidates have several labels."""
         return tuple(self._label_source(k) for k in range(len(self.labels)))
 
     def _label_source(self, k: int) -> str:
         if self.targets[k] is not None:
-            return "target"
+            return "given" if self.label_source == "given" else "target"
         if self.labels[k] < 0:
-            return "guessed"
+            return "guessed" if self.certificates[k].status == "failed" else "open"
         if self.label_source == "given":
             return "given"
         one = len({candidate.label for candidate in self.candidates[k]}) == 1

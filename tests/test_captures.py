@@ -244,7 +244,7 @@ def test_an_all_zero_gradient_is_refused(path, tmp_path):
         {"examples": 0},
         {"examples": "one"},
         {"victims": 0},
-        {"reduction": "sum"},
+        {"reduction": "median"},
     ],
     ids=str,
 )

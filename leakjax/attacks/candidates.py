@@ -39,7 +39,8 @@ def split(
         distance = np.linalg.norm((first[:, None] - images.reshape(1, len(images), -1)).astype(float), axis=2)
         order = linear_sum_assignment(np.nan_to_num(distance, nan=1e150, posinf=1e150))
         for b, k in zip(*order, strict=True):
-            label, target = (int(labels[k]), None) if labels.ndim == 1 else (-1, labels[k])
+            classes = labels.ndim == 1 and labels.dtype.kind in "iu"
+            label, target = (int(labels[k]), None) if classes else (-1, labels[k])
             if not any(label == c.label and _alike(images[k], c.image, alike) for c in found[b]):
                 found[b].append(Candidate(images[k], label, residual, target))
     return [tuple(mine) for mine in found]

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from leakjax.attacks.tolerances import Tolerances
 from leakjax.client.defenses import Setting
 from leakjax.constraints.layer import BLOCKS
+from leakjax.models.losses import UNKNOWN, LossSpec, labels_of
 from leakjax.models.normalization import Limits
 from leakjax.models.reader import Arrays
+from leakjax.models.targets import TargetKind
 from leakjax.reconstruction import Candidate, LayerInfo, Proof
 from leakjax.segments.chain import Chain, Segment
 from leakjax.segments.tracing.network import Gradient, Network, client_update
@@ -23,10 +25,10 @@ PULL_BACKS = ("auto", "levenberg_marquardt", "optax")
 """What solves pulled-back constraints: an active set behind piecewise-linear activations and Levenberg-Marquardt
 elsewhere ("auto"), the latter alone, or first-order descent by the `optimizer` ("optax")."""
 
-Labels = Int[np.ndarray, " B"] | Float[np.ndarray, "B K"]
+Labels = Int[np.ndarray, "B ..."] | Float[np.ndarray, "B ..."]
 """Of the examples of a gradient: classes, or what the logits are compared with."""
 
-DeviceLabels = Int[Array, " B"] | Float[Array, "B K"]
+DeviceLabels = Int[Array, "B ..."] | Float[Array, "B ..."]
 """The same as compiled programs take them."""
 
 
@@ -48,17 +50,19 @@ class Problem:
     `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
     `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`.
     `factors`: by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none.
-    `outputs`: how many logits the model has. `shared`: what is computed once for all victims, by name and segment.
+    `outputs`: how many logits the model has. `target_kind`, `target_shape`: of what the loss compares an example's
+    outputs with (`models.targets`), unless the labels are given. `shared`: what is computed once for all victims, by
+    name and segment.
     """
 
     chain: Chain | None
     network: Network
     variables: Arrays
     gradients: Mapping[str, Float[np.ndarray, "V ..."]]
-    loss: str
+    loss: LossSpec
     input_shape: tuple[int, ...]
     input_range: tuple[float, float]
-    labels: Int[np.ndarray, "V B"] | None
+    labels: Shaped[np.ndarray, "V B ..."] | None
     dtype: Any
     noise: float
     chunk: int = 1
@@ -75,13 +79,25 @@ class Problem:
     defense: Setting | None = None
     local_steps: int = 1
     learning_rate: float | None = None
-    targets: tuple[Float[np.ndarray, " K"] | None, ...] = ()
+    targets: tuple[Float[np.ndarray, "..."] | None, ...] = ()
     channel_limits: Limits | None = None
     factors: tuple[float | None, ...] = ()
     outputs: int = 1
+    target_kind: TargetKind = "class"
+    target_shape: tuple[int, ...] = ()
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    def target(self, victim: int) -> Float[np.ndarray, " K"] | None:
+    @property
+    def classes(self) -> Sequence[int]:
+        """The classes that an example may have, where its target is one."""
+        return range(labels_of(self.outputs)) if self.target_kind == "class" and self.loss != UNKNOWN else ()
+
+    @property
+    def free(self) -> bool:
+        """Whether any numbers may be the target: then dL/dz says nothing but itself."""
+        return self.labels is None and (self.loss == UNKNOWN or self.target_kind in ("values", "input", "classes"))
+
+    def target(self, victim: int) -> Float[np.ndarray, "..."] | None:
         """What the loss of a gradient of one example compares the logits with, where that is no integer label."""
         return self.targets[victim] if self.targets else None
 
@@ -174,7 +190,7 @@ class Outcome:
     refuted: bool = False
     curved: bool = False
     scale: float = 1.0
-    target: Float[np.ndarray, " K"] | None = None
+    target: Float[np.ndarray, "..."] | None = None
     reason: str | None = None
     psnr_estimate: float | None = None
     psnr_spread: float = 0.0

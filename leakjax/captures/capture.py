@@ -10,15 +10,19 @@ import numpy as np
 
 from leakjax.arguments import LARGEST, MOST, instance
 from leakjax.client.factors import check_factor, factors_of, known_factors
-from leakjax.client.observation import Observation
+from leakjax.client.observation import REDUCTIONS, Observation
 from leakjax.errors import InputError
 from leakjax.files.npz import Npz, open_npz
 from leakjax.files.whole import write_npz
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.normalization import check_normalization, hull, spread
 from leakjax.models.reader import Model, output_count
+from leakjax.models.targets import KINDS
 
 _PARTS = ("params", "gradients", "buffers")
+
+CUSTOM_LOSS = "custom"
+"""What `meta` says of a loss that is a function: whoever reads the capture must have it."""
 
 
 def write_capture(observation: Observation, path: Path) -> None:
@@ -29,11 +33,11 @@ def write_capture(observation: Observation, path: Path) -> None:
     instance("observation", observation, Observation, "from observe")
     single = observation.victims == 1
     meta = {
-        "loss": observation.loss,
+        "loss": observation.loss if isinstance(observation.loss, str) else CUSTOM_LOSS,
         "input_shape": list(observation.input_shape),
         "input_range": list(observation.input_range),
         "examples": observation.examples,
-        "reduction": "mean",
+        "reduction": observation.reduction,
     }
     if observation.defense is not None:
         meta["defense"] = observation.defense
@@ -48,6 +52,8 @@ def write_capture(observation: Observation, path: Path) -> None:
         meta["gradient_scale"] = factors.pop()
     if not single:
         meta["victims"] = observation.victims
+    if observation.target != "class":
+        meta |= {"target": observation.target, "target_shape": list(observation.target_shape)}
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
     arrays |= {f"buffers/{p}": np.asarray(a) for p, a in plain_buffers(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
@@ -62,14 +68,17 @@ def _with_bias(observation: Observation) -> bool:
     return any(a.shape == (outputs,) for a in observation.model.params.values())
 
 
-def read_capture(path: str | Path, model: Model) -> Observation:
+def read_capture(path: str | Path, model: Model, *, loss: LossSpec | None = None) -> Observation:
     """Read a capture for `model`, whose weights and buffers it replaces.
+
+    Arguments: `loss`, the client's, in place of the one that the capture names; needed where that is a function, of
+    which a file holds no code.
 
     Raises `InputError` naming the tensor for anything missing, extra, misshapen, of another dtype or not finite.
     """
     instance("model", model, Model, "from read_model")
     with open_npz(path, "--capture") as file:
-        meta = read_meta(file, "--capture")
+        meta = read_meta(file, "--capture", loss)
         output_count(model, tuple(meta["input_shape"]))  # refuses a model that cannot run at this shape
         victims = meta.get("victims")
         known = _by_part(file.entries)
@@ -137,6 +146,9 @@ def observation_from(meta: Mapping[str, Any], model: Model, gradients: Mapping[s
         input_mean=mean,
         input_std=std,
         factors=factors_of(gradients, meta.get("gradient_scale")),
+        reduction=meta.get("reduction", "mean"),
+        target=meta.get("target", "class"),
+        target_shape=tuple(meta.get("target_shape", ())),
     )
 
 
@@ -150,8 +162,8 @@ def _normalization(meta: Mapping[str, Any], prefix: str = "") -> tuple[Any, Any]
     return spread(mean, channels, names), spread(std, channels, names)
 
 
-def read_meta(file: Npz, argument: str) -> dict[str, Any]:
-    """The checked `meta` of a capture: loss, input_shape, input_range, examples."""
+def read_meta(file: Npz, argument: str, loss: LossSpec | None = None) -> dict[str, Any]:
+    """The checked `meta` of a capture: loss (the given one, where there is one), input_shape, input_range, examples."""
     if "meta" not in file.entries:
         raise InputError(f"{argument}: array 'meta' (a JSON string) is missing")
     try:
@@ -166,8 +178,12 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
     for key in ("loss", "input_shape", "input_range"):
         if key not in meta and not (key == "input_range" and told):
             raise InputError(f"{argument}: meta lacks {key!r}")
-    if not isinstance(meta["loss"], str) or meta["loss"] not in LOSSES:
-        raise InputError(f"{argument}: meta's loss {meta['loss']!r} is none of {', '.join(LOSSES)}")
+    meta["loss"] = _loss(meta["loss"], argument, loss)
+    if meta.get("target", "class") not in KINDS:
+        raise InputError(f"{argument}: meta's target must be one of {', '.join(KINDS)}, got {meta['target']!r}")
+    extents = meta.get("target_shape", [])
+    if not (isinstance(extents, list) and len(extents) < 10 and all(map(_positive_integer, extents))):
+        raise InputError(f"{argument}: meta's target_shape must be a list of sizes, got {extents!r}")
     shape, limits = meta["input_shape"], meta.get("input_range", [0, 1])
     if not (isinstance(shape, list) and 0 < len(shape) < 10 and all(map(_positive_integer, shape))):
         raise InputError(f"{argument}: meta's input_shape must be [H, W, C], got {shape!r}")
@@ -176,8 +192,8 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
     if not limits[0] < limits[1]:
         raise InputError(f"{argument}: meta's input_range must have low < high, got {limits!r}")
     _normalization(meta, f"{argument}: meta's ")
-    if meta.get("reduction", "mean") != "mean":
-        raise InputError(f"{argument}: meta's reduction must be 'mean', got {meta['reduction']!r}")
+    if meta.get("reduction", "mean") not in REDUCTIONS:
+        raise InputError(f"{argument}: meta's reduction must be 'mean' or 'sum', got {meta['reduction']!r}")
     if not isinstance(meta.get("defense"), str | None):
         raise InputError(f"{argument}: meta's defense must be a specification, got {meta['defense']!r}")
     if not (meta.get("learning_rate") is None or _finite_number(meta["learning_rate"])):
@@ -189,6 +205,24 @@ def read_meta(file: Npz, argument: str) -> dict[str, Any]:
         if key in meta and not _positive_integer(meta[key]):
             raise InputError(f"{argument}: meta's {key} must be a positive integer, got {meta[key]!r}")
     return meta
+
+
+def _loss(named: Any, argument: str, given: LossSpec | None) -> LossSpec:
+    if given is not None:
+        read_loss(given)
+        return given
+    if named == CUSTOM_LOSS:
+        raise InputError(
+            f"{argument}: its loss is a function that the file does not hold; give it (loss, --loss "
+            'package.module:function), or say that it is not known ("unknown")'
+        )
+    if not isinstance(named, str):
+        raise InputError(f"{argument}: meta's loss must be a name, got {named!r}")
+    try:
+        read_loss(named)
+    except InputError as error:
+        raise InputError(f"{argument}: meta's {error}") from None
+    return named
 
 
 def _positive_integer(value: Any) -> bool:

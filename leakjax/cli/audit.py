@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leakjax.cli.options import DATA, ImagesFile, ModelOptions, OutputOptions, integers, numbers
+from leakjax.cli.options import DATA, ImagesFile, ModelOptions, OutputOptions, Target, integers, numbers
 from leakjax.cli.progress import progress
 from leakjax.cli.session import say, session, writable
 from leakjax.cli.stdout import answer
@@ -35,6 +35,7 @@ class AuditedData:
     ] = None
     index: Annotated[str | None, _option(DATA, "--index", "I[,J..]", "Which images (0); one batch together.")] = None
     images: ImagesFile = None
+    target: Target = "class"
     shapes_only: Annotated[bool, _option(DATA, "--shapes-only", None, "Count on shapes alone: no weights.")] = False
 
     @property
@@ -113,7 +114,7 @@ def audit(
                 setup.model,
                 setup.input_shape,
                 images=batch[0],
-                labels=batch[1],
+                labels=data.target if data.target == "input" else batch[1],
                 loss=setup.loss,
                 input_range=setup.input_range,
                 noise=sigmas,

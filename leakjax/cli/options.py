@@ -5,7 +5,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -35,7 +35,14 @@ class ModelOptions:
     activation: Annotated[
         str | None, _model("--activation", "NAME[:PARAMETER]", "Activation, in place of the model's own.")
     ] = None
-    loss: Annotated[str | None, _model("--loss", "NAME", "Loss, by Optax's name.")] = None
+    loss: Annotated[
+        str | None,
+        _model(
+            "--loss",
+            "NAME[:K=V,..]|package.module:function",
+            "Loss, by Optax's name, or your own of (outputs, target); `unknown` to the server.",
+        ),
+    ] = None
     input_shape: Annotated[str | None, _model("--input-shape", "H,W,C", "Input shape of your own model.")] = None
     input_range: Annotated[str | None, _model("--input-range", "LOW,HIGH", "Values that a pixel can have.")] = None
     init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
@@ -57,6 +64,11 @@ Dataset = Annotated[str, _data("--dataset", "NAME", "Data set; see `leakjax list
 ImagesFile = Annotated[Path | None, _data("--images", "FILE.npz", "Your own images and labels.")]
 
 
+Target = Annotated[
+    Literal["class", "input"], _data("--target", None, "What the loss compares with: labels, or the images themselves.")
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
     """Which images, and how many of them are behind one gradient."""
@@ -65,6 +77,7 @@ class DataOptions:
     index: Annotated[str, _data("--index", "I[,J..]", "Which images: a client each.")] = "0"
     images: ImagesFile = None
     batch_size: Annotated[int, _data("--batch-size", "B", "Consecutive images in one gradient.")] = 1
+    target: Target = "class"
 
 
 DefenseSpec = Annotated[

@@ -16,9 +16,10 @@ from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and
 from leakjax.errors import InputError, unknown_name
 from leakjax.interop.torch import read_torch_capture
 from leakjax.models import MODELS, build_model, load_factory
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LOSSES, UNKNOWN, LossSpec, read_loss
 from leakjax.models.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
 from leakjax.models.reader import Model, output_count, read_model
+from leakjax.models.zoo import load_function
 from leakjax.runtime.memory import fits_on_host
 
 _OPTIONS = ("--input-mean", "--input-std")
@@ -26,15 +27,19 @@ _OPTIONS = ("--input-mean", "--input-std")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setup:
-    """A model with the input shape (None where only a capture can say), input range and loss that go with it."""
+    """A model with the input shape (None where only a capture can say), input range and loss that go with it.
+
+    `own_loss`: the model's, which a client takes where the server does not know its `loss`.
+    """
 
     model: Model
     activation: str | None
     input_shape: tuple[int, int, int] | None
     input_range: tuple[float, float]
-    loss: str
+    loss: LossSpec
     input_mean: Numbers | None = None
     input_std: Numbers | None = None
+    own_loss: str = "softmax_cross_entropy"
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Setup":
@@ -59,8 +64,7 @@ class Setup:
     @classmethod
     def _initialized(cls, options: ModelOptions) -> "Setup":
         name, loss, seed, activation = options.model, options.loss, options.seed, options.activation
-        if loss is not None and loss not in LOSSES:
-            raise unknown_name("loss", loss, LOSSES)
+        loss = None if loss is None else _loss(loss)
         if not 0 <= seed < 2**32:
             raise InputError(f"--seed: expected 0..{2**32 - 1}, got {seed}")
         shape = None if options.input_shape is None else _shape(options.input_shape)
@@ -88,6 +92,7 @@ class Setup:
             input_shape=spec.input_shape,
             input_range=limits or spec.input_range,
             loss=loss or spec.loss,
+            own_loss=spec.loss,
         )
 
     @property
@@ -102,10 +107,11 @@ class Setup:
     ) -> tuple[Observation, np.ndarray]:
         """The gradients that clients would send, and the images on a [0, 1] scale for the report alone."""
         pictures = self._pictures(data.dataset, integers("--index", data.index), data.images)
+        inputs = to_range(pictures.images, self.limits)
         observation = observe(
             self.model,
-            (to_range(pictures.images, self.limits), pictures.labels),
-            loss=self.loss,
+            (inputs, inputs if data.target == "input" else pictures.labels),
+            loss=self.own_loss if self.loss == UNKNOWN else self.loss,
             input_range=self.input_range if self.input_mean is None else (0.0, 1.0),
             input_mean=self.input_mean,
             input_std=self.input_std,
@@ -117,7 +123,8 @@ class Setup:
             learning_rate=client.learning_rate,
             weight_decay=client.weight_decay or 0.0,
         )
-        return observation, pictures.images / 255.0
+        told = dataclasses.replace(observation, loss=UNKNOWN) if self.loss == UNKNOWN else observation
+        return told, pictures.images / 255.0
 
     def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""
@@ -159,17 +166,27 @@ class Setup:
         self, capture: Path | None, torch_capture: Path | None, truth: Path | None
     ) -> tuple[Observation, np.ndarray | None]:
         """The observation in a capture, and the truth beside it where a file is given."""
+        given = self.loss if self.loss == UNKNOWN or callable(self.loss) else None
         if capture is not None:
-            observation = read_capture(capture, self.model)
+            observation = read_capture(capture, self.model, loss=given)
         else:
             assert torch_capture is not None
-            observation = read_torch_capture(torch_capture, self.model)
+            observation = read_torch_capture(torch_capture, self.model, loss=given)
         if len(observation.input_shape) != 3:
             raise InputError(f"the capture's input_shape must be [H, W, C], got {list(observation.input_shape)}")
         if truth is None:
             return observation, None
         expected = (observation.victims * observation.examples, *observation.input_shape)
         return observation, load_npz(truth, "--truth", expected).images / 255.0
+
+
+def _loss(typed: str) -> LossSpec:
+    """A name of the table with its parameters, "unknown", or the user's `package.module:function`."""
+    name, colon, _ = typed.partition(":")
+    if colon and name not in (*LOSSES, UNKNOWN):
+        return load_function(typed, "--loss")[0]
+    read_loss(typed)
+    return typed
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -47,6 +47,7 @@ def train(model: ModelOptions, training: TrainingOptions, output: OutputOptions,
         from leakjax.cli.setup import Setup
         from leakjax.client.defenses import build_defense
         from leakjax.client.training import loop
+        from leakjax.models.losses import loss_name
 
         optimizers = {"adam": optax.adam, "sgd": optax.sgd}
         if training.optimizer not in optimizers:
@@ -88,7 +89,7 @@ def train(model: ModelOptions, training: TrainingOptions, output: OutputOptions,
             "test_examples": len(test.labels),
             **{name: getattr(training, name) for name in own},
             "defense": told,
-            "loss": setup.loss,
+            "loss": loss_name(setup.loss),
             "input_range": list(setup.input_range),
             "seed": model.seed,
             "dtype": training.dtype,

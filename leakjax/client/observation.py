@@ -4,23 +4,27 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Shaped
 
-from leakjax.arguments import array, choice, instance, interval, shown, sizes, whole
+from leakjax.arguments import array, choice, instance, interval, several, shown, sizes, whole
 from leakjax.client.defenses import CUSTOM, build_defense
 from leakjax.client.factors import check_known, factors_of
 from leakjax.client.silent import SMALLEST, ZERO, largest_entries
 from leakjax.client.update import Protection, check_decay, check_steps, client_program
 from leakjax.errors import InputError
 from leakjax.models.differentiable import check_trainable
-from leakjax.models.losses import LOSSES, labels_of
+from leakjax.models.losses import LossSpec, check_loss, known_loss, read_loss, weighted
 from leakjax.models.normalization import Limits, channel_limits, check_normalization, hull, spread
-from leakjax.models.reader import Model, output_count, read_model
+from leakjax.models.reader import Model, output_shape, read_model
+from leakjax.models.targets import KINDS, TargetKind, Targets, read_targets
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.precision import compute_in
+
+REDUCTIONS = ("mean", "sum")
 
 LARGEST_GRADIENT = 1e100
 """Of an entry: the squares of such, summed, stay far from the largest number."""
@@ -32,7 +36,8 @@ class Observation:
 
     - `model`: the architecture and its weights;
     - `gradients`: for each parameter path an array (V, *parameter shape): one gradient of the mean loss a victim;
-    - `loss`: a name of `losses.LOSSES`;
+    - `loss`: a name of `losses.LOSSES` with its parameters, a function (outputs, target) -> one number an example, or
+      "unknown" where the server does not know it;
     - `input_shape`: (H, W, C) of one example; `input_range`: (lowest, highest) value that a pixel can have;
     - `examples`: how many examples each gradient averages over;
     - `precision`: the floating dtype in which the client computed;
@@ -46,12 +51,15 @@ class Observation:
       than the model uses them; () elsewhere;
     - `factors`: of gradients whose factor c in c dL/dtheta, or c times what a defense made of it, is known, {checksum:
       c} by `factors.checksum`: `observe` knows that its own have none (c = 1), and says nothing of others that take
-      their place.
+      their place;
+    - `reduction`: "mean", or "sum" where the loss of a gradient is the sum over its examples;
+    - `target`, `target_shape`: what the loss compares an example's outputs with, a kind of `targets.KINDS`, and its
+      shape: () for a class.
     """
 
     model: Model
     gradients: Mapping[str, Shaped[np.ndarray, "V ..."]]
-    loss: str
+    loss: LossSpec
     input_shape: tuple[int, ...]
     input_range: tuple[float, float]
     examples: int = 1
@@ -64,6 +72,9 @@ class Observation:
     input_std: tuple[float, ...] | None = None
     interchangeable: tuple[tuple[str, ...], ...] = ()
     factors: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    reduction: str = "mean"
+    target: TargetKind = "class"
+    target_shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -83,9 +94,9 @@ class Observation:
 
 def observe(
     model: Any,
-    batch: tuple[Shaped[Any, "N H W C"], Int[Any, " N"]],
+    batch: tuple[Shaped[Any, "N H W C"], Shaped[Any, "N ..."]],
     *,
-    loss: str = "softmax_cross_entropy",
+    loss: LossSpec = "softmax_cross_entropy",
     params: Any = None,
     input_range: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 1,
@@ -97,6 +108,7 @@ def observe(
     weight_decay: float = 0.0,
     input_mean: Sequence[float] | None = None,
     input_std: Sequence[float] | None = None,
+    reduction: str | Float[Any, " N"] = "mean",
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
 
@@ -106,8 +118,12 @@ def observe(
 
     Arguments:
     - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
-    - `batch`: images (N, H, W, C) in `input_range` and integer labels (N,); a one-logit model's labels are 0 or 1;
-    - `loss`: `softmax_cross_entropy`, `sigmoid_binary_cross_entropy` or `squared_error`;
+    - `batch`: images (N, H, W, C) in `input_range` and their targets: integer labels (N,), 0 or 1 for a one-logit
+      model; or whatever the loss compares an example's outputs with, (N, ...): soft labels, zeros and ones for several
+      labels, numbers, classes at every position, or the images themselves for an autoencoder;
+    - `loss`: a name of `losses.LOSSES`, with parameters or without ("softmax_cross_entropy:label_smoothing=0.1",
+      "sigmoid_focal_loss:gamma=2,alpha=0.25", "softmax_cross_entropy:class_weights=1/2/0.5"), or any function
+      (outputs, target) -> one number, of one example;
     - `batch_size`: B, examples in one gradient; the default 1 makes every image a victim of its own;
     - `dtype`: precision of the client's computation, "float64" or "float32";
     - `defense`: a specification `name[:value[,value..]]` of `defenses.DEFENSES`, as "gaussian:1e-3", or any
@@ -116,7 +132,9 @@ def observe(
     - `local_steps`, `learning_rate`: k and the rate, which several steps need;
     - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only;
     - `input_mean`, `input_std`: in place of `input_range`, C numbers each (or one for all channels): `images` are
-      (pixel - mean) / std of pixels in [0, 1].
+      (pixel - mean) / std of pixels in [0, 1];
+    - `reduction`: "mean", "sum" over the examples of a gradient, or N weights w of the client's own, which the server
+      is not told: the gradient is then that of (1/B) sum_b w_b loss(model(x_b), y_b).
 
     A model in training mode (batch norm by the batch's own statistics) is taken as it is; `invert` remarks on it.
 
@@ -124,36 +142,38 @@ def observe(
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
     defense, local steps without a rate, or weight decay with several.
     """
-    choice("loss", loss, LOSSES)
+    known_loss(loss)
     seed = whole("seed", seed, 0, 2**63 - 1)
     between = interval("input_range", input_range)
     mean, std = check_normalization(input_mean, input_std)
     if mean is not None and between != (0.0, 1.0):
         raise InputError("input_mean and input_std say what a pixel can be; leave out input_range")
     read = read_model(model, params)
-    images, labels, mean, std = _check_batch(batch, between, mean, std, batch_size)
+    images, given, mean, std = _check_batch(batch, between, mean, std, batch_size)
     between = between if mean is None else hull(mean, std)
     steps = check_steps(local_steps, learning_rate)
     decay = check_decay(weight_decay, steps[0])
     protect = Protection.read(defense, seed, local_steps)
+    weights = _check_reduction(reduction, len(images), batch_size, defense, local_steps)
+    summed = isinstance(reduction, str) and reduction == "sum" and batch_size > 1
     with compute_in(dtype) as floating:
         read = read.astype(floating)
-        outputs = output_count(read, images.shape[1:])
-        if labels.min() < 0 or labels.max() >= labels_of(outputs):
-            raise InputError(
-                f"labels must be in 0..{labels_of(outputs) - 1} for a model with {outputs} outputs, "
-                f"got {labels.min()}..{labels.max()}"
-            )
-        groups = images.reshape(-1, batch_size, *images.shape[1:]), labels.reshape(-1, batch_size)
-        update = client_program(read.apply, loss, tuple(read.params), *steps, protect.per_example)
+        targets = _targets(read, loss, given, images, floating)
+        labels = targets.values
+        taken = loss if weights is None else weighted(loss)
+        groups = (
+            a.reshape(-1, batch_size, *a.shape[1:]) for a in (images, labels, *([] if weights is None else [weights]))
+        )
+        update = client_program(read.apply, taken, tuple(read.params), *steps, protect.per_example)
         sent = []
-        for victim, (x, y) in enumerate(zip(*groups, strict=True)):
-            inputs = to_device(x, floating)
+        for victim, (x, y, *w) in enumerate(zip(*groups, strict=True)):
+            inputs, y = to_device(x, floating), y.astype(floating) if y.dtype.kind == "f" else y
             try:
-                g = update(read.variables, inputs, y)
+                g = update(read.variables, inputs, (y, w[0].astype(floating)) if w else y)
             except Exception:  # where the model is the reason, it is named
                 check_trainable(read.apply, read.params, read.buffers, inputs)
                 raise
+            g = {p: batch_size * a for p, a in g.items()} if summed else g
             g = protect.apply(g, read, inputs, victim)
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
     stacked = {path: np.stack([np.asarray(g[path]) for g in sent]) for path in read.params}
@@ -171,8 +191,36 @@ def observe(
         weight_decay=decay,
         input_mean=mean,
         input_std=std,
-        factors=factors_of(stacked, None if protect.name == CUSTOM else 1.0),
+        factors=factors_of(stacked, None if protect.name == CUSTOM or weights is not None else 1.0),
+        reduction="sum" if summed else "mean",
+        target=targets.kind,
+        target_shape=targets.shape,
     )
+
+
+def _check_reduction(
+    reduction: Any, count: int, examples: int, defense: Any, local_steps: int
+) -> Float[np.ndarray, " N"] | None:
+    """The weights of the examples, None for a mean or a sum."""
+    if isinstance(reduction, str):
+        choice("reduction", reduction, REDUCTIONS)
+        if reduction == "sum" and examples > 1 and (defense is not None or local_steps > 1):
+            raise InputError("reduction 'sum' goes with one local step and no defense; divide the loss by batch_size")
+        return None
+    found = array("reduction", reduction, "iuf", "'mean', 'sum' or a weight for every example").astype(float)
+    if found.shape != (count,) or not np.all(np.isfinite(found)):
+        raise InputError(f"reduction must be 'mean', 'sum' or {count} finite weights, got shape {found.shape}")
+    return found
+
+
+def _targets(model: Model, loss: LossSpec, given: Any, images: np.ndarray, floating: Any) -> Targets:
+    """What the loss compares the outputs with, once it is known to take them."""
+    outputs = output_shape(model, images.shape[1:])
+    targets = read_targets(given, images, outputs)
+    values = targets.values
+    kind = floating if values.dtype.kind == "f" else values.dtype
+    check_loss(loss, jax.ShapeDtypeStruct(outputs, floating), jax.ShapeDtypeStruct(targets.shape, kind))
+    return targets
 
 
 def check_observation(observation: Observation) -> None:
@@ -180,7 +228,13 @@ def check_observation(observation: Observation) -> None:
     instance("observation.model", observation.model, Model, "from read_model")
     instance("observation.gradients", observation.gradients, Mapping, "an array for each parameter path")
     params, gradients = observation.model.params, observation.gradients
-    choice("loss", observation.loss, LOSSES)
+    read_loss(observation.loss)
+    choice("target", observation.target, KINDS)
+    choice("reduction", observation.reduction, REDUCTIONS)
+    if observation.reduction == "sum" and (observation.local_steps > 1 or observation.defense is not None):
+        raise InputError("reduction 'sum' goes with one local step and no defense")
+    for size in several("target_shape", observation.target_shape, "sizes like (10,), () for a class"):
+        whole("target_shape: every size", size, 1)
     sizes("input_shape", observation.input_shape)
     between = interval("input_range", observation.input_range)
     _check_normalized(observation, between)
@@ -244,19 +298,16 @@ def _check_precision(precision: Any) -> None:
 
 def _check_batch(
     batch: Any, between: tuple[float, float], mean: Any, std: Any, batch_size: int
-) -> tuple[np.ndarray, np.ndarray, Any, Any]:
+) -> tuple[np.ndarray, Any, Any, Any]:
     try:
         given, labels = batch
     except Exception:
         raise InputError("batch must be a pair (images, labels) of arrays") from None
     images = array("images", given, "buif", "real numbers").astype(float)
-    labels = array("labels", labels, "iu", "integers")
     if images.ndim < 2 or len(images) == 0:
         raise InputError(f"images must have shape (N, H, W, C) with N >= 1, got {images.shape}")
     if images[0].size == 0:
         raise InputError(f"images must hold pixels, got shape {images.shape}")
-    if labels.shape != (len(images),):
-        raise InputError(f"labels must be {len(images)} integers, got {labels.dtype} of shape {labels.shape}")
     if not np.all(np.isfinite(images)):
         raise InputError("images hold NaN or infinite values")
     if mean is not None:

@@ -10,7 +10,7 @@ import optax
 from leakjax.arguments import real, whole
 from leakjax.client.defenses import CUSTOM, Client, Setting, build_defense
 from leakjax.errors import InputError
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import client_update, example_gradients
@@ -19,24 +19,24 @@ MOST_STEPS = 1_000
 """No update sums more steps: each is traced."""
 
 
-def mean_loss(model: Model, loss: str) -> Any:
+def mean_loss(model: Model, loss: LossSpec) -> Any:
     """(params, buffers, x, y) -> (1/B) sum_b loss(model(x_b), y_b)."""
     losses = example_losses(model, loss)
     return lambda params, buffers, x, y: jnp.mean(losses(params, buffers, x, y))
 
 
-def example_losses(model: Model, loss: str) -> Any:
+def example_losses(model: Model, loss: LossSpec) -> Any:
     """(params, buffers, x, y) -> loss(model(x_b), y_b), (B,)."""
 
     def losses(params: Any, buffers: Any, x: Any, y: Any) -> Any:
-        return jax.vmap(LOSSES[loss])(model.apply({**params, **buffers}, x), y)
+        return jax.vmap(read_loss(loss))(model.apply({**params, **buffers}, x), y)
 
     return losses
 
 
 @keep(32)
 def client_program(
-    apply: Any, loss: str, paths: tuple[str, ...], local_steps: int, rate: float | None, per_example: bool
+    apply: Any, loss: LossSpec, paths: tuple[str, ...], local_steps: int, rate: float | None, per_example: bool
 ) -> Any:
     """Compiled: (variables, x, y) -> `client_update`, or, `per_example`, (B, ...) gradients of each example's loss;
     one program for all models of one architecture, whose `apply` this is."""

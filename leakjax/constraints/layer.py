@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from leakjax.models.activations import Preimage
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Arrays
 from leakjax.segments.chain import Segment
 
@@ -29,8 +29,8 @@ _CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x 
 
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
 
-Labels = int | Int[np.ndarray | Array, "*B"] | Float[np.ndarray | Array, "B K"]
-"""Labels of B examples, one of one example, or what their logits are compared with."""
+Labels = Int[np.ndarray | Array, "B ..."] | Float[np.ndarray | Array, "B ..."]
+"""Classes of B examples, or what their logits are compared with."""
 
 
 class LayerSystem(NamedTuple):
@@ -124,13 +124,12 @@ def _safe_inverse(a: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def loss_pull(
-    segment: Segment, variables: Arrays, loss: str, z: Float[Array, "*z"], label: Labels
+    segment: Segment, variables: Arrays, loss: LossSpec, z: Float[Array, "*z"], labels: Labels
 ) -> Float[Array, "*z"]:
-    """dL/dz at the last segment's pre-activation z (B, K), L the mean loss of B examples, and their labels (B,)."""
-    labels = jnp.atleast_1d(label)
+    """dL/dz at the last segment's pre-activation z (B, K), L the mean loss of B examples, and their labels (B, ...)."""
 
     def of_z(z: Float[Array, "*z"]) -> Float[Array, ""]:
         logits = segment.activation.function(variables, z).reshape(len(labels), -1)
-        return jnp.mean(jax.vmap(LOSSES[loss])(logits, labels))
+        return jnp.mean(jax.vmap(read_loss(loss))(logits, labels))
 
     return jax.grad(of_z)(z)

@@ -13,7 +13,7 @@ from leakjax.errors import InputError, unknown_name
 from leakjax.guard import scoring
 from leakjax.guard.derivative import Derivative, linearize_update
 from leakjax.guard.scoring import Score
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LossSpec, known_loss
 from leakjax.models.reader import read_model
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.segments.tracing.blindness import blind_spots, depends, seen_through
@@ -142,18 +142,16 @@ def guard(
     return Guard(score, _transformation(score), lambda found: scoring.explain(found, spots))
 
 
-def loss_of(model: Any, loss: str = "softmax_cross_entropy") -> LossFunction:
+def loss_of(model: Any, loss: LossSpec = "softmax_cross_entropy") -> LossFunction:
     """(params, images, labels) -> the mean of `loss` over the batch, for whatever `leakjax.read_model` takes.
 
     `params` are those of the optimizer: `leakjax.read_model(model).params`, arrays by path; buffers stay as they are.
     """
-    if loss not in LOSSES:
-        raise unknown_name("loss", loss, LOSSES)
-    read = read_model(model)
+    function, read = known_loss(loss), read_model(model)
 
     def mean_loss(params: Any, images: Any, labels: Any) -> Any:
         logits = read.apply({**read.buffers, **params}, images)
-        return jnp.mean(jax.vmap(LOSSES[loss])(logits, labels))
+        return jnp.mean(jax.vmap(function)(logits, labels))
 
     return mean_loss
 

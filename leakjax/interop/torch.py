@@ -14,6 +14,7 @@ from leakjax.client.observation import Observation
 from leakjax.errors import InputError
 from leakjax.files.npz import Entry, Npz, open_npz
 from leakjax.interop.layout import Layout
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Model, output_count
 from leakjax.segments.chain import Chain, read_segments
 
@@ -29,16 +30,17 @@ class _Layer(NamedTuple):
     tensors: dict[str, str]
 
 
-def read_torch_capture(path: str | Path, model: Model) -> Observation:
+def read_torch_capture(path: str | Path, model: Model, *, loss: LossSpec | None = None) -> Observation:
     """Read `param/<name>`, `grad/<name>`, `names` (state-dict order) and `meta`, in PyTorch's layout.
 
     Convolution kernels OIHW become HWIO; dense weights (out, in) over a channel-first flatten become (in, out) in the
-    order in which the model flattens. A batch norm's running statistics are parameters without `grad/`.
+    order in which the model flattens. A batch norm's running statistics are parameters without `grad/`. `loss`, where
+    it is given, stands in place of the one that the capture names.
     Raises `InputError` naming the first layer that differs from the model's.
     """
     instance("model", model, Model, "from read_model")
     with open_npz(path, _ARGUMENT) as file:
-        meta = read_meta(file, _ARGUMENT)
+        meta = read_meta(file, _ARGUMENT, loss)
         names = _names(file)
         shape = tuple(meta["input_shape"])
         model = model.astype(np.float32)

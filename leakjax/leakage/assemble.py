@@ -13,6 +13,7 @@ from leakjax.leakage.structural.advice import best_changes, dead_pixels
 from leakjax.leakage.structural.counts import padded_count, structural_count
 from leakjax.leakage.structural.index import copa_index, layer_weights, structural_leaked
 from leakjax.leakage.verdict import Found, verdict
+from leakjax.models.losses import loss_name
 from leakjax.models.reader import Model
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.record import UNSEEN, LayerAudit, Withheld
@@ -97,7 +98,7 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         pictures=found.pictures,
         blind=found.doubt.spots,
         seed=asked.seed,
-        loss=asked.loss,
+        loss=loss_name(asked.loss),
         data=data,
         **provenance(),
     )

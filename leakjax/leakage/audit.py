@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 
 from leakjax.arguments import instance, listener
 from leakjax.errors import InputError, UnreadableModelError
@@ -17,7 +17,8 @@ from leakjax.leakage.measure import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.request import Asked, Measured, Tell
 from leakjax.leakage.structural.index import smallest_withheld
-from leakjax.models.reader import Model, output_count, read_model
+from leakjax.models.losses import LossSpec
+from leakjax.models.reader import Model, output_shape, read_model
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.record import Withheld
 from leakjax.runtime.precision import compute_in
@@ -33,8 +34,8 @@ def audit(
     input_shape: Sequence[int],
     *,
     images: Float[np.ndarray, "B ..."] | None = None,
-    labels: Int[np.ndarray, " B"] | None = None,
-    loss: str = "softmax_cross_entropy",
+    labels: Shaped[np.ndarray, "B ..."] | str | None = None,
+    loss: LossSpec = "softmax_cross_entropy",
     input_range: tuple[float, float] = (0.0, 1.0),
     noise: Sequence[float] = SIGMAS,
     dp_sgd: DPSGD | None = None,
@@ -47,8 +48,9 @@ def audit(
 
     Arguments:
     - `model`: anything that `read_model` takes; `input_shape` (H, W, C), of one example;
-    - `images` (B, H, W, C) in `input_range` with `labels` (B,): the B examples of one gradient; without them a random
-      smooth image drawn with `seed`;
+    - `images` (B, H, W, C) in `input_range` with `labels` (B, ...), classes or whatever the `loss` compares outputs
+      with (see `observe`): the B examples of one gradient; without them a random smooth image drawn with
+      `seed`; "input" for labels says that an autoencoder's images are compared with themselves;
     - `noise`: standard deviations of Gaussian noise in every gradient entry, for the bounds;
     - `dp_sgd`: a DP-SGD whose clipping and noise are to be bounded too, with its epsilon (needs `leakjax[dp]`);
     - `shapes_only`: count on shapes alone, without weights or images, in milliseconds;
@@ -79,7 +81,7 @@ def audit(
         asked.tell("reading the model")
         check_runs(read, shape)
         structure = _structure(read, shape, dtype, shapes_only=shapes_only)
-        batch = None if shapes_only else batch_of(structure.model, shape, images, labels, limits, asked.seed)
+        batch = None if shapes_only else batch_of(structure.model, shape, images, labels, limits, asked.seed, loss)
         examined = _examine(structure, batch, asked)
         bounded = not shapes_only and (dp_sgd is not None or (asked.asked and bool(sigmas)))
         data = _data(images, examined.examples, asked.seed, shapes_only)
@@ -147,5 +149,5 @@ def _segments(
 
 
 def _whole(model: Model, shape: tuple[int, ...]) -> Geometry:
-    outputs = output_count(model, shape)
+    outputs = math.prod(output_shape(model, shape))
     return Geometry(math.prod(shape), outputs, sum(int(p.size) for p in model.params.values()), simple=False)

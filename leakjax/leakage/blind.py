@@ -9,6 +9,7 @@ import numpy as np
 
 from leakjax.client.update import mean_loss
 from leakjax.metrics import PSNR_CAP
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing import jaxprs
@@ -46,7 +47,7 @@ def spots_of(gradient: Callable[..., Any], variables: Any, x: Any, labels: Any) 
     return blind_spots(lambda fixed, x: gradient(fixed, x, labels), dict(variables), x)
 
 
-def spots_of_model(model: Model, loss: str, x: Any, labels: Any) -> tuple[Spot, ...]:
+def spots_of_model(model: Model, loss: LossSpec, x: Any, labels: Any) -> tuple[Spot, ...]:
     """The same of a model's own code, whose lines the spots name."""
     losses = mean_loss(model, loss)
     parts = {"params": dict(model.params), "buffers": dict(model.buffers)}

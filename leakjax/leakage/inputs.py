@@ -7,16 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.arguments import array, choice, interval, real, several, sizes, whole
+from leakjax.arguments import array, interval, real, several, sizes, whole
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
 from leakjax.leakage.dense import PRIOR_DEVIATION
 from leakjax.models.differentiable import check_differentiable, check_trainable
-from leakjax.models.losses import LOSSES
-from leakjax.models.reader import Model, output_count
+from leakjax.models.losses import LossSpec, check_loss, known_loss, labels_of
+from leakjax.models.reader import Model, output_shape
+from leakjax.models.targets import read_targets
 from leakjax.segments.tracing.blindness import depends
 
 LARGEST_NOISE = 1e30
+INPUT = "input"  # in place of labels: an autoencoder's images
 
 
 def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
@@ -24,9 +26,9 @@ def check_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
     return sizes("input_shape", input_shape)
 
 
-def check_options(loss: str, input_range: Any, noise: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
+def check_options(loss: LossSpec, input_range: Any, noise: Any) -> tuple[tuple[float, float], tuple[float, ...]]:
     """The input range and the noise levels, once they and the loss are known to be good."""
-    choice("loss", loss, LOSSES)
+    known_loss(loss)
     between = interval("input_range", input_range)
     wanted = "a sequence of numbers, () for none"
     sigmas = tuple(real("noise", sigma, wanted) for sigma in several("noise", noise, wanted))
@@ -47,7 +49,7 @@ def check_size(named: str, sigma: float) -> None:
 
 def check_runs(model: Model, shape: tuple[int, ...]) -> None:
     """Refuse a model that cannot run on such images, returns anything but logits, or does not look at them."""
-    output_count(model, shape)
+    output_shape(model, shape)
     x = jax.ShapeDtypeStruct((1, *shape), jnp.result_type(*(a.dtype for a in model.params.values())))
     check_trainable(model.apply, model.params, model.buffers, x)
     check_differentiable(model.apply, model.variables, x)
@@ -67,17 +69,39 @@ def batch_of(
     labels: Any,
     input_range: tuple[float, float],
     seed: int,
+    loss: LossSpec,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B, *shape) and labels (B,), given or drawn."""
-    outputs = max(output_count(model, shape), 2)
+    """Images (B, *shape) and their targets (B, ...), given or drawn; labels are drawn for losses of classes alone, the
+    drawn image's own where "input" is given for them."""
+    x, y = _given_or_drawn(model, shape, images, labels, input_range, seed)
+    y = np.asarray(y, float) if y.dtype.kind == "f" else y
+    outputs = jax.ShapeDtypeStruct(output_shape(model, shape), jnp.float64)
+    try:
+        check_loss(loss, outputs, jax.ShapeDtypeStruct(y.shape[1:], y.dtype))
+    except InputError as error:
+        if labels is not None:
+            raise
+        raise InputError(
+            f"{error}; give images and labels, what the loss compares each example's outputs with"
+        ) from None
+    return x, y
+
+
+def _given_or_drawn(
+    model: Model, shape: tuple[int, ...], images: Any, labels: Any, input_range: tuple[float, float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    size = output_shape(model, shape)
+    outputs = labels_of(int(np.prod(size)) if len(size) == 1 else size[-1] if size else 1)
+    places = size[:-1] if len(size) > 1 else ()
     low, high = input_range
     key, other = jax.random.split(jax.random.key(seed))
     if images is None:
-        if labels is not None:
+        if labels is not None and not (isinstance(labels, str) and labels == INPUT):
             raise InputError("labels go with images; without images both are drawn with seed")
         noise = jax.random.normal(key, (1, *shape))
         drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(from_natural(noise)), 0.0, 1.0)
-        return low + (high - low) * drawn.astype(float), np.asarray(jax.random.randint(other, (1,), 0, outputs))
+        x = low + (high - low) * drawn.astype(float)
+        return x, x if labels is not None else np.asarray(jax.random.randint(other, (1, *places), 0, outputs))
     wanted = f"one array (B, {', '.join(map(str, shape))}) of numbers"
     x = array("images", images, "buif", wanted).astype(float)
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
@@ -85,8 +109,5 @@ def batch_of(
     if not np.all(np.isfinite(x)) or x.min() < low - 1e-9 or x.max() > high + 1e-9:
         raise InputError(f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}")
     if labels is None:
-        return x, np.asarray(jax.random.randint(other, (len(x),), 0, outputs))
-    y = array("labels", labels, "iu", f"{len(x)} integers in 0..{outputs - 1}")
-    if y.shape != (len(x),) or y.min() < 0 or y.max() >= outputs:
-        raise InputError(f"labels must be {len(x)} integers in 0..{outputs - 1}, got {y.tolist()}")
-    return x, y
+        return x, np.asarray(jax.random.randint(other, (len(x), *places), 0, outputs))
+    return x, x if isinstance(labels, str) and labels == INPUT else read_targets(labels, x, size).values

@@ -26,8 +26,8 @@ from leakjax.leakage.pictures import pictures
 from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.request import Asked, Measured
 from leakjax.leakage.verdict import Doubt
-from leakjax.models.losses import LOSSES
-from leakjax.models.reader import Model
+from leakjax.models.losses import LossSpec, on_outputs, read_loss
+from leakjax.models.reader import Model, output_shape
 from leakjax.report.audit.record import NoisePoint, Picture
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
@@ -172,13 +172,14 @@ def _refuse_zero(gradient: dict[str, Array]) -> None:
         )
 
 
-def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: str) -> list[LayerLeakage]:
+def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: LossSpec) -> list[LayerLeakage]:
     images, head = to_device(x), segments[-1]
+    function = read_loss(on_outputs(loss, output_shape(model, x.shape[1:])))
     z = push_forward(segments, model.variables, images)[1][-1]
 
     def mean_loss(z: Array) -> Array:
         logits = head.activation.function(model.variables, z)
-        return jnp.mean(jax.vmap(LOSSES[loss])(logits, to_device(y)))
+        return jnp.mean(jax.vmap(function)(logits, to_device(y)))
 
     return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
 

@@ -11,6 +11,7 @@ from leakjax.leakage.dense import Leakage
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.verdict import Doubt
+from leakjax.models.losses import LossSpec
 from leakjax.report.audit.record import NoisePoint, Picture
 
 Tell = Callable[[str], None]
@@ -22,7 +23,7 @@ class Asked(NamedTuple):
     """What to look at: the `loss`, the `limits` of the input range, standard deviations of `noise`, a DP-SGD with
     its `epsilons`, a `seed` for random probes, a listener; whether the levels of noise were asked for by the caller."""
 
-    loss: str
+    loss: LossSpec
     limits: tuple[float, float]
     noise: Sequence[float]
     dp_sgd: DPSGD | None

@@ -154,10 +154,16 @@ def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return logits
 
 
-def output_count(model: Model, input_shape: Sequence[int]) -> int:
-    """How many logits a model returns for one example of `input_shape`."""
+def output_shape(model: Model, input_shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a model's outputs for one example of `input_shape`."""
     dtype = jnp.result_type(*(a.dtype for a in model.params.values()))
     outputs = run_model(model, jax.ShapeDtypeStruct((1, *input_shape), dtype))
-    if outputs.ndim != 2:
-        raise InputError(f"model must return logits of shape (examples, outputs), got {outputs.shape}")
-    return outputs.shape[1]
+    if outputs.shape[:1] != (1,):
+        raise InputError(f"model must return outputs of shape (examples, ...), got {outputs.shape} for one example")
+    return tuple(outputs.shape[1:])
+
+
+def output_count(model: Model, input_shape: Sequence[int]) -> int:
+    """How many classes a model's outputs for one example of `input_shape` tell apart: the size of their last axis."""
+    shape = output_shape(model, input_shape)
+    return shape[-1] if shape else 1

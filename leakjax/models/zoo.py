@@ -183,25 +183,34 @@ def build_model(name: str, *, seed: int = 0, activation: str | None = None, init
     return spec.build(nnx.Rngs(seed), activation, init or spec.init)
 
 
-def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
-    """Call the user's `package.module:factory`, with `seed` and `activation` where its signature has them.
+def load_function(path: str, option: str) -> tuple[Callable[..., Any], str]:
+    """(what `package.module:name` names, `name`); the current directory is importable.
 
-    The current directory is importable. `activation` reaches the factory as a function, or None where none was asked
-    for. Raises `InputError` where the module or the factory cannot be found, or the factory raises.
+    Raises `InputError` with the `option` where the module or the name cannot be found, or the name is no function.
     """
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
-        factory = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
+        found = functools.reduce(lambda o, n: getattr(o, n, None), name.split("."), module)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the module's own code
         reason = first_line(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"--model {path}: cannot import {module_name!r} ({reason})") from error
-    if not callable(factory):
-        raise InputError(f"--model {path}: {module_name!r} has no function {name!r}")
+        raise InputError(f"{option} {path}: cannot import {module_name!r} ({reason})") from error
+    if not callable(found):
+        raise InputError(f"{option} {path}: {module_name!r} has no function {name!r}")
+    return found, name
+
+
+def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
+    """Call the user's `package.module:factory`, with `seed` and `activation` where its signature has them.
+
+    The current directory is importable. `activation` reaches the factory as a function, or None where none was asked
+    for. Raises `InputError` where the module or the factory cannot be found, or the factory raises.
+    """
+    factory, name = load_function(path, "--model")
     offered = {"seed": seed, "activation": None if activation is None else parse_activation(activation)}
     try:
         wanted = inspect.signature(factory).parameters

@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from leakjax.attacks.certificates.multiples import MULTIPLES
 from leakjax.attacks.problem import Outcome, Problem
+from leakjax.models.losses import UNKNOWN
 from leakjax.reconstruction import Certificate, LayerInfo
 
 SOLVED = ("determined", "pulled_back")
@@ -42,6 +43,10 @@ _RAY = (
     "every multiple of this image has this gradient, times a factor that the last layer does not show: tell the "
     "factor, 1 where there is none (gradient_scale, --gradient-scale)"
 )
+_FREE = (
+    "every multiple of this image has this gradient, with another target or times a factor: give the targets "
+    "(labels=..., what the loss compares the outputs with), or the factor of an autoencoder's gradient (gradient_scale)"
+)
 _TIED = (
     "the image and a factor of the gradient are known together only: tell the factor, 1 where there is none "
     "(gradient_scale, --gradient-scale)"
@@ -73,7 +78,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
             layer=None,
             proof="local",
             symmetry=outcome.symmetry,
-            reason=_RAY,
+            reason=_ray(problem),
         )
     if outcome.refuted:
         return Certificate.failure(unknowns, condition, "network", outcome.reason)
@@ -98,7 +103,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
         return Certificate("exact", layers[0].rank, unknowns, condition, proof=proof)
     rank = 0 if outcome.curved or (several and proof == "local") else layers[0].rank
     rank = rank - 1 if rank and outcome.multiples else rank
-    reason = _open_words(outcome, whole)
+    reason = _open_words(problem, outcome, whole)
     return Certificate(
         status="ambiguous",
         leaked_dimensions=rank,
@@ -180,12 +185,16 @@ def _flaw(problem: Problem, outcome: Outcome) -> tuple[str, str] | None:
     return None if unsolved is None else (unsolved.name, _STALLED.format(layer=unsolved.name))
 
 
-def _open_words(outcome: Outcome, whole: bool) -> str:
+def _ray(problem: Problem) -> str:
+    return _FREE if problem.loss == UNKNOWN else _RAY
+
+
+def _open_words(problem: Problem, outcome: Outcome, whole: bool) -> str:
     info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
     parts = []
     if outcome.multiples:
-        parts.append(_RAY if MULTIPLES in (outcome.symmetry or "") else _TIED)
+        parts.append(_ray(problem) if MULTIPLES in (outcome.symmetry or "") else _TIED)
     if not whole:
         parts.append((_CURVED if outcome.curved else _FLAT).format(free=free))
     elif outcome.curved and not outcome.multiples:

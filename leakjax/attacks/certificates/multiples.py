@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.adaptive import predicted, sends_signs
 from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.problem import DeviceLabels, Monitor, Outcome, Problem
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import UNKNOWN
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Certificate
 from leakjax.runtime.arrays import to_device
@@ -84,10 +84,10 @@ def _biased(problem: Problem) -> bool:
 def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     """The outcomes of one gradient. An answer out of range is exchanged for its multiple that lies within."""
     first = [outcome.candidates[0] for outcome in group]
-    if any(candidate.target is not None or not np.all(np.isfinite(candidate.image)) for candidate in first):
-        return group
+    if problem.loss == UNKNOWN or not all(np.all(np.isfinite(candidate.image)) for candidate in first):
+        return group  # of targets that may be any numbers `free_targets` says what is open
     x = to_device(np.stack([candidate.image for candidate in first]), problem.dtype)
-    labels = to_device([candidate.label for candidate in first])
+    labels = to_device(np.stack([np.asarray(c.label if c.target is None else c.target) for c in first]))
     residual = max(candidate.gradient_residual for candidate in first)
     noisy = any(outcome.psnr_estimate is not None for outcome in group)
     left = problem.tolerances.rounding if noisy else max(residual, problem.tolerances.rounding)
@@ -95,7 +95,7 @@ def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     away = functools.partial(_turned(_each(problem)), dict(problem.variables), x, labels)
     hidden = np.max([np.asarray(away(t, labels)) for t in _TRIED], axis=0) <= hides
     if np.any(hidden):
-        counts = range(labels_of(problem.outputs)) if problem.labels is None else ()
+        counts = problem.classes if problem.labels is None else ()
         alike = {label: np.asarray(away(1.0, jnp.full(len(group), label))) <= hides for label in counts}
         return [
             _with_rays(problem, outcome, [label for label, same in alike.items() if same[b]], len(group) == 1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from leakjax.models.losses import LOSSES, labels_of
+from leakjax.models.losses import LossSpec, labels_of, read_loss
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
@@ -25,7 +25,7 @@ _SAME = 1e-8
 def twins(
     logits: Logits,
     gradient: Gradient,
-    loss: str,
+    loss: LossSpec,
     variables: Arrays,
     x: Float[np.ndarray, "B *image"],
     labels: Int[np.ndarray, " B"],
@@ -66,7 +66,7 @@ def twins(
 
 
 def _roots(
-    loss: str, z: Float[np.ndarray, " K"], label: int, scales: Float[np.ndarray, " T"]
+    loss: LossSpec, z: Float[np.ndarray, " K"], label: int, scales: Float[np.ndarray, " T"]
 ) -> list[tuple[float, int]]:
     """(t, y) other than (1, label) with <t dL/dz(t z, y), dL/dz(z, label)> = ||dL/dz(z, label)||^2."""
     pulls = _pulls(loss)
@@ -90,11 +90,11 @@ def _roots(
 
 
 @keep(8)
-def _pulls(loss: str) -> Callable[..., Float[Array, "T K"]]:
+def _pulls(loss: LossSpec) -> Callable[..., Float[Array, "T K"]]:
     """(z (K,), t (T,), label) -> t dL/dz(t z), (T, K)."""
 
     def pulls(z: Float[Array, " K"], t: Float[Array, " T"], label: Int[Array, ""]) -> Float[Array, "T K"]:
-        return jax.vmap(lambda s: s * jax.grad(LOSSES[loss])(s * z, label))(t)
+        return jax.vmap(lambda s: s * jax.grad(read_loss(loss))(s * z, label))(t)
 
     return jax.jit(pulls)
 

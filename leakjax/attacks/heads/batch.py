@@ -27,7 +27,7 @@ from scipy.optimize import linear_sum_assignment
 
 from leakjax.attacks.heads.single import bias_path
 from leakjax.constraints.layer import loss_pull, segment_rows
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import LossSpec, labels_of
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
@@ -96,7 +96,7 @@ Solutions = tuple[_Unknowns, Float[Array, " S"], Float[Array, "S B K"]]
 """(c, w), ||residual|| and dz of all starts."""
 
 
-def read_dense_head(segment: Segment, variables: Arrays, loss: str) -> DenseHead | None:
+def read_dense_head(segment: Segment, variables: Arrays, loss: LossSpec) -> DenseHead | None:
     """A head that may separate the examples of a gradient; None where no kernel's gradient holds all dz_b x_b^T."""
     entries = _kernel_entries(segment, variables)
     if entries is None:
@@ -123,7 +123,7 @@ def separate_examples(
     head: DenseHead,
     variables: Arrays,
     gradients: Mapping[str, Float[np.ndarray, "..."]],
-    loss: str,
+    loss: LossSpec,
     *,
     labelings: Sequence[Int[np.ndarray, " B"]],
     rounding: float,
@@ -246,7 +246,7 @@ def _sum_of_pulls(
 
 def _residual(
     segment: Segment,
-    loss: str,
+    loss: LossSpec,
     equations: _Equations,
     labels: Int[Array, " B"] | Float[Array, "B K"],
     unknowns: _Unknowns,
@@ -263,7 +263,7 @@ def _residual(
 
 def _pulls(
     segment: Segment,
-    loss: str,
+    loss: LossSpec,
     equations: _Equations,
     labels: Int[Array, " B"] | Float[Array, "B K"],
     z: Float[Array, "B ..."],
@@ -273,7 +273,7 @@ def _pulls(
 
 
 @keep(16)
-def _solver(segment: Segment, loss: str, weighted: bool) -> Callable[..., Solutions]:
+def _solver(segment: Segment, loss: LossSpec, weighted: bool) -> Callable[..., Solutions]:
     """(equations, labels, steps) -> solutions (c, w), ||residual|| and dz of all starts, side by side.
 
     Without `weighted` w is 1. With it w begins at the factor that the sum of all dz asks for, of either sign.
@@ -313,7 +313,7 @@ def _solver(segment: Segment, loss: str, weighted: bool) -> Callable[..., Soluti
 
 
 @keep(16)
-def _jacobian(segment: Segment, loss: str, weighted: bool) -> Callable[..., Float[Array, "r n"]]:
+def _jacobian(segment: Segment, loss: LossSpec, weighted: bool) -> Callable[..., Float[Array, "r n"]]:
     """(equations, labels, c, w) -> the Jacobian of the residual, (rows, B^2), and B more columns where `weighted`."""
 
     def flat(

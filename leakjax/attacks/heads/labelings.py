@@ -6,7 +6,11 @@ from jaxtyping import Float, Int
 from leakjax.attacks.adaptive import dummy_gradient
 from leakjax.attacks.heads.labels import rank_labels
 from leakjax.attacks.heads.single import read_head
+from leakjax.attacks.heads.wanted import Wanted
 from leakjax.attacks.problem import Problem
+from leakjax.errors import InputError
+
+TARGETS_REMEDY = "give them (labels=..., what the loss compares each example's outputs with)"
 
 
 def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, " B"] | Float[np.ndarray, "B K"]]:
@@ -16,6 +20,10 @@ def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, 
     target = problem.target(victim)
     if target is not None:
         return [target[None]]
+    if not problem.classes:
+        raise InputError(
+            f"the targets of this loss are no classes, and the last layer does not show them; {TARGETS_REMEDY}"
+        )
     sent = {p: problem.gradients[p][victim] for p in problem.gradients}
     return rank_labels(
         problem.network.logits,
@@ -43,7 +51,14 @@ def _head_labels(problem: Problem) -> dict[int, Int[np.ndarray, " 1"]]:
     if problem.labels is not None or problem.examples > 1 or head is None or not (head.linear and head.paths):
         return {}
     sent = {p: np.asarray(problem.gradients[p], problem.dtype) for p in head.paths}
-    options = {"labels": None, "tolerance": problem.tolerances.solve, "accept": problem.tolerances.matched}
-    found = read_head(head, problem.variables, sent, problem.loss, **options).candidates
+    found = read_head(
+        head,
+        problem.variables,
+        sent,
+        problem.loss,
+        wanted=Wanted.of(problem),
+        tolerance=problem.tolerances.solve,
+        accept=problem.tolerances.matched,
+    ).candidates
     best = sorted(found, key=lambda candidate: -candidate.residual)
-    return {candidate.victim: np.array([candidate.label]) for candidate in best}
+    return {c.victim: np.array([c.label]) if c.target is None else c.target[None] for c in best}

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from leakjax.attacks.heads.wanted import Wanted, bits
 from leakjax.constraints.layer import loss_pull
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
@@ -27,18 +28,20 @@ roots within a step, 0.8 %, are missed."""
 _PIECES = 63  # of the grid, one after another: a head of 1,000 outputs holds 100 x 1,000 numbers at a time
 _MOST = 8  # roots of one label and sign; a loss has two or three
 _HALVINGS = 54  # of a step of the grid: below the rounding of float64
+_TELLING = ("softmax_cross_entropy", "sigmoid_binary_cross_entropy")
+"""Losses whose dL/dz is negative at the label alone: others, and these with parameters, may push more outputs up."""
 
 
 class Root(NamedTuple):
-    """t, the label, and ||t dL/dz(f(t x), y) - u||."""
+    """t, the target, and ||t dL/dz(f(t x), y) - u||."""
 
     t: float
-    label: int
+    target: Shaped[np.ndarray, "..."]
     residual: float
 
 
 def ray_of(
-    segment: Segment, variables: Arrays, loss: str, x: Float[Array | np.ndarray, "..."]
+    segment: Segment, variables: Arrays, loss: LossSpec, x: Float[Array | np.ndarray, "..."]
 ) -> Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]:
     """(t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
     z0, along = _line(segment)(dict(variables), x)
@@ -48,63 +51,70 @@ def ray_of(
 def scalar_roots(
     segment: Segment,
     variables: Arrays,
-    loss: str,
+    loss: LossSpec,
     direction: Float[np.ndarray, "V ..."],
     x: Float[np.ndarray, "V ..."],
-    given: Int[np.ndarray, " V"] | None,
+    wanted: Wanted,
     count: int | None = None,
 ) -> list[list[Root]]:
-    """By victim all roots, of both signs of t and every label that is possible, or of the `given` one; of the first
-    `count` victims, where the others fill a program up."""
+    """By victim all roots, of both signs of t and every target that is `wanted`; of the first `count` victims, where
+    the others fill a program up."""
     flat = direction.reshape(len(direction), -1)
-    telling = flat.shape[1] > 1 and loss != "squared_error" and given is None
+    telling = flat.shape[1] > 1 and loss in _TELLING and bool(wanted.classes) and wanted.given is None
     plain = telling & np.all(flat != 0, axis=1)  # one-hot targets: only the label's entry of dz is negative
-    everyone = np.arange(labels_of(flat.shape[1]))
+    everyone = np.asarray(wanted.classes, int)
     found: list[list[Root]] = [[] for _ in flat]
 
-    def search(victims: Any, labels: Int[np.ndarray, "S L"]) -> None:
-        """The roots of victims who have the labels (positive t, negative t) in question."""
-        labels = np.broadcast_to(labels, (len(victims), *labels.shape[-2:]))
-        signs = np.broadcast_to(np.array([1.0, -1.0], x.dtype)[:, None], labels.shape[1:]).ravel()
-        rays = labels.reshape(len(victims), -1)
+    def search(victims: Any, labels: Shaped[np.ndarray, "V S L ..."]) -> None:
+        """The roots of victims who have the targets (positive t, negative t) in question."""
+        signs = np.broadcast_to(np.array([1.0, -1.0], x.dtype)[:, None], labels.shape[1:3]).ravel()
+        rays = labels.reshape(len(victims), -1, *labels.shape[3:])
         roots = _roots(segment, loss)(dict(variables), direction[victims], x[victims], rays, signs)
         for v, label, ts, residuals in zip(victims, rays, *map(np.asarray, roots), strict=True):
             for ray, k in zip(*np.nonzero(np.isfinite(ts)), strict=True):
-                found[v].append(Root(float(ts[ray, k]), int(label[ray]), float(residuals[ray, k])))
+                found[v].append(Root(float(ts[ray, k]), label[ray], float(residuals[ray, k])))
+
+    def all_classes(victims: Any) -> Int[np.ndarray, "V 2 L"]:
+        return np.broadcast_to(everyone, (len(victims), 2, len(everyone)))
 
     every = np.arange(len(flat))
-    if given is not None:
-        search(every, np.stack([given, given], axis=1)[:, :, None])
+    if wanted.given is not None:
+        search(every, np.stack([wanted.given, wanted.given], axis=1)[:, :, None])
+    elif wanted.several:
+        lines = [np.asarray(_line(segment)(dict(variables), one)[1]) for one in x]
+        search(every, np.stack([[bits(u, z), bits(-u, -z)] for u, z in zip(flat, lines, strict=True)])[:, :, None])
     elif not telling:
-        search(every, np.stack([everyone, everyone]))
+        search(every, all_classes(every))
     else:  # all victims, so that the program has one shape; what it says of those who are not plain is dropped
         search(every, np.stack([np.argmin(flat, axis=1), np.argmax(flat, axis=1)], axis=1)[:, :, None])
         for v in np.flatnonzero(~plain[:count]):
             found[v].clear()
-            search([v], np.stack([everyone, everyone]))
+            search([v], all_classes([v]))
     return found[:count]
 
 
 @keep(32)
-def _roots(segment: Segment, loss: str) -> Callable[..., tuple[Float[Array, "V R k"], Float[Array, "V R k"]]]:
+def _roots(segment: Segment, loss: LossSpec) -> Callable[..., tuple[Float[Array, "V R k"], Float[Array, "V R k"]]]:
     """(variables, u (V, ...), x (V, ...), labels (V, R), signs (R,)) -> (t, residual) of each ray, NaN for no root."""
 
     def of_one(
         variables: Arrays,
         u: Float[Array, "..."],
         x: Float[Array, "..."],
-        labels: Int[Array, " R"],
+        labels: Shaped[Array, "R ..."],
         signs: Float[Array, " R"],
     ) -> tuple[Float[Array, "R k"], Float[Array, "R k"]]:
         z0, along = _ends(segment, variables, x)
         flat = jnp.ravel(u)
         grid = jnp.asarray(np.geomspace(_FROM, _TO, _STEPS), x.dtype)
 
-        def of_ray(given: tuple[Int[Array, ""], Float[Array, ""]]) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
+        def of_ray(
+            given: tuple[Shaped[Array, "..."], Float[Array, ""]],
+        ) -> tuple[Float[Array, " k"], Float[Array, " k"]]:
             label, sign = given
 
             def pull(t: Float[Array, ""]) -> Float[Array, " K"]:
-                return t * jnp.ravel(loss_pull(segment, variables, loss, z0 + t * along, label))
+                return t * jnp.ravel(loss_pull(segment, variables, loss, z0 + t * along, label[None]))
 
             def excess(t: Float[Array, " T"]) -> Float[Array, " T"]:
                 return jax.vmap(lambda t: pull(t) @ flat - 1.0)(t)
@@ -131,13 +141,13 @@ def _roots(segment: Segment, loss: str) -> Callable[..., tuple[Float[Array, "V R
 
 
 @keep(32)
-def _ray(segment: Segment, loss: str) -> Callable[..., Float[Array, "T K"]]:
+def _ray(segment: Segment, loss: LossSpec) -> Callable[..., Float[Array, "T K"]]:
     """(variables, z0, a, t (T,), label) -> t dL/dz(z0 + t a, label), (T, K)."""
 
     def pulls(
         variables: Arrays, z0: Float[Array, "*z"], a: Float[Array, "*z"], t: Float[Array, " T"], label: Int[Array, ""]
     ) -> Float[Array, "T K"]:
-        return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label)))(t)
+        return jax.vmap(lambda s: s * jnp.ravel(loss_pull(segment, variables, loss, z0 + s * a, label[None])))(t)
 
     return jax.jit(pulls)
 

@@ -12,20 +12,21 @@ target t: smoothed, mixed or several labels.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 from scipy.optimize import minimize_scalar
 
 from leakjax.attacks.heads.single import bias_path, read_head, read_input, read_ray
+from leakjax.attacks.heads.targets import solve_target
+from leakjax.attacks.heads.wanted import Wanted, bits, told
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.constraints.layer import loss_pull
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
@@ -52,7 +53,7 @@ class Scaling(NamedTuple):
 
     factor: float = 1.0
     others: tuple[tuple[int, float], ...] = ()
-    target: Float[np.ndarray, " K"] | None = None
+    target: Shaped[np.ndarray, " K"] | None = None
 
 
 def read_scales(problem: Problem) -> list[Scaling]:
@@ -62,12 +63,14 @@ def read_scales(problem: Problem) -> list[Scaling]:
     if problem.chain is None or not readable:
         return plain
     head = problem.segments[-1]
-    if not (head.linear and head.paths):
+    if not (head.linear and head.paths) or problem.free:
         return plain
+    several = problem.labels is None and problem.target_kind == "several"
     if bias_path(head, problem.variables) is None:
-        known = [problem.factor(v) is not None for v in range(problem.victims)]
+        known = [problem.factor(v) is not None or several for v in range(problem.victims)]
         return [plain[v] if known[v] else _of_direction(problem, head, v) for v in range(problem.victims)]
-    return [_of_pull(problem, head, v) for v in range(problem.victims)]
+    read = _of_signs if several else _of_pull
+    return [read(problem, head, v) for v in range(problem.victims)]
 
 
 def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
@@ -105,8 +108,7 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     """From dz, which the bias gives, and z."""
     gradient = {p: problem.gradients[p][victim] for p in head.paths}
     dz, x = read_input(head, problem.variables, gradient, problem.tolerances.solve)
-    outputs = int(np.prod(head.output.shape))
-    labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
+    labels = np.asarray(problem.classes) if problem.labels is None else problem.labels[victim]
     z = head.function(dict(problem.variables), to_device(x))
     pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, to_device(labels)))
     known = problem.factor(victim)
@@ -125,44 +127,50 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
         return Scaling(known or 1.0, target=_target(problem, head, z, dz))
     fitting = np.flatnonzero(free <= max(1e-9, 3 * float(np.min(free))))
     fitting = sorted(fitting, key=lambda k: (factors[k] < 0, abs(np.log(abs(factors[k])))))
-    others = tuple((int(labels[k]), float(factors[k])) for k in fitting[1:])
+    others = tuple((told(labels[k])[0], float(factors[k])) for k in fitting[1:])
     return Scaling(float(factors[fitting[0]]), others)
+
+
+def _of_signs(problem: Problem, head: Segment, victim: int) -> Scaling:
+    """Several labels: dL/dz is negative where a label of 1 pushes its output up, and positive where it is 0."""
+    gradient = {p: problem.gradients[p][victim] for p in head.paths}
+    dz, x = read_input(head, problem.variables, gradient, problem.tolerances.solve)
+    flat, z = np.asarray(dz, float).ravel(), head.function(dict(problem.variables), to_device(x))
+    known, tried = problem.factor(victim), np.stack([bits(flat, np.asarray(z)), bits(-flat, np.asarray(z))])
+    pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, to_device(tried)), float)
+    sizes = np.maximum(np.sum(pulls**2, axis=1), np.finfo(float).tiny)
+    factors = np.full(2, known) if known is not None else pulls @ flat / sizes
+    off = np.linalg.norm(flat - factors[:, None] * pulls, axis=1)
+    best = int(np.argmin(off))
+    if known is None and np.linalg.norm(flat - pulls[best]) <= problem.tolerances.summed * np.linalg.norm(flat):
+        factors[best] = 1.0
+    return Scaling(float(factors[best]) or 1.0, target=tried[best])
 
 
 def _target(
     problem: Problem, head: Segment, z: Float[Array, "..."], dz: Float[Array, "..."]
 ) -> Float[np.ndarray, " K"] | None:
-    """t with dL/dz(z, t) = dz, affine in t; None where the loss takes no such target: probabilities, or numbers."""
-    outputs = int(np.prod(head.output.shape))
-    if outputs == 1 and problem.loss == "softmax_cross_entropy":
+    """t with dL/dz(z, t) = dz where no class explains dz; None where the loss takes no such target: probabilities, or
+    numbers."""
+    outputs, name = int(np.prod(head.output.shape)), str(problem.loss).partition(":")[0]
+    if name not in _SOFT or (outputs == 1 and name == "softmax_cross_entropy"):
         return None
-    pull = functools.partial(_soft_pull, head, problem.loss, dict(problem.variables), z)
-    zero = jnp.zeros(outputs, z.dtype)
-    slope, at_zero = np.asarray(jax.jacobian(pull)(zero), float), np.asarray(pull(zero), float)
-    t = np.linalg.lstsq(slope, np.ravel(dz).astype(float) - at_zero, rcond=None)[0]
-    if problem.loss == "softmax_cross_entropy":  # its slope at t = 0 does not hold that t sums to 1
-        probabilities = jax.nn.softmax(head.activation.function(dict(problem.variables), z).ravel())
-        t = np.asarray(probabilities - jnp.ravel(dz), float) if head.activation.name == "identity" else t
-    off = float(np.linalg.norm(np.asarray(pull(to_device(t, z.dtype))) - np.ravel(dz)))
-    if not off <= FIT * float(np.linalg.norm(dz)):
-        return None
-    if problem.loss == "squared_error":
+    t = solve_target(head, problem.loss, problem.variables, z, dz, (outputs,), fit=FIT)
+    if t is None or name in ("squared_error", "l2_loss"):
         return t
     slack = max(1e-6, 1e3 * problem.tolerances.rounding)
-    share = problem.loss == "sigmoid_binary_cross_entropy" or abs(float(np.sum(t)) - 1.0) <= slack
+    share = name != "softmax_cross_entropy" or abs(float(np.sum(t)) - 1.0) <= slack
     return t if share and t.min() >= -slack and t.max() <= 1.0 + slack else None
 
 
-def _soft_pull(
-    head: Segment, loss: str, variables: Arrays, z: Float[Array, "..."], t: Float[Array, " K"]
-) -> Float[Array, " K"]:
-    return jnp.ravel(loss_pull(head, variables, loss, z, t[None]))
+_SOFT = ("softmax_cross_entropy", "sigmoid_binary_cross_entropy", "squared_error", "l2_loss")
+"""Losses of classes whose clients may have sent soft labels instead, which dL/dz shows."""
 
 
 @keep(32)
-def _pulls(head: Segment, loss: str) -> Callable[..., Float[Array, "L K"]]:
-    def pulls(variables: Arrays, z: Float[Array, "..."], labels: Int[Array, " L"]) -> Float[Array, "L K"]:
-        return jax.vmap(lambda y: jnp.ravel(loss_pull(head, variables, loss, z, y)))(labels)
+def _pulls(head: Segment, loss: LossSpec) -> Callable[..., Float[Array, "L K"]]:
+    def pulls(variables: Arrays, z: Float[Array, "..."], labels: Shaped[Array, "L ..."]) -> Float[Array, "L K"]:
+        return jax.vmap(lambda y: jnp.ravel(loss_pull(head, variables, loss, z, y[None])))(labels)
 
     return jax.jit(pulls)
 
@@ -172,8 +180,11 @@ def _fits_unscaled(
 ) -> bool:
     """Whether some label explains a head without bias with c = 1."""
     arrays = {p: np.asarray(g, problem.dtype)[None] for p, g in gradient.items()}
-    labels = None if problem.labels is None else problem.labels[victim]
-    options = {"labels": labels, "tolerance": problem.tolerances.solve, "accept": problem.tolerances.matched}
+    options = {
+        "wanted": Wanted.of(problem, [victim]),
+        "tolerance": problem.tolerances.solve,
+        "accept": problem.tolerances.matched,
+    }
     found = read_head(head, problem.variables, arrays, problem.loss, **options).candidates
     return any(candidate.residual <= problem.tolerances.matched for candidate in found)
 
@@ -193,12 +204,12 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
         return Scaling(next((factor for factor, fit in zip(_DOUBLED, fits, strict=True) if fit), 1.0))
     direction, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerances.solve)
     flat = np.asarray(direction, float).ravel()
-    labels = np.arange(labels_of(outputs)) if problem.labels is None else problem.labels[victim]
+    labels = np.asarray(problem.classes) if problem.labels is None else problem.labels[victim]
     best: tuple[float, float] | None = None
     for sign in (1.0, -1.0):
         for label in labels:
 
-            def pull(t: Float[np.ndarray, " T"], label: int = int(label)) -> Float[np.ndarray, "T K"]:
+            def pull(t: Float[np.ndarray, " T"], label: Shaped[np.ndarray, "..."] = label) -> Float[np.ndarray, "T K"]:
                 return np.asarray(ray(to_device(t, problem.dtype), to_device(label)), float)
 
             def away(
@@ -214,7 +225,7 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
             dips = 1 + np.flatnonzero((sines[1:-1] < sines[:-2]) & (sines[1:-1] <= sines[2:]) & (sines[1:-1] < 0.1))
             for k in dips[np.argsort(sines[dips])[:4]]:
                 bounds = np.log(_SIZES[[k - 1, k + 1]])
-                found = minimize_scalar(
+                found: Any = minimize_scalar(
                     lambda s, away=away, sign=sign: float(away(np.full(8, sign * np.exp(s)))[0]),
                     bounds=bounds,
                     method="bounded",

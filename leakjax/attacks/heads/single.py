@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from leakjax.attacks.heads.rays import ray_of, scalar_roots
+from leakjax.attacks.heads.wanted import Wanted, told
 from leakjax.constraints.layer import layer_system, loss_pull
 from leakjax.models.activations import Preimage
-from leakjax.models.losses import labels_of
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.programs import keep
@@ -29,7 +30,8 @@ from leakjax.solvers.lsmr import lsmr
 class HeadCandidate(NamedTuple):
     """One explanation of a head's gradient: the label, dL/dz, the segment's input x, and how far off it is.
 
-    `residual` = ||dL/dz(f(x), y) - dz|| / ||dz||.
+    `residual` = ||dL/dz(f(x), y) - dz|| / ||dz||, 0 where any numbers may be the target; `label` is -1 where the
+    `target` is no class, or where nothing is known of it.
     """
 
     victim: int
@@ -37,6 +39,7 @@ class HeadCandidate(NamedTuple):
     dz: Float[np.ndarray, "..."]
     x: Float[np.ndarray, "..."]
     residual: float
+    target: Shaped[np.ndarray, "..."] | None = None
 
 
 class HeadReading(NamedTuple):
@@ -81,41 +84,67 @@ def read_head(
     segment: Segment,
     variables: Arrays,
     gradients: Mapping[str, Float[Any, "V ..."]],
-    loss: str,
+    loss: LossSpec,
     *,
-    labels: Int[np.ndarray, " V"] | None,
+    wanted: Wanted,
     tolerance: float,
     accept: float,
     count: int | None = None,
 ) -> HeadReading:
     """All candidates (label, dz, x) of every victim, or of the first `count`, where the others fill a program up.
 
-    Arguments: `gradients` of the last segment's parameters with a leading victim axis; `labels` (V,) if given;
+    Arguments: `gradients` of the last segment's parameters with a leading victim axis; `wanted`, the targets to try;
     `tolerance`, of the linear solves; `accept`, the largest `residual` with which a candidate without bias stands.
+    Where nothing is known of the target, a head without bias leaves the scale of x open, and its sign: dz has length 1.
     """
     path = bias_path(segment, variables)
     arrays = {p: np.asarray(gradients[p]) for p in segment.paths}
     if path is not None:
         dz, solution = jax.device_get(_with_bias(segment, path, tolerance)(dict(variables), arrays))
-        labels_all = np.arange(labels_of(int(np.prod(segment.output.shape))))
-        off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, labels_all))
+        if wanted.given is None and not wanted.classes:
+            return HeadReading([_explained(v, dz[v], solution.x[v], -1) for v in range(len(dz))[:count]], solution)
+        classes = np.asarray(wanted.classes, int)
+        tried = np.broadcast_to(classes, (len(dz), classes.size)) if wanted.given is None else wanted.given[:, None]
+        off = np.asarray(_mismatch(segment, loss)(dict(variables), solution.x, dz, tried))
         candidates = []
         for v in range(len(dz))[:count]:
             least = float(np.min(off[v]))
             best = np.flatnonzero(off[v] <= (max(1e-9, 3 * least) if least < 1e-3 else least))
-            for label in map(int, best if labels is None else labels[v : v + 1]):
-                residual = float(off[v, label])
-                candidates.append(HeadCandidate(victim=v, label=label, dz=dz[v], x=solution.x[v], residual=residual))
+            for k in best:
+                candidates.append(_explained(v, dz[v], solution.x[v], tried[v, k], float(off[v, k])))
         return HeadReading(candidates, solution)
     direction, solution = jax.device_get(_rank_one(segment, tolerance)(dict(variables), arrays))
+    if wanted.free:
+        return HeadReading(_either_sign(segment, variables, direction[:count], solution.x), solution)
     candidates = []
-    for v, roots in enumerate(scalar_roots(segment, variables, loss, direction, solution.x, labels, count)):
+    for v, roots in enumerate(scalar_roots(segment, variables, loss, direction, solution.x, wanted, count)):
         best = min((root.residual for root in roots), default=np.inf)
-        for t, label, residual in roots:
+        for t, tag, residual in roots:
             if residual <= max(accept, 10 * best):
                 dz, x = (direction[v] / t).astype(direction.dtype), solution.x[v] * solution.x.dtype.type(t)
-                candidates.append(HeadCandidate(victim=v, label=label, dz=dz, x=x, residual=residual))
+                candidates.append(_explained(v, dz, x, tag, residual))
     return HeadReading(candidates, solution)
+
+
+def _explained(
+    victim: int, dz: Float[np.ndarray, "..."], x: Float[np.ndarray, "..."], tag: Any, residual: float = 0.0
+) -> HeadCandidate:
+    label, target = told(tag)
+    return HeadCandidate(victim=victim, label=label, dz=dz, x=x, residual=residual, target=target)
+
+
+def _either_sign(
+    segment: Segment, variables: Arrays, dz: Float[np.ndarray, "V ..."], x: Float[np.ndarray, "V ..."]
+) -> list[HeadCandidate]:
+    """(dz, x) and (-dz, -x) of every victim, of which nothing tells the scale; their target is dL/d(outputs)."""
+    found = []
+    for v, one in enumerate(dz):
+        for sign in (1, -1):
+            z = segment.function(dict(variables), jnp.asarray(sign * x[v]))
+            slope = np.asarray(segment.activation.slope(dict(variables), z))
+            target = np.ravel(sign * one / np.where(slope != 0, slope, 1.0))
+            found.append(_explained(v, sign * one, sign * x[v], target))
+    return found
 
 
 def read_input(
@@ -130,7 +159,7 @@ def read_input(
 
 
 def read_ray(
-    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: str, tolerance: float
+    segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: LossSpec, tolerance: float
 ) -> tuple[Float[Array, "..."], Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]]:
     """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
     arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
@@ -175,15 +204,15 @@ def _with_bias(
 
 
 @keep(32)
-def _mismatch(segment: Segment, loss: str) -> Callable[..., Float[Array, "V L"]]:
+def _mismatch(segment: Segment, loss: LossSpec) -> Callable[..., Float[Array, "V L"]]:
     def off(
-        variables: Arrays, x: Float[Array, "..."], dz: Float[Array, "..."], labels: Int[Array, " L"]
+        variables: Arrays, x: Float[Array, "..."], dz: Float[Array, "..."], labels: Shaped[Array, "L ..."]
     ) -> Float[Array, " L"]:
         z = segment.function(variables, x)
-        pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y))(labels)
+        pulls = jax.vmap(lambda y: loss_pull(segment, variables, loss, z, y[None]))(labels)
         return jnp.linalg.norm((pulls - dz[None]).reshape(len(labels), -1), axis=1) / jnp.linalg.norm(dz)
 
-    return jax.jit(vmap_several(off, (None, 0, 0, None)))
+    return jax.jit(vmap_several(off, (None, 0, 0, 0)))
 
 
 @keep(32)

@@ -12,6 +12,7 @@ from leakjax.attacks.layerwise.path import Path
 from leakjax.attacks.problem import DeviceLabels, Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.constraints.pull_back import pull_gradients, push_forward
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Proof
 from leakjax.runtime.arrays import to_device
@@ -78,7 +79,7 @@ def _gradient_residuals(problem: Problem, paths: list[Path]) -> list[float]:
 
 
 @keep(32)
-def _residual_of(segments: tuple[Segment, ...], loss: str) -> Callable[..., Float[Array, " P"]]:
+def _residual_of(segments: tuple[Segment, ...], loss: LossSpec) -> Callable[..., Float[Array, " P"]]:
     """(variables, x, labels, weights (P, B), {path: dL/dtheta as sent}) -> relative misfits, by the segments that the
     layers are solved with; of P paths."""
 

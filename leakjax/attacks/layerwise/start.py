@@ -5,6 +5,7 @@ import numpy as np
 from leakjax.attacks.heads.batch import examples_shown, fits, read_dense_head, separate_examples
 from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.heads.single import read_head
+from leakjax.attacks.heads.wanted import Wanted
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
 from leakjax.attacks.layerwise.ranks import head_rank
 from leakjax.attacks.layerwise.system import pull_back_cotangent, pull_back_cotangents
@@ -49,12 +50,13 @@ def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
 
 def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Path]:
     victims = np.minimum(np.arange(first, first + size), problem.victims - 1)
+    wanted = Wanted.of(problem, list(victims))
     reading = read_head(
         head,
         problem.variables,
         {p: np.asarray(problem.gradients[p][victims], problem.dtype) for p in head.paths},
         problem.loss,
-        labels=None if problem.labels is None else problem.labels[victims, 0],
+        wanted=wanted,
         tolerance=problem.tolerances.solve,
         accept=problem.tolerances.matched,
         count=min(size, problem.victims - first),
@@ -62,7 +64,8 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
     paths, pulled = [], pull_back_cotangents(head, problem.variables, [(c.x, c.dz) for c in reading.candidates], size)
     for candidate, dx in zip(reading.candidates, pulled, strict=True):
         v = candidate.victim
-        if problem.target(first + v) is not None and any(path.victim == first + v for path in paths):
+        read = wanted.classes and problem.target(first + v) is not None
+        if read and any(path.victim == first + v for path in paths):
             continue  # every label is as wrong
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
         condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
@@ -73,6 +76,7 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         )
         noise = noise_level(problem, candidate.x, residual)
         target = problem.target(first + v)
+        target = candidate.target if target is None else target
         tags = np.array([candidate.label]) if target is None else target[None]
         paths.append(Path(victim=first + v, labels=tags, x=candidate.x, dx=dx, noise=noise, layers=(info,), seen=seen))
     return paths

@@ -70,7 +70,7 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     answers = []
     for k, trial in enumerate(matching or trials[:1]):
         answers.append((trial.x, trial.labels, trial.residual, k))
-        if matching and trial.labels.ndim == 1:
+        if matching and trial.labels.ndim == 1 and trial.labels.dtype.kind in "iu":
             point = problem.variables, trial.x, trial.labels, problem.tolerances.matched
             pairs = twins(problem.network.logits, predicted(problem), problem.loss, *point)
             answers += [(images, tags, trial.residual, k) for images, tags in pairs]

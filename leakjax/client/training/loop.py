@@ -9,12 +9,12 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from leakjax.arguments import MOST, choice, instance, listener, shown, whole
+from leakjax.arguments import MOST, instance, listener, shown, whole
 from leakjax.client.defenses import Setting, build_defense
 from leakjax.client.training.examples import Examples, examples_of
 from leakjax.client.training.steps import make_accuracy, make_steps, start, steps_at_once
 from leakjax.errors import InputError
-from leakjax.models.losses import LOSSES, labels_of
+from leakjax.models.losses import LossSpec, known_loss, labels_of
 from leakjax.models.reader import Arrays, Model, output_count, read_model
 from leakjax.runtime.precision import compute_in
 
@@ -50,7 +50,7 @@ def train(
     batch_size: int = 32,
     clients: int = 1,
     optimizer: optax.GradientTransformation | None = None,
-    loss: str = "softmax_cross_entropy",
+    loss: LossSpec = "softmax_cross_entropy",
     defense: str | optax.GradientTransformation | None = None,
     test: Any = None,
     keep: Collection[int] | None = None,
@@ -85,7 +85,7 @@ def train(
 
     Raises `InputError` for data that do not fit the model, numbers out of range, or a loss that is not finite.
     """
-    choice("loss", loss, LOSSES)
+    known_loss(loss)
     listener("progress", progress)
     if optimizer is not None:
         instance("optimizer", optimizer, optax.GradientTransformation, "of Optax")

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from leakjax.client.defenses import Client, Setting
 from leakjax.client.training.examples import Examples
 from leakjax.client.update import example_losses, mean_loss
+from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays, Model
 
 BYTES_AT_ONCE = 2**30
@@ -53,7 +54,7 @@ def start(
 
 def make_steps(
     model: Model,
-    loss: str,
+    loss: LossSpec,
     optimizer: optax.GradientTransformation,
     defense: Defense,
     examples: Examples,
@@ -74,7 +75,7 @@ def make_steps(
     return jax.jit(lambda state, images, labels: jax.lax.scan(step, state, (images, labels)))
 
 
-def _client(model: Model, loss: str, defense: Defense) -> Callable[..., Any]:
+def _client(model: Model, loss: LossSpec, defense: Defense) -> Callable[..., Any]:
     """(params, state, images (B, H, W, C), labels (B,)) -> the loss, what a client sends, and its next state."""
     of_batch = mean_loss(model, loss)
     if isinstance(defense, Setting):
@@ -90,7 +91,7 @@ def _client(model: Model, loss: str, defense: Defense) -> Callable[..., Any]:
     return client
 
 
-def _of_the_table(model: Model, loss: str, setting: Setting) -> Callable[..., Any]:
+def _of_the_table(model: Model, loss: LossSpec, setting: Setting) -> Callable[..., Any]:
     """As `_client`; the defense may look at the images and the weights of the step, as in `observe`."""
     of_batch, of_each = mean_loss(model, loss), example_losses(model, loss)
 
@@ -115,7 +116,7 @@ def steps_at_once(steps: Int[np.ndarray, "S K B"], examples: Examples) -> Iterat
         yield steps[first : first + count]
 
 
-def make_accuracy(model: Model, examples: Examples, loss: str, dtype: Any) -> Callable[[Arrays], float]:
+def make_accuracy(model: Model, examples: Examples, loss: LossSpec, dtype: Any) -> Callable[[Arrays], float]:
     """params -> the share of `examples` whose label the logits name: the largest, or of one logit the side it is on."""
     boundary = 0.5 if loss == "squared_error" else 0.0
     places = [slice(first, first + _TEST_BATCH) for first in range(0, len(examples.labels), _TEST_BATCH)]

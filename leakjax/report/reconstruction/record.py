@@ -13,6 +13,7 @@ import numpy as np
 from leakjax.client.observation import Observation
 from leakjax.files.whole import write_npz, write_text
 from leakjax.metrics import METRICS, psnr
+from leakjax.models.losses import loss_name
 from leakjax.models.normalization import Limits
 from leakjax.reconstruction import Candidate, Certificate, Reconstruction
 from leakjax.version import __version__
@@ -40,7 +41,7 @@ def build_report(
             "model": run.model,
             "activation": run.activation,
             "attack": result.attack,
-            "loss": observation.loss,
+            "loss": loss_name(observation.loss),
             "dtype": result.dtype,
             "device": str(jax.devices()[0]),
             "seed": run.seed,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from leakjax.models.differentiable import check_differentiable
-from leakjax.models.losses import LOSSES
+from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing import jaxprs, kinds
@@ -64,7 +64,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
 
 
 @keep(32)
-def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
+def batch_gradient(logits: Logits, loss: LossSpec, paths: tuple[str, ...]) -> Gradient:
     """(variables, x, labels) -> {path: d/dtheta (1/B) sum_b loss(logits(x)_b, y_b)} for the parameters `paths`.
 
     Labels are integers, or rows of soft labels. A fourth argument, where given, is the smoothing of `logits`.
@@ -79,7 +79,7 @@ def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradien
         def mean_loss(params: Arrays) -> Array:
             weights = {**variables, **params}
             z = logits(weights, x) if smoothing is None else logits(weights, x, smoothing)
-            return jnp.mean(jax.vmap(LOSSES[loss])(z, labels))
+            return jnp.mean(jax.vmap(read_loss(loss))(z, labels))
 
         return jax.grad(mean_loss)({path: variables[path] for path in paths})
 
@@ -88,7 +88,7 @@ def batch_gradient(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradien
 
 @keep(32)
 def client_update(
-    logits: Logits, loss: str, paths: tuple[str, ...], local_steps: int = 1, learning_rate: float | None = None
+    logits: Logits, loss: LossSpec, paths: tuple[str, ...], local_steps: int = 1, learning_rate: float | None = None
 ) -> Gradient:
     """(variables, x, labels) -> {path: what an undefended client sends}: `batch_gradient`, or after k local steps
 
@@ -119,7 +119,7 @@ def client_update(
 
 
 @keep(32)
-def example_gradients(logits: Logits, loss: str, paths: tuple[str, ...]) -> Gradient:
+def example_gradients(logits: Logits, loss: LossSpec, paths: tuple[str, ...]) -> Gradient:
     """(variables, x, labels) -> {path: (B, *parameter) d/dtheta loss(logits(x)_b, y_b)}, every example's own."""
 
     def gradients(
@@ -128,7 +128,7 @@ def example_gradients(logits: Logits, loss: str, paths: tuple[str, ...]) -> Grad
         def losses(params: Arrays) -> Array:
             weights = {**variables, **params}
             z = logits(weights, x) if smoothing is None else logits(weights, x, smoothing)
-            return jax.vmap(LOSSES[loss])(z, labels)
+            return jax.vmap(read_loss(loss))(z, labels)
 
         return jax.jacrev(losses)({path: variables[path] for path in paths})
 
