@@ -14,7 +14,7 @@ from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificates.free_targets import with_targets
 from leakjax.attacks.certificates.multiples import with_multiples
 from leakjax.attacks.certificates.other_images import seek_others
-from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled
+from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled, withheld
 from leakjax.attacks.heads.targets import freed
 from leakjax.attacks.matching.noisy import with_noise
 from leakjax.attacks.problem import Monitor, Outcome, Problem
@@ -128,6 +128,7 @@ def _solve(observation: Observation, asked: Asked, problem: Problem, monitor: Mo
             sigmas = [noise / abs(scaling.factor) for scaling in scalings]
         outcomes = with_noise(problem, monitor, outcomes, sigmas)
     outcomes = with_targets(told, problem, with_multiples(problem, monitor, outcomes))
+    outcomes = withheld(outcomes, scalings)
     outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]
     monitor.solve = time.perf_counter() - begun - (monitor.trace + monitor.compile - before)
     return problem, outcomes

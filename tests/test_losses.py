@@ -153,6 +153,22 @@ def test_a_target_that_others_explain_as_well_is_not_claimed(rng):
     assert result.label_sources == ("open", "open")
 
 
+@pytest.mark.parametrize(("loss", "kind"), [case for case in CASES if case[1] != "class"])
+def test_no_target_is_claimed_that_another_factor_would_change(loss, kind, rng):
+    """-0.4 g: the image does not depend on the factor, numbers do, and so do bits of which both signs fit."""
+    images, targets, observation = client(rng, loss, kind, bias=True)
+    other = dataclasses.replace(observation, gradients={p: -0.4 * g for p, g in observation.gradients.items()})
+    result = leakjax.invert(other)
+    assert min(came_back(result, images)) > 150
+    for k, (target, source) in enumerate(zip(result.targets, result.label_sources, strict=True)):
+        assert source in (("open",) if kind != "several" else ("open", "target"))
+        if target is not None:
+            np.testing.assert_array_equal(target, targets[k])
+            assert abs(result.gradient_scale[k] + 0.4) < 1e-9
+    told = leakjax.invert(other, gradient_scale=-0.4)
+    np.testing.assert_allclose(np.stack(told.targets), targets, atol=1e-7)  # pyright: ignore[reportArgumentType]
+
+
 def test_sums_and_weights_of_examples(rng):
     apply, params = one_layer(rng, OUTPUTS)
     images, labels = rng.uniform(0.1, 0.9, (2, 6, 6, 1)), np.array([0, 3])

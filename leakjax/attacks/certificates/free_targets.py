@@ -66,7 +66,7 @@ def _one(asked: Problem, freed: Problem, victim: int, outcome: Outcome, biased: 
     elif asked.target_kind == "input" and asked.loss != UNKNOWN:
         residual_at = _residual_at(asked, victim)
         good = [dataclasses.replace(c, gradient_residual=residual_at(c.image), target=None) for c in good]
-    target = _target_of(asked, freed, good[0])
+    target = _target_of(asked, freed, victim, good[0])
     good = [dataclasses.replace(c, target=target) for c in good]
     return dataclasses.replace(outcome, candidates=tuple(good), scale=scale, target=target)
 
@@ -74,12 +74,13 @@ def _one(asked: Problem, freed: Problem, victim: int, outcome: Outcome, biased: 
 _NOT_ITS_INPUT = "no multiple of the image has this gradient with itself as its target"
 
 
-def _target_of(asked: Problem, freed: Problem, candidate: Candidate) -> Float[np.ndarray, "..."] | None:
-    """What the loss compared the outputs with; dL/d(outputs) where the loss is not known; None where that is open."""
-    if asked.target_kind == "input" and asked.loss != UNKNOWN:
-        return None
+def _target_of(asked: Problem, freed: Problem, victim: int, candidate: Candidate) -> Float[np.ndarray, "..."] | None:
+    """What the loss compared the outputs with; dL/d(outputs) as it was sent where the loss is not known; None where
+    that is open, as it is where a factor may have multiplied what was sent: another one makes another target of it."""
     if asked.loss == UNKNOWN or candidate.target is None:
         return candidate.target
+    if asked.target_kind == "input" or asked.factor(victim) is None:
+        return None
     head, variables = freed.segments[-1], dict(freed.variables)
     z = push_forward(freed.segments, variables, to_device(candidate.image[None], freed.dtype))[1][-1]
     dz = loss_pull(head, variables, UNKNOWN, z, to_device(candidate.target[None], freed.dtype))

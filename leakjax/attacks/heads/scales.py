@@ -49,11 +49,13 @@ _SIZES = np.geomspace(1e-5, 1e16, 4200)
 
 
 class Scaling(NamedTuple):
-    """One gradient's factor c, the (label, factor) pairs that explain it as well, its target where no label does."""
+    """One gradient's factor c, the (label, factor) pairs that explain it as well, its target where no label does, and
+    whether another target with another factor explains it as well (`unsure`)."""
 
     factor: float = 1.0
     others: tuple[tuple[int, float], ...] = ()
     target: Shaped[np.ndarray, " K"] | None = None
+    unsure: bool = False
 
 
 def read_scales(problem: Problem) -> list[Scaling]:
@@ -104,6 +106,17 @@ def rescaled(outcomes: list[Outcome], scalings: list[Scaling]) -> list[Outcome]:
     return found
 
 
+def withheld(outcomes: list[Outcome], scalings: list[Scaling]) -> list[Outcome]:
+    """The outcomes without the targets and factors that are known together only."""
+    found, size = [], len(outcomes) // len(scalings)
+    for k, outcome in enumerate(outcomes):
+        if scalings[k // size].unsure:
+            candidates = tuple(dataclasses.replace(c, target=None) for c in outcome.candidates)
+            outcome = dataclasses.replace(outcome, candidates=candidates, target=None, scale=float("nan"))
+        found.append(outcome)
+    return found
+
+
 def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     """From dz, which the bias gives, and z."""
     gradient = {p: problem.gradients[p][victim] for p in head.paths}
@@ -144,7 +157,9 @@ def _of_signs(problem: Problem, head: Segment, victim: int) -> Scaling:
     best = int(np.argmin(off))
     if known is None and np.linalg.norm(flat - pulls[best]) <= problem.tolerances.summed * np.linalg.norm(flat):
         factors[best] = 1.0
-    return Scaling(float(factors[best]) or 1.0, target=tried[best])
+    fits = off <= FIT * np.linalg.norm(flat)
+    unsure = bool(known is None and factors[best] != 1.0 and np.all(fits))
+    return Scaling(float(factors[best]) or 1.0, target=tried[best], unsure=unsure)
 
 
 def _target(
