@@ -59,7 +59,10 @@ def assemble(
             "total": time.perf_counter() - start,
         },
         gradient_scale=np.asarray([outcome.scale for outcome in outcomes]),
-        targets=tuple(map(_target, outcomes)),
+        targets=tuple(
+            None if asked.labels is None and c.status == "failed" else _target(o)
+            for c, o in zip(certificates, outcomes, strict=True)
+        ),
     )
 
 

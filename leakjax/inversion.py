@@ -11,7 +11,7 @@ import optax
 from leakjax.arguments import instance
 from leakjax.assembly import assemble
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
-from leakjax.attacks.certificates.free_targets import with_targets
+from leakjax.attacks.certificates.free_targets import with_fitted_pulls, with_targets
 from leakjax.attacks.certificates.multiples import with_multiples
 from leakjax.attacks.certificates.other_images import seek_others
 from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled, withheld
@@ -119,7 +119,8 @@ def _solve(observation: Observation, asked: Asked, problem: Problem, monitor: Mo
     if problem.defense is not None and noise is not None and factor is not None:
         problem = dataclasses.replace(problem, defense=build_defense(f"gaussian:{noise / abs(factor)!r}"))
     told, problem = problem, freed(problem)
-    outcomes = seek_others(problem, monitor, attack.run(problem, monitor))
+    outcomes = with_fitted_pulls(told, problem, attack.run(problem, monitor))
+    outcomes = seek_others(problem, monitor, outcomes)
     outcomes = rescaled(outcomes, scalings)
     if attack.polished and problem.pull_back == "auto":  # another solver was asked for: its own answer is
         sigma = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well

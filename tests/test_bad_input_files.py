@@ -173,7 +173,7 @@ METAS = [
     *({"input_mean": [0], "input_std": value} for value in (None, 3, "0.5", [], [0], [-1], [1, 1], [10**400])),
     {"input_mean": [0.5], "input_std": [0.5]},
     {"weight_decay": 0.1, "local_steps": 2, "learning_rate": 0.1},
-    *({"reduction": value} for value in ("sum", 3, [])),
+    *({"reduction": value} for value in ("total", 3, [])),
 ]
 TEXTS = (b"{", b"", b"[]", b"null", b"3", b'"x"', b"[" * 5000, b"NaN", b"\xff\xfe")
 

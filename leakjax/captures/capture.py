@@ -48,7 +48,7 @@ def write_capture(observation: Observation, path: Path) -> None:
     if observation.input_mean is not None and observation.input_std is not None:
         meta |= {"input_mean": list(observation.input_mean), "input_std": list(observation.input_std)}
     factors = set(known_factors(observation.gradients, observation.factors, None))
-    if len(factors) == 1 and None not in factors and not _with_bias(observation):
+    if len(factors) == 1 and None not in factors and not (observation.target == "class" and _with_bias(observation)):
         meta["gradient_scale"] = factors.pop()
     if not single:
         meta["victims"] = observation.victims
@@ -61,7 +61,7 @@ def write_capture(observation: Observation, path: Path) -> None:
 
 
 def _with_bias(observation: Observation) -> bool:
-    """Whether some parameter can be a bias of the logits, which shows a gradient's factor."""
+    """Whether some parameter can be a bias of the logits, which shows the factor of a gradient of classes."""
     outputs = output_count(observation.model, observation.input_shape)
     if outputs == 1:  # many a parameter is one number
         return False

@@ -5,13 +5,15 @@ t dL/dz(t z) = dL/dz(z); on an odd one, z(-x) = -z(x), that of -x with another l
 apart, so they are sought and shown.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
+from leakjax.attacks.problem import Labels
 from leakjax.models.losses import LossSpec, labels_of, read_loss
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
@@ -28,9 +30,9 @@ def twins(
     loss: LossSpec,
     variables: Arrays,
     x: Float[np.ndarray, "B *image"],
-    labels: Int[np.ndarray, " B"],
+    labels: Labels,
     matched: float,
-) -> list[tuple[Float[np.ndarray, "B *image"], Int[np.ndarray, " B"]]]:
+) -> list[tuple[Float[np.ndarray, "B *image"], Labels]]:
     """All (x', labels') with the gradient of (x, labels) that differ by one example's scale or sign, or by all signs.
 
     `matched`: largest relative difference of two gradients that count as the same.
@@ -49,16 +51,17 @@ def twins(
     measure = jax.jit(gradient)
     given = measure(variables, to_device(x), to_device(labels))
     size = _norm(given)
-    found = []
+    found, classes = [], labels.ndim == 1 and labels.dtype.kind in "iu"
     for b in range(len(x)):
-        for scale, label in _roots(loss, np.asarray(z[b]), int(labels[b]), scales):
+        others = range(labels_of(z[b].size)) if classes else [labels[b]]
+        for scale, label in _roots(loss, np.asarray(z[b]), labels[b], others, scales):
             other, tags = np.array(x), np.array(labels)
             other[b] *= scale
             tags[b] = label
             sent = measure(variables, to_device(other), to_device(tags))
             if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
                 found.append((other, tags))
-    if odd and len(x) > 1 and labels_of(z.shape[1]) == 2:  # all at once, where the model mixes its examples
+    if odd and len(x) > 1 and classes and labels_of(z[0].size) == 2:  # all at once, where the model mixes its examples
         sent = measure(variables, to_device(-x), to_device(1 - labels))
         if _norm(jax.tree.map(jnp.subtract, sent, given)) <= matched * size:
             found.append((-x, 1 - labels))
@@ -66,15 +69,15 @@ def twins(
 
 
 def _roots(
-    loss: LossSpec, z: Float[np.ndarray, " K"], label: int, scales: Float[np.ndarray, " T"]
-) -> list[tuple[float, int]]:
-    """(t, y) other than (1, label) with <t dL/dz(t z, y), dL/dz(z, label)> = ||dL/dz(z, label)||^2."""
+    loss: LossSpec, z: Float[np.ndarray, "..."], label: Any, others: Sequence[Any], scales: Float[np.ndarray, " T"]
+) -> list[tuple[float, Any]]:
+    """(t, y) other than (1, label), y of `others`, with <t dL/dz(t z, y), dL/dz(z, label)> = ||dL/dz(z, label)||^2."""
     pulls = _pulls(loss)
     here = np.asarray(pulls(z, np.ones(1), label))[0]
     found = []
-    for other in range(labels_of(z.size)):
+    for other in others:
 
-        def excess(t: float | Float[np.ndarray, " T"], other: int = other) -> Float[np.ndarray, " S"]:
+        def excess(t: float | Float[np.ndarray, " T"], other: Any = other) -> Float[np.ndarray, " S"]:
             return np.asarray(pulls(z, np.atleast_1d(t), other)) @ here / (here @ here) - 1.0
 
         values = excess(scales)
@@ -86,15 +89,15 @@ def _roots(
                 low, high = (middle, high) if below else (low, middle)
             found.append((0.5 * (low + high), other))
         found += [(-1.0, other)] if scales[-1] == -1.0 and abs(values[-1]) < 1e-6 else []
-    return [(t, y) for t, y in found if y != label or abs(t - 1) > 1e-4]
+    return [(t, y) for t, y in found if not np.array_equal(y, label) or abs(t - 1) > 1e-4]
 
 
 @keep(8)
 def _pulls(loss: LossSpec) -> Callable[..., Float[Array, "T K"]]:
-    """(z (K,), t (T,), label) -> t dL/dz(t z), (T, K)."""
+    """(z, t (T,), label) -> t dL/dz(t z), flat, (T, K)."""
 
-    def pulls(z: Float[Array, " K"], t: Float[Array, " T"], label: Int[Array, ""]) -> Float[Array, "T K"]:
-        return jax.vmap(lambda s: s * jax.grad(read_loss(loss))(s * z, label))(t)
+    def pulls(z: Float[Array, "..."], t: Float[Array, " T"], label: Shaped[Array, "..."]) -> Float[Array, "T K"]:
+        return jax.vmap(lambda s: s * jnp.ravel(jax.grad(read_loss(loss))(s * z, label)))(t)
 
     return jax.jit(pulls)
 

@@ -42,10 +42,10 @@ class Root(NamedTuple):
 
 def ray_of(
     segment: Segment, variables: Arrays, loss: LossSpec, x: Float[Array | np.ndarray, "..."]
-) -> Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]:
-    """(t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
+) -> tuple[Float[Array, "..."], Callable[[Float[Array, " T"], Shaped[Array, "..."]], Float[Array, "T K"]]]:
+    """f(x) - f(0), and (t (T,), target) -> t dL/dz(f(t x), target), (T, K)."""
     z0, along = _line(segment)(dict(variables), x)
-    return functools.partial(_ray(segment, loss), dict(variables), z0, along)
+    return along, functools.partial(_ray(segment, loss), dict(variables), z0, along)
 
 
 def scalar_roots(

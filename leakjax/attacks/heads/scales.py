@@ -69,7 +69,7 @@ def read_scales(problem: Problem) -> list[Scaling]:
         return plain
     several = problem.labels is None and problem.target_kind == "several"
     if bias_path(head, problem.variables) is None:
-        known = [problem.factor(v) is not None or several for v in range(problem.victims)]
+        known = [problem.factor(v) is not None for v in range(problem.victims)]
         return [plain[v] if known[v] else _of_direction(problem, head, v) for v in range(problem.victims)]
     read = _of_signs if several else _of_pull
     return [read(problem, head, v) for v in range(problem.victims)]
@@ -190,6 +190,17 @@ def _pulls(head: Segment, loss: LossSpec) -> Callable[..., Float[Array, "L K"]]:
     return jax.jit(pulls)
 
 
+def _tried(
+    problem: Problem, victim: int, direction: Float[np.ndarray, " K"], z: Float[np.ndarray, " K"]
+) -> Shaped[np.ndarray, "L ..."]:
+    """The targets that may push the outputs along +-`direction`: those given, every class, or two sets of labels."""
+    if problem.labels is not None:
+        return problem.labels[victim]
+    if problem.target_kind == "several":
+        return np.stack([bits(direction, z), bits(-direction, z)])
+    return np.asarray(problem.classes)
+
+
 def _fits_unscaled(
     problem: Problem, head: Segment, gradient: Mapping[str, Float[np.ndarray, "..."]], victim: int
 ) -> bool:
@@ -217,12 +228,11 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
         divided = ({p: g / factor for p, g in gradient.items()} for factor in _DOUBLED)
         fits = (_fits_unscaled(problem, head, smaller, victim) for smaller in divided)
         return Scaling(next((factor for factor, fit in zip(_DOUBLED, fits, strict=True) if fit), 1.0))
-    direction, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerances.solve)
+    direction, along, ray = read_ray(head, problem.variables, gradient, problem.loss, problem.tolerances.solve)
     flat = np.asarray(direction, float).ravel()
-    labels = np.asarray(problem.classes) if problem.labels is None else problem.labels[victim]
     best: tuple[float, float] | None = None
     for sign in (1.0, -1.0):
-        for label in labels:
+        for label in _tried(problem, victim, flat, sign * np.ravel(along)):
 
             def pull(t: Float[np.ndarray, " T"], label: Shaped[np.ndarray, "..."] = label) -> Float[np.ndarray, "T K"]:
                 return np.asarray(ray(to_device(t, problem.dtype), to_device(label)), float)

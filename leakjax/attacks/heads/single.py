@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from leakjax.attacks.heads.rays import ray_of, scalar_roots
 from leakjax.attacks.heads.wanted import Wanted, told
@@ -160,11 +160,14 @@ def read_input(
 
 def read_ray(
     segment: Segment, variables: Arrays, gradient: Mapping[str, Float[Any, "..."]], loss: LossSpec, tolerance: float
-) -> tuple[Float[Array, "..."], Callable[[Float[Array, " T"], Int[Array, ""]], Float[Array, "T K"]]]:
-    """Of one gradient of a head without bias: dz / ||dz||, and (t (T,), label) -> t dL/dz(f(t x), label), (T, K)."""
+) -> tuple[
+    Float[Array, "..."], Float[Array, "..."], Callable[[Float[Array, " T"], Shaped[Array, "..."]], Float[Array, "T K"]]
+]:
+    """Of one gradient of a head without bias: dz / ||dz||, f(x) - f(0), and (t (T,), target) ->
+    t dL/dz(f(t x), target), (T, K)."""
     arrays = {p: np.asarray(gradient[p])[None] for p in segment.paths}
     direction, solution = _rank_one(segment, tolerance)(dict(variables), arrays)
-    return direction[0], ray_of(segment, variables, loss, solution.x[0])
+    return direction[0], *ray_of(segment, variables, loss, solution.x[0])
 
 
 def _unknown_output(segment: Segment, dtype: Any) -> Preimage:

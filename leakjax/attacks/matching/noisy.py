@@ -126,14 +126,14 @@ def _estimated(
         return group
     aware, told, fit, noise = found
     if noise is None:
-        return _matched(problem, labels, group, fit)
+        return _matched(problem, group, fit)
     if several and fit.residual > FAINT and sigma is None:
         return group  # more examples than were told of are no noise
-    if not fit.determined or other_images(problem, fit.x, to_device(labels)):
+    if not fit.determined or other_images(problem, fit.x, to_device(fit.labels)):
         return group
     if len(group) == 1 and _another_fits(problem, victim, group[0], sigma, found):
         return [dataclasses.replace(group[0], reason=_ANOTHER)]
-    logs, spreads = errors(aware, told, labels, fit.x, noise)
+    logs, spreads = errors(aware, told, fit.labels, fit.x, noise)
     decibel, spread = -10 * logs, 20 * float(np.max(spreads))
     words = None
     if not np.all(np.isfinite(decibel)):
@@ -144,7 +144,8 @@ def _estimated(
         words = _HIDDEN.format(decibel=float(decibel.min()))
     found = []
     for b, o in enumerate(group):
-        image = Candidate(fit.x[b], o.candidates[0].label, fit.residual, o.candidates[0].target)
+        target = None if o.candidates[0].target is None else fit.labels[b]
+        image = Candidate(fit.x[b], o.candidates[0].label, fit.residual, target)
         if words is not None:
             found.append(dataclasses.replace(o, candidates=(image, *o.candidates[1:]), reason=words))
             continue
@@ -158,9 +159,8 @@ def _another_fits(problem: Problem, victim: int, outcome: Outcome, sigma: float 
     """Whether another of the candidates leads to another image that noise of the same size explains."""
     width = problem.input_range[1] - problem.input_range[0]
     for other in outcome.candidates[1:]:
-        if other.target is not None:
-            continue
-        x, labels = np.asarray(other.image, problem.dtype)[None], np.asarray([other.label])
+        x = np.asarray(other.image, problem.dtype)[None]
+        labels = np.asarray([other.label]) if other.target is None else np.asarray(other.target)[None]
         also = _explained(problem, victim, labels, x, sigma, smoothed=False)
         apart = also is not None and float(np.max(np.abs(also.fit.x - found.fit.x))) > APART * width
         if also is not None and apart and also.fit.residual <= ALSO * found.fit.residual:
@@ -190,17 +190,17 @@ def _explained(
     fit = polish(aware, told, victim, labels, x, smoothed=smoothed)
     if told.noisy:
         level = noise_of(aware, victim)
-        near = fit.residual <= NEAR_TOLD and misfit(aware, told, labels, fit.x) <= told.matched
+        near = fit.residual <= NEAR_TOLD and misfit(aware, told, fit.labels, fit.x) <= told.matched
         return Explained(aware, told, fit, Noise(_filled(level, fit.left), "white", 0.0)) if near and level else None
     if problem.tolerances.coarse:
         noise = read_rounding(fit.left, sent_by(problem, victim), fit.x.size, problem.tolerances.rounding)
         return None if noise is None else Explained(aware, told, fit, noise)
     if fit.residual <= 1e3 * problem.tolerances.rounding and fit.condition * fit.residual <= problem.tolerances.error:
         return Explained(aware, told, fit, None)
-    return _of_white_noise(problem, victim, labels, fit) or _of_its_spread(problem, told, victim, fit)
+    return _of_white_noise(problem, victim, fit) or _of_its_spread(problem, told, victim, fit)
 
 
-def _of_white_noise(problem: Problem, victim: int, labels: Labels, fit: Polished) -> Explained | None:
+def _of_white_noise(problem: Problem, victim: int, fit: Polished) -> Explained | None:
     """The fit that is best for white noise: another one puts the noise where its own weights are small."""
     entries = sum(r.size for r in fit.left.values())
     level = float(np.sqrt(sum(float(np.sum(r**2)) for r in fit.left.values()) / max(entries - fit.x.size, 1)))
@@ -208,7 +208,7 @@ def _of_white_noise(problem: Problem, victim: int, labels: Labels, fit: Polished
     for _ in range(2):  # the level says when the fit is good enough
         aware = told_of(problem, level)
         told = tell(aware, victim)
-        fit = polish(aware, told, victim, labels, fit.x, smoothed=False)
+        fit = polish(aware, told, victim, fit.labels, fit.x, smoothed=False)
         noise = read_noise(fit.left, sent_by(problem, victim), fit.x.size)
         if noise is None or noise.spread != "white":
             return None
@@ -223,9 +223,9 @@ def _of_its_spread(problem: Problem, told: Told, victim: int, fit: Polished) -> 
     return None if noise is None else Explained(problem, told, fit, noise)
 
 
-def _matched(problem: Problem, labels: Labels, group: list[Outcome], fit: Polished) -> list[Outcome]:
+def _matched(problem: Problem, group: list[Outcome], fit: Polished) -> list[Outcome]:
     """The group where the polish matched the gradient to rounding: there was no noise, the layers lost digits."""
-    tags = to_device(labels)
+    tags = to_device(fit.labels)
     if not fit.determined or other_images(problem, fit.x, tags) or at_kink(problem, fit.x, tags):
         return group
     info = LayerInfo(
@@ -243,7 +243,14 @@ def _matched(problem: Problem, labels: Labels, group: list[Outcome], fit: Polish
     return [
         dataclasses.replace(
             o,
-            candidates=(dataclasses.replace(o.candidates[0], image=fit.x[b], gradient_residual=fit.residual),),
+            candidates=(
+                dataclasses.replace(
+                    o.candidates[0],
+                    image=fit.x[b],
+                    gradient_residual=fit.residual,
+                    target=None if o.candidates[0].target is None else fit.labels[b],
+                ),
+            ),
             layers=(info,),
             seen=np.ones(fit.x.shape[1:]),
             proof=None,

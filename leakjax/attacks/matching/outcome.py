@@ -12,6 +12,7 @@ from leakjax.attacks.certificates.symmetries import twins
 from leakjax.attacks.layerwise.ranks import DENSE_SIDE
 from leakjax.attacks.matching.residual import Compare, match_programs
 from leakjax.attacks.problem import DeviceLabels, Labels, Outcome, Problem
+from leakjax.models.losses import UNKNOWN
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import LayerInfo
 from leakjax.runtime.arrays import to_device
@@ -35,7 +36,7 @@ class Found(NamedTuple):
 
 def compare(problem: Problem, told: Told) -> Compare:
     """How what a client sends is compared with what was sent."""
-    return Compare(predicted(problem), problem.input_range, told.signs)
+    return Compare(predicted(problem), problem.input_range, told.signs, problem.loss == UNKNOWN)
 
 
 def given(problem: Problem, told: Told, labels: Labels, *, prior: bool = False) -> tuple[Arrays, Sent, DeviceLabels]:
@@ -70,7 +71,7 @@ def matched_outcomes(problem: Problem, told: Told, trials: list[Found]) -> list[
     answers = []
     for k, trial in enumerate(matching or trials[:1]):
         answers.append((trial.x, trial.labels, trial.residual, k))
-        if matching and trial.labels.ndim == 1 and trial.labels.dtype.kind in "iu":
+        if matching:
             point = problem.variables, trial.x, trial.labels, problem.tolerances.matched
             pairs = twins(problem.network.logits, predicted(problem), problem.loss, *point)
             answers += [(images, tags, trial.residual, k) for images, tags in pairs]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Float
+import optax
+from jaxtyping import Array, Float, PyTree
 
 from leakjax.attacks.adaptive import Sent, Told, predicted
 from leakjax.attacks.certificates.residual_noise import Noise, draw_noise
@@ -20,6 +21,7 @@ from leakjax.attacks.matching.residual import Compare, match_programs, residual_
 from leakjax.attacks.problem import DeviceLabels, Labels, Problem
 from leakjax.client.defenses import build_defense
 from leakjax.constraints.priors import DEVIATION
+from leakjax.models.losses import UNKNOWN
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
@@ -35,13 +37,18 @@ SMALL = 1000
 BENT = 0.1
 """What a second step adds, as a share of the first, above which noise is followed by fits of its own."""
 
-_INNER = 3000
+_INNER, _CLOSE = 3000, 1e-8
+
+_STEPS = 4
+"""Of a fit of x and its target together, from the fit of each for the other: one is enough but for curvature."""
 
 
 class Polished(NamedTuple):
-    """The fit x (B, ...), ||r|| / ||s||, what is left by parameter, and whether J determines x."""
+    """The fit x (B, ...), its labels or fitted targets, ||r|| / ||s||, what is left by parameter, and whether J
+    determines x."""
 
     x: Float[np.ndarray, "B ..."]
+    labels: Labels
     residual: float
     left: dict[str, Float[np.ndarray, "..."]]
     determined: bool
@@ -62,13 +69,16 @@ def polish(
     problem: Problem, told: Told, victim: int, labels: Labels, x: Float[np.ndarray, "B ..."], *, smoothed: bool
 ) -> Polished:
     """The fit from x; `smoothed` by way of the network with its kinks rounded off and sharpened again, where the
-    pattern of signs at x may be another one than the fit's."""
-    programs = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4)
+    pattern of signs at x may be another one than the fit's. A target that may be any numbers is fitted with x."""
+    form = compare(problem, told)
+    programs = match_programs(form, problem.tolerances.solve, 1e-4)
     known = given(problem, told, labels, prior=told.sent.prior is not None)
     start = to_device(x)[None]
     solution = programs.solve(*known, programs.smooth(*known, start).x if smoothed else start)
     best = np.asarray(solution.x[0])
     best = best if np.all(np.isfinite(best)) else x
+    if form.free:
+        best, labels = map(np.asarray, _with_target(form)(*known, to_device(best)))
     probe = programs.look(*given(problem, told, labels), to_device(best))
     sent = sent_by(problem, victim)
     there = _prediction(predicted(problem))(dict(problem.variables), to_device(best), to_device(labels))
@@ -76,7 +86,41 @@ def polish(
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
     determined = float(probe.lost) <= max(problem.tolerances.probe, 1e-3 * residual)
-    return Polished(x=best, residual=residual, left=left, determined=determined, condition=lsmr_condition(probe))
+    return Polished(best, labels, residual, left, determined, lsmr_condition(probe))
+
+
+@keep(16)
+def _with_target(form: Compare) -> Callable[..., tuple[Float[Array, "B ..."], Float[Array, "B ..."]]]:
+    """(variables, sent, targets, x) -> the (x, targets) nearby that fit best together, by Gauss-Newton steps."""
+
+    def fit(
+        variables: Arrays, sent: Sent, targets: DeviceLabels, x: Float[Array, "B ..."]
+    ) -> tuple[Float[Array, "B ..."], Float[Array, "B ..."]]:
+        residual, start = _jointly(form, variables, sent, targets, x)
+
+        def step(_: int, both: Float[Array, " n"]) -> Float[Array, " n"]:
+            here, tangent = jax.linearize(residual, both)
+            operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(both.shape, both.dtype))
+            trial = both - lsmr(operator, here, tolerance=_CLOSE, max_steps=_INNER).x
+            return jnp.where(optax.tree.norm(residual(trial)) < optax.tree.norm(here), trial, both)
+
+        found = jax.lax.fori_loop(0, _STEPS, step, start)
+        return found[: x.size].reshape(x.shape), found[x.size :].reshape(targets.shape)
+
+    return jax.jit(fit)
+
+
+def _jointly(
+    form: Compare, variables: Arrays, sent: Sent, labels: DeviceLabels, x: Float[Array, "B ..."]
+) -> tuple[Callable[[Float[Array, " n"]], PyTree[Float[Array, "..."]]], Float[Array, " n"]]:
+    """r of everything that is unknown in one vector, x and after it the target where that is `free`, and the vector."""
+
+    def residual(both: Float[Array, " n"]) -> PyTree[Float[Array, "..."]]:
+        tags = both[x.size :].reshape(labels.shape) if form.free else labels
+        return residual_of(form, variables, sent, tags)(both[: x.size].reshape(x.shape))
+
+    start = jnp.concatenate([jnp.ravel(x), jnp.ravel(labels).astype(x.dtype)]) if form.free else jnp.ravel(x)
+    return residual, start
 
 
 @keep(16)
@@ -104,6 +148,8 @@ def errors(
         unit = to_device(rng.normal(size=x.shape), problem.dtype)
         d, second = (np.asarray(a) for a in propagate(*known, to_device(x), n, unit))
         bent = not np.linalg.norm(second) <= BENT * np.linalg.norm(d)
+        if bent and problem.loss == UNKNOWN:
+            continue  # a fit of x alone would hold the target still
         if bent and not held and x.size <= SMALL:
             d, explained = _refit(problem, told, labels, x, x + d, n)
             if not explained:
@@ -144,7 +190,9 @@ def _propagation(
     form: Compare, tolerance: float
 ) -> Callable[..., tuple[Float[Array, "B *image"], Float[Array, "B *image"]]]:
     """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, with what a prior adds to it, and
-    what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise reaches."""
+    what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise reaches.
+
+    Where the target is `free` it moves with x: J has its columns as well, and d is the part of x."""
 
     def propagate(
         variables: Arrays,
@@ -154,14 +202,15 @@ def _propagation(
         noise: Mapping[str, Float[Array, "..."]],
         unit: Float[Array, "B *image"],
     ) -> tuple[Float[Array, "B *image"], Float[Array, "B *image"]]:
-        residual = residual_of(form, variables, sent, labels)
-        here, tangent = jax.linearize(residual, x)
-        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        residual, start = _jointly(form, variables, sent, labels, x)
+        here, tangent = jax.linearize(residual, start)
+        operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(start.shape, x.dtype))
         side = jax.tree.map(jnp.multiply, sent.weights, noise)
         if sent.prior is not None:  # an image as likely as any has amplitudes of `DEVIATION` of the range
             side = (side, sent.prior * DEVIATION * (form.limits[1] - form.limits[0]) * unit)
-        first = lsmr(operator, side, tolerance=1e-8, max_steps=_INNER).x
-        curved = jax.tree.map(lambda a, b, c: a + c - b, here, residual(x + first), tangent(first))
-        return first, lsmr(operator, curved, tolerance=1e-8, max_steps=_INNER).x
+        first = lsmr(operator, side, tolerance=_CLOSE, max_steps=_INNER).x
+        curved = jax.tree.map(lambda a, b, c: a + c - b, here, residual(start + first), tangent(first))
+        second = lsmr(operator, curved, tolerance=_CLOSE, max_steps=_INNER).x
+        return first[: x.size].reshape(x.shape), second[: x.size].reshape(x.shape)
 
     return jax.jit(propagate)

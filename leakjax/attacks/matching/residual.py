@@ -30,11 +30,12 @@ SMOOTHING, SHARPEST = 0.5, 1e-6
 
 class Compare(NamedTuple):
     """How a prediction is compared, fixed when programs are compiled: the map (variables, x, labels, smoothing) to it,
-    the input range, and whether signs alone count."""
+    the input range, whether signs alone count, and whether the target was fitted with x (it may be any numbers)."""
 
     gradient: Gradient
     limits: tuple[float, float]
     signs: bool = False
+    free: bool = False
 
 
 class MatchPrograms(NamedTuple):
