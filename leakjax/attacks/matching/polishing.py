@@ -86,7 +86,8 @@ def polish(
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
     determined = float(probe.lost) <= max(problem.tolerances.probe, 1e-3 * residual)
-    return Polished(best, labels, residual, left, determined, lsmr_condition(probe))
+    condition = lsmr_condition(probe)
+    return Polished(x=best, labels=labels, residual=residual, left=left, determined=determined, condition=condition)
 
 
 @keep(16)
