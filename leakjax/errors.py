@@ -1,6 +1,7 @@
 """Errors that the caller can mend: one clear line that names the argument and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,11 +36,35 @@ def unknown_name(kind: str, name: Any, known: Iterable[str]) -> InputError:
 
 def cannot_run(shape: Iterable[int], error: BaseException) -> InputError:
     """The error for a model whose own code raised `error` on an input of `shape`, with what mends it where known."""
-    reason = first_line(error)
-    if type(error).__name__ in _TRACED:
-        reason = f"{type(error).__name__}: {reason.rstrip('.')}"
-        return InputError(f"model cannot run on an input of shape {tuple(shape)}: {reason}; {_TRACED_REMEDY}")
-    return InputError(f"model cannot run on an input of shape {tuple(shape)}: {reason}")
+    reason, kind = first_line(error), type(error).__name__
+    reason = reason.rstrip(".")
+    reason = f"{kind}: {reason}" if kind in _TRACED else reason
+    remedy = _TRACED_REMEDY if kind in _TRACED else _remedy_of(str(error), kind)
+    return InputError(f"model cannot run on an input of shape {tuple(shape)}: {reason}{remedy and '; ' + remedy}")
+
+
+def _remedy_of(text: str, kind: str) -> str:
+    """What a caller gives to make a model run that is called as it was published; empty where that is not known."""
+    missing = _MISSING.search(text)
+    if missing:
+        name = missing[1]
+        if name in ("key", "rng", "rngs"):
+            return "pass a seed, rngs=0 (--rngs 0)"
+        return f"pass it by call, as call={{{name!r}: False}} (--call {name}=False)"
+    stream = _STREAM.search(text)
+    if stream or kind in _KEYLESS or any(words in text for words in _NO_KEY):
+        name = stream[1] if stream else "dropout"
+        return f"pass the seed that the client used, rngs={{{name!r}: 0}} (--rngs {name}=0), or call it deterministic"
+    if any(words in text for words in _CHANNELS):
+        return 'images are (N, H, W, C); a model of (N, C, H, W) goes with layout="NCHW" (--layout NCHW)'
+    return ""
+
+
+_MISSING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: '(\w+)'")
+_STREAM = re.compile(r'needs PRNG for "(\w+)"')
+_KEYLESS = ("InvalidRngError",)
+_NO_KEY = ("requires a key when running in", "must be called with an RNG", "non-None PRNGKey")
+_CHANNELS = ("feature dimension size", "num_spatial_dims", "needs to have rank")
 
 
 def first_line(error: BaseException) -> str:

@@ -45,6 +45,18 @@ class ModelOptions:
     ] = None
     input_shape: Annotated[str | None, _model("--input-shape", "H,W,C", "Input shape of your own model.")] = None
     input_range: Annotated[str | None, _model("--input-range", "LOW,HIGH", "Values that a pixel can have.")] = None
+    call: Annotated[
+        str | None, _model("--call", "NAME=VALUE[,..]", "What your model is called with beside images: train=False.")
+    ] = None
+    rngs: Annotated[
+        str | None, _model("--rngs", "[NAME=]SEED[,..]", "Seeds of your model's random streams: dropout=0.")
+    ] = None
+    output: Annotated[
+        str | None, _model("--output", "INDEX|NAME[.NAME..]", "Which output of your model counts, if it has several.")
+    ] = None
+    layout: Annotated[Literal["NHWC", "NCHW"], _model("--layout", None, "Order of axes that your model takes.")] = (
+        "NHWC"
+    )
     init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
     weights: Annotated[Path | None, _model("--weights", "FILE.npz", "Weights of `leakjax train`.")] = None
     seed: Annotated[int, _model("--seed", None, "Seed of the initialization, a defense's noise and random starts.")] = 0

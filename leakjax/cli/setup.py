@@ -10,6 +10,7 @@ import numpy as np
 from leakjax.arguments import LARGEST
 from leakjax.captures.capture import read_capture
 from leakjax.captures.weights import read_weights
+from leakjax.cli.calling import calling
 from leakjax.cli.options import ClientOptions, DataOptions, ModelOptions, NormalizedModelOptions, integers
 from leakjax.client.observation import Observation, observe
 from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
@@ -72,7 +73,7 @@ class Setup:
         if ":" in name:
             if options.init is not None:
                 raise InputError("--init goes with the models of the zoo; your factory initializes its own")
-            read = read_model(load_factory(name, seed=seed, activation=activation))
+            read = read_model(load_factory(name, seed=seed, activation=activation), **calling(options))
             return cls(
                 model=read,
                 activation=activation,
@@ -82,6 +83,11 @@ class Setup:
             )
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)
+        for option in ("call", "rngs", "output"):
+            if getattr(options, option) is not None:
+                raise InputError(f"--{option} goes with a model of your own; those of the zoo need none")
+        if options.layout != "NHWC":
+            raise InputError("--layout goes with a model of your own; those of the zoo take NHWC")
         spec = MODELS[name]
         if shape not in (None, spec.input_shape):
             raise InputError(f"--input-shape: model {name!r} takes {','.join(map(str, spec.input_shape))}")

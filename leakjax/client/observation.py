@@ -16,6 +16,7 @@ from leakjax.client.factors import check_known, factors_of
 from leakjax.client.silent import SMALLEST, ZERO, largest_entries
 from leakjax.client.update import Protection, check_decay, check_steps, client_program
 from leakjax.errors import InputError
+from leakjax.models.calls import Path
 from leakjax.models.differentiable import check_trainable
 from leakjax.models.losses import LossSpec, check_loss, known_loss, read_loss, weighted
 from leakjax.models.normalization import Limits, channel_limits, check_normalization, hull, spread
@@ -109,6 +110,10 @@ def observe(
     input_mean: Sequence[float] | None = None,
     input_std: Sequence[float] | None = None,
     reduction: str | Float[Any, " N"] = "mean",
+    call: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, int] | int | None = None,
+    output: Path | None = None,
+    layout: str = "NHWC",
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
 
@@ -118,6 +123,7 @@ def observe(
 
     Arguments:
     - `model`, `params`: an nnx module, (linen module, variables) or (apply_fn, params); see `read_model`;
+    - `call`, `rngs`, `output`, `layout`: how the model is called and which output counts; see `read_model`;
     - `batch`: images (N, H, W, C) in `input_range` and their targets: integer labels (N,), 0 or 1 for a one-logit
       model; or whatever the loss compares an example's outputs with, (N, ...): soft labels, zeros and ones for several
       labels, numbers, classes at every position, or the images themselves for an autoencoder;
@@ -148,7 +154,7 @@ def observe(
     mean, std = check_normalization(input_mean, input_std)
     if mean is not None and between != (0.0, 1.0):
         raise InputError("input_mean and input_std say what a pixel can be; leave out input_range")
-    read = read_model(model, params)
+    read = read_model(model, params, call=call, rngs=rngs, output=output, layout=layout)
     images, given, mean, std = _check_batch(batch, between, mean, std, batch_size)
     between = between if mean is None else hull(mean, std)
     steps = check_steps(local_steps, learning_rate)

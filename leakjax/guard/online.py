@@ -1,7 +1,7 @@
 """A guard for federated training: it scores an update before a client sends it, and blocks it above a limit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,6 +13,7 @@ from leakjax.errors import InputError, unknown_name
 from leakjax.guard import scoring
 from leakjax.guard.derivative import Derivative, linearize_update
 from leakjax.guard.scoring import Score
+from leakjax.models.calls import Path
 from leakjax.models.losses import LossSpec, known_loss
 from leakjax.models.reader import read_model
 from leakjax.runtime.memory import fits_in_memory
@@ -142,12 +143,21 @@ def guard(
     return Guard(score, _transformation(score), lambda found: scoring.explain(found, spots))
 
 
-def loss_of(model: Any, loss: LossSpec = "softmax_cross_entropy") -> LossFunction:
+def loss_of(
+    model: Any,
+    loss: LossSpec = "softmax_cross_entropy",
+    *,
+    call: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, int] | int | None = None,
+    output: Path | None = None,
+    layout: str = "NHWC",
+) -> LossFunction:
     """(params, images, labels) -> the mean of `loss` over the batch, for whatever `leakjax.read_model` takes.
 
+    `call`, `rngs`, `output` and `layout` say how it is called and which output counts; see `leakjax.read_model`.
     `params` are those of the optimizer: `leakjax.read_model(model).params`, arrays by path; buffers stay as they are.
     """
-    function, read = known_loss(loss), read_model(model)
+    function, read = known_loss(loss), read_model(model, call=call, rngs=rngs, output=output, layout=layout)
 
     def mean_loss(params: Any, images: Any, labels: Any) -> Any:
         logits = read.apply({**read.buffers, **params}, images)

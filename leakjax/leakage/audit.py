@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from leakjax.leakage.measure import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.request import Asked, Measured, Tell
 from leakjax.leakage.structural.index import smallest_withheld
+from leakjax.models.calls import Path
 from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Model, output_shape, read_model
 from leakjax.report.audit.audit import Audit
@@ -43,11 +44,16 @@ def audit(
     seed: int = 0,
     name: str = "model",
     progress: Tell | None = None,
+    call: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, int] | int | None = None,
+    output: Path | None = None,
+    layout: str = "NHWC",
 ) -> Audit:
     """Audit a model, its layers and its gradient at a batch of images.
 
     Arguments:
     - `model`: anything that `read_model` takes; `input_shape` (H, W, C), of one example;
+    - `call`, `rngs`, `output`, `layout`: how the model is called and which output counts; see `read_model`;
     - `images` (B, H, W, C) in `input_range` with `labels` (B, ...), classes or whatever the `loss` compares outputs
       with (see `observe`): the B examples of one gradient; without them a random smooth image drawn with
       `seed`; "input" for labels says that an autoencoder's images are compared with themselves;
@@ -61,7 +67,7 @@ def audit(
     listener("progress", progress)
     if dp_sgd is not None:
         instance("dp_sgd", dp_sgd, DPSGD, "a DPSGD of clip and noise_multipliers")
-    read = read_model(model)
+    read = read_model(model, call=call, rngs=rngs, output=output, layout=layout)
     shape = check_shape(input_shape)
     limits, sigmas = check_options(loss, input_range, noise)
     if shapes_only and dp_sgd is not None:

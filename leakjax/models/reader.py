@@ -1,4 +1,4 @@
-"""A model as a pure function of named arrays: the only reader of Flax modules."""
+"""A model as a pure function of named arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jaxtyping import Array, Shaped
 
 from leakjax.errors import InputError, cannot_run, first_line
+from leakjax.models.calls import PLAIN, Path, listed, read_call
+from leakjax.models.families import Parts, take_apart
 from leakjax.runtime.arrays import to_device
 
 Arrays = Mapping[str, Shaped[Array | np.ndarray, "..."]]
@@ -21,12 +22,13 @@ class Model:
     """logits = apply(variables, x), with `variables` = `params` (they have gradients) and `buffers` (they have none).
 
     Both are flat mappings from a path ("conv1/kernel") to an array. `x` has a leading batch axis. Models of one
-    architecture share one `apply`.
+    architecture share one `apply`. `known_keys`: whether the random numbers of a call, if it draws any, are known.
     """
 
     apply: Callable[[Arrays, Any], Any]
     params: Arrays
     buffers: Arrays
+    known_keys: bool = False
 
     def __post_init__(self) -> None:
         if not (callable(self.apply) and isinstance(self.params, Mapping) and isinstance(self.buffers, Mapping)):
@@ -46,46 +48,43 @@ class Model:
         return dataclasses.replace(self, params=params, buffers=buffers)
 
 
-def read_model(model: Any, params: Any = None) -> Model:
-    """Read a Flax model or a plain function.
+def read_model(
+    model: Any,
+    params: Any = None,
+    *,
+    call: Mapping[str, Any] | None = None,
+    rngs: Mapping[str, int] | int | None = None,
+    output: Path | None = None,
+    layout: str = "NHWC",
+) -> Model:
+    """Read a model as published: Flax, Equinox, Haiku, or a plain function.
 
     Arguments:
-    - `model`: an `nnx.Module`; a pair (linen module, variables); a pair (apply_fn, params); or, with `params` given, a
-      linen module or `apply_fn(params, x)` itself. `x` has a leading batch axis.
+    - `model`: an `nnx.Module`; a pair (linen module, variables); one of transformers' Flax classes; an
+      `equinox.Module`, or a pair (module, state); a pair (Haiku transform, params), or (transform, (params, state));
+      a pair (apply_fn, params); or, with `params` given, the first of such a pair itself. `x` has a leading batch axis;
+      an Equinox module takes one example, and is vmapped;
+    - `call`: keyword arguments beside x, as {"train": False};
+    - `rngs`: seeds of the random streams, by name ({"dropout": 0}), or one for all: what a model draws is then known,
+      and part of what a server sees;
+    - `output`: which output counts where the model returns several: an index, a name, or a path of both;
+    - `layout`: "NCHW" for a model that takes channels before rows and columns; images stay (N, H, W, C).
 
     Raises `InputError` where it is none of these.
     """
+    how = read_call(call, rngs, output, layout)
     if isinstance(model, Model):
+        if how != PLAIN:
+            raise InputError("call, rngs, output and layout go with a model as published, not with one read before")
         return model
-    if isinstance(model, tuple) and len(model) == 2 and params is None:
+    if isinstance(model, tuple) and type(model) is tuple and len(model) == 2 and params is None:
         model, params = model
-    if isinstance(model, nnx.Module):
-        if params is not None:
-            raise InputError("params is for plain functions and linen modules; an nnx module carries its own")
-        try:
-            graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
-        except Exception as error:  # a module with attributes that Flax cannot take apart
-            raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
-        return _from_trees(graphdef, lambda p, b, x: nnx.merge(graphdef, p, b)(x), weights, rest)
-    if isinstance(model, linen.Module):
-        if not isinstance(params, Mapping) or "params" not in params:
-            raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
-        rest = {k: v for k, v in params.items() if k != "params"}
-        module = model
-        return _from_trees(module, lambda p, b, x: module.apply({"params": p, **b}, x), params["params"], rest)
-    if callable(model):
-        if params is None:
-            raise InputError("apply_fn needs its parameters: pass (apply_fn, params)")
-        function = model
-        return _from_trees(function, lambda p, b, x: function(p, x), params, {})
-    raise InputError(
-        f"model must be an nnx module, (linen module, variables) or (apply_fn, params), got {type(model).__name__}"
-    )
+    return _from_trees(take_apart(model, params, how), known_keys=bool(how.rngs))
 
 
-def _from_trees(architecture: Any, apply: Callable[[Any, Any, Any], Any], params: Any, buffers: Any) -> Model:
-    flat_params, params_tree = _flatten(params)
-    flat_buffers, buffers_tree = _flatten(buffers)
+def _from_trees(parts: Parts, *, known_keys: bool) -> Model:
+    flat_params, params_tree = _flatten(parts.params)
+    flat_buffers, buffers_tree = _flatten(parts.buffers)
     if not flat_params:
         raise InputError("model has no parameters, hence no gradient to invert")
     for path, leaf in flat_params.items():
@@ -94,13 +93,15 @@ def _from_trees(architecture: Any, apply: Callable[[Any, Any, Any], Any], params
     clash = flat_params.keys() & flat_buffers.keys()
     if clash:
         raise InputError(f"model has a parameter and a buffer both named {min(clash)!r}; rename one")
+    apply = parts.apply
 
     def by_path(variables: Arrays, x: Any) -> Any:
         weights = jax.tree.unflatten(params_tree, [variables[path] for path in flat_params])
         rest = jax.tree.unflatten(buffers_tree, [variables[path] for path in flat_buffers])
         return apply(weights, rest, x)
 
-    return Model(_same_architecture((architecture, params_tree, buffers_tree), by_path), flat_params, flat_buffers)
+    same = _same_architecture((parts.architecture, params_tree, buffers_tree), by_path)
+    return Model(same, flat_params, flat_buffers, known_keys)
 
 
 _KNOWN: dict[Any, Callable[[Arrays, Any], Any]] = {}
@@ -150,7 +151,7 @@ def run_model(model: Model, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     except (Exception, SystemExit) as error:  # the model's own code
         raise cannot_run(x.shape, error) from error
     if not isinstance(logits, jax.ShapeDtypeStruct):
-        raise InputError(f"model must return one array, the logits; got a {type(logits).__name__}")
+        raise InputError(f"model must return one array, the logits; say which output is: {listed(logits)}")
     return logits
 
 

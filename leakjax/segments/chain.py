@@ -108,7 +108,7 @@ def read_segments(
     precision = kinds.dtype_of_least_precision(graph)
     segments = tuple(
         _segment(graph, model, paths, position, group, dtype, checked)
-        for position, group in enumerate(read_groups(graph))
+        for position, group in enumerate(read_groups(graph, known_keys=model.known_keys))
     )
     owner: dict[str, str] = {}
     for segment in segments:

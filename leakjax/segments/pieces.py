@@ -34,14 +34,16 @@ class Group(NamedTuple):
     nonlinearity: str | None
 
 
-def read_groups(graph: jaxprs.Graph) -> list[Group]:
+def read_groups(graph: jaxprs.Graph, *, known_keys: bool = False) -> list[Group]:
     """The graph as maps with activations, first to last.
 
-    Raises `UnreadableModelError` naming the primitive and the user's line where data meets random numbers, or where a
+    Raises `UnreadableModelError` naming the primitive and the user's line where data meets random numbers of keys
+    that are not known, or where a
     nonlinear piece has no derivative that could be trusted.
     """
     live = graph.dependents([graph.input])
-    _refuse_random(graph, live)
+    if not known_keys:
+        _refuse_random(graph, live)
     return _merge([_classify(graph, live, *piece) for piece in _cut(graph, live)])
 
 
@@ -106,7 +108,8 @@ def _refuse_random(graph: jaxprs.Graph, live: set[int]) -> None:
     if equation is not None:
         raise UnreadableModelError(
             f"random numbers meet the data in `{equation.name}` at {equation.location} (dropout in train mode?); "
-            "call model.eval() or pass deterministic=True: a server does not know the client's mask"
+            'call model.eval() or pass call={"deterministic": True}: a server does not know the client\'s mask; where '
+            'it does, pass its seed, rngs={"dropout": 0}'
         )
 
 

@@ -38,7 +38,7 @@ def training_remarks(model: Model, input_shape: Sequence[int], dtype: Any) -> tu
     """
     shape = tuple(input_shape)
     graph = _trace(model, shape, dtype)
-    drawn = None if graph is None else meeting_random(graph, graph.dependents([graph.input]))
+    drawn = None if graph is None or model.known_keys else meeting_random(graph, graph.dependents([graph.input]))
     remarks = () if drawn is None else (_RANDOM.format(name=drawn.name, location=drawn.location),)
     idle = [] if graph is None else _idle_statistics(model, graph)
     if _mixes(model, shape, dtype):

@@ -1,5 +1,6 @@
 """A model with its own roundings taken out: half-precision layers, softmax in float32, computed in one wide dtype."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,8 +49,7 @@ def widened(model: Model, dtype: Any) -> Model:
 
     Running it raises `ValueError` where it has loops or branches.
     """
-    wide = model.astype(dtype)
-    return Model(_apply(model.apply, str(jnp.dtype(dtype))), wide.params, wide.buffers)
+    return dataclasses.replace(model.astype(dtype), apply=_apply(model.apply, str(jnp.dtype(dtype))))
 
 
 @keep(16)

@@ -1,0 +1,106 @@
+"""How a model is called: with which arguments and random keys, which of its outputs counts, in which order of axes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from leakjax.arguments import choice, shown, whole
+from leakjax.errors import InputError
+
+Layout = Literal["NHWC", "NCHW"]
+LAYOUTS = ("NHWC", "NCHW")
+"""Orders of axes in which a model may take a batch; images are (N, H, W, C) everywhere else."""
+
+Path = str | int | Sequence[str | int]
+
+
+class Call(NamedTuple):
+    """`model(x, **arguments)` with the keys of `rngs`, of which the output at `path` counts.
+
+    - `arguments`: keyword arguments beside x;
+    - `rngs`: a key for each random stream, by name; () where none was given;
+    - `path`: indices, names of fields or keys, outermost first; () where the model returns one array;
+    - `layout`: the order of axes of x, as the model takes it.
+    """
+
+    arguments: tuple[tuple[str, Any], ...] = ()
+    rngs: tuple[tuple[str, int], ...] = ()
+    path: tuple[str | int, ...] = ()
+    layout: Layout = "NHWC"
+
+    def keys(self) -> dict[str, Any]:
+        """The random keys by stream."""
+        return {name: jax.random.key(seed) for name, seed in self.rngs}
+
+    def run(self, function: Callable[..., Any], x: Any) -> Any:
+        """The output that counts of `function(x, **arguments)`, classes or channels last."""
+        taken = jnp.moveaxis(x, -1, 1) if self.layout == "NCHW" else x
+        found = _at(function(taken, **dict(self.arguments)), self.path)
+        maps = self.layout == "NCHW" and getattr(found, "ndim", 0) == x.ndim > 2
+        return jnp.moveaxis(found, 1, -1) if maps else found
+
+
+PLAIN = Call()
+
+
+def read_call(
+    call: Mapping[str, Any] | None, rngs: Mapping[str, int] | int | None, output: Path | None, layout: str
+) -> Call:
+    """The four arguments of `read_model`, checked.
+
+    Raises `InputError` for a `call` that is no mapping by names, `rngs` that are no seeds, an `output` that is no path,
+    or an unknown `layout`.
+    """
+    if call is not None and not (isinstance(call, Mapping) and all(isinstance(name, str) for name in call)):
+        raise InputError(f'call must be keyword arguments by name, like {{"train": False}}, got {shown(call)}')
+    seeds = rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
+    streams = tuple((_stream(name), _seed(name, seed)) for name, seed in seeds.items())
+    choice("layout", layout, LAYOUTS)
+    return Call(tuple((call or {}).items()), streams, () if output is None else _path(output), layout)  # pyright: ignore[reportArgumentType]
+
+
+def _stream(name: Any) -> str:
+    if not isinstance(name, str):
+        raise InputError(f'rngs must be seeds by name of their streams, like {{"dropout": 0}}, got {shown(name)}')
+    return name
+
+
+def _seed(name: str, seed: Any) -> int:
+    return whole(f"rngs[{name!r}]", seed, 0, 2**32 - 1, "a seed, a whole number below 2**32")
+
+
+def _path(output: Any) -> tuple[str | int, ...]:
+    parts = [output] if isinstance(output, str | int) else output
+    good = isinstance(parts, Sequence) and all(isinstance(p, str | int) and not isinstance(p, bool) for p in parts)
+    if not good or not parts:
+        raise InputError(f'output must be an index, a name, or a path of both, like (0, "logits"), got {shown(output)}')
+    return tuple(parts)
+
+
+def _at(found: Any, path: tuple[str | int, ...]) -> Any:
+    for depth, part in enumerate(path):
+        try:
+            found = found[part] if isinstance(part, int) or isinstance(found, Mapping) else getattr(found, part)
+        except Exception:
+            where = "".join(f"[{p!r}]" for p in path[:depth])
+            raise InputError(f"output {part!r} is not among what the model returns{where}: {listed(found)}") from None
+    return found
+
+
+def listed(found: Any) -> str:
+    """What a model returned, each array by the path that `output` takes, and its shape."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(found)
+    named = [(_name(keys), leaf) for keys, leaf in leaves if hasattr(leaf, "shape")][:_LISTED]
+    if named and all(name for name, _ in named):
+        return ", ".join(f"output={name} {tuple(leaf.shape)}" for name, leaf in named)
+    return f"a {type(found).__name__}"
+
+
+_LISTED = 6
+
+
+def _name(keys: Sequence[Any]) -> str:
+    parts = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in keys]
+    return repr(parts[0]) if len(parts) == 1 else repr(tuple(parts)) if parts else ""

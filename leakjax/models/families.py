@@ -1,0 +1,147 @@
+"""The kinds of models that are read: Flax (nnx, linen, transformers), Equinox, Haiku, and plain functions.
+
+Nothing but Flax is imported: an Equinox module or a Haiku transform exists where its package is loaded.
+"""
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import linen, nnx
+
+from leakjax.errors import InputError, first_line
+from leakjax.models.calls import Call
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A model taken apart: `apply(params, buffers, x)`, both trees of arrays, and what makes another model the same
+    architecture (it is compared by ==)."""
+
+    architecture: Any
+    apply: Callable[[Any, Any, Any], Any]
+    params: Any
+    buffers: Any
+
+
+def take_apart(model: Any, params: Any, call: Call) -> Parts:
+    """A model of any kind; see `read_model`. Raises `InputError` for what is none, or lacks its parameters."""
+    if _is_transform(model):
+        return _of_haiku(model, params, call)
+    if isinstance(model, nnx.Module):
+        if params is not None:
+            raise InputError("params is for plain functions and linen modules; an nnx module carries its own")
+        return _of_nnx(model, call)
+    if isinstance(model, linen.Module):
+        return _of_linen(model, params, call)
+    if isinstance(getattr(model, "module", None), linen.Module) and params is None:  # transformers' Flax classes
+        weights = getattr(model, "params", None)
+        given = weights if isinstance(weights, Mapping) and "params" in weights else {"params": weights}
+        return _of_linen(model.module, given, call)
+    if _is_equinox(model) and (params is None or _is_state(params)):
+        return _of_equinox(model, params, call)
+    if callable(model):
+        if params is None:
+            raise InputError("apply_fn needs its parameters: pass (apply_fn, params)")
+        return _of_function(model, params, call)
+    raise InputError(
+        "model must be an nnx module, (linen module, variables), an Equinox module, (Haiku transform, params) or "
+        f"(apply_fn, params), got {type(model).__name__}"
+    )
+
+
+def _of_nnx(model: nnx.Module, call: Call) -> Parts:
+    try:
+        if call.rngs:
+            model = nnx.clone(model)
+            nnx.reseed(model, **dict(call.rngs))  # pyright: ignore[reportArgumentType]
+        graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+    except Exception as error:  # a module with attributes that Flax cannot take apart
+        raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
+    return Parts((graphdef, call), lambda p, b, x: call.run(nnx.merge(graphdef, p, b), x), weights, rest)
+
+
+def _of_linen(module: linen.Module, variables: Any, call: Call) -> Parts:
+    if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+        raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
+    rest = {k: v for k, v in variables.items() if k != "params"}
+
+    def apply(params: Any, buffers: Any, x: Any) -> Any:
+        def function(x: Any, **arguments: Any) -> Any:
+            options = {"rngs": call.keys()} if call.rngs else {}
+            if not rest:
+                return module.apply({"params": params}, x, **options, **arguments)
+            found, _ = module.apply({"params": params, **buffers}, x, mutable=list(rest), **options, **arguments)
+            return found
+
+        return call.run(function, x)
+
+    return Parts((module, call), apply, variables["params"], rest)
+
+
+def _is_equinox(model: Any) -> bool:
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(model, equinox.Module)
+
+
+def _is_state(params: Any) -> bool:
+    equinox = sys.modules.get("equinox")
+    return equinox is not None and isinstance(params, equinox.nn.State)
+
+
+def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
+    """An Equinox module takes one example: it is vmapped, over the axis that Equinox's own batch norm calls "batch"."""
+    equinox = sys.modules["equinox"]
+    params, rest = equinox.partition(model, equinox.is_inexact_array)
+    buffers, static = equinox.partition(rest, equinox.is_array)
+    leaves, structure = jax.tree.flatten(static)
+
+    def apply(params: Any, buffers: Any, x: Any) -> Any:
+        buffers, state = buffers
+        module = equinox.combine(params, buffers, static)
+
+        def function(x: Any, **arguments: Any) -> Any:
+            keys = jax.random.split(call.keys()[call.rngs[0][0]], len(x)) if call.rngs else None
+
+            def one(x: Any, key: Any) -> Any:
+                more = {} if key is None else {"key": key}
+                return module(x, **more, **arguments) if state is None else module(x, state, **more, **arguments)[0]
+
+            return jax.vmap(one, in_axes=(0, None if keys is None else 0), axis_name="batch")(x, keys)
+
+        return call.run(function, x)
+
+    return Parts((structure, tuple(leaves), call), apply, params, (buffers, state))
+
+
+def _is_transform(model: Any) -> bool:
+    """Whether this is what `haiku.transform` or `haiku.transform_with_state` returns."""
+    return type(model).__name__ in ("Transformed", "TransformedWithState") and hasattr(model, "apply")
+
+
+def _of_haiku(transform: Any, params: Any, call: Call) -> Parts:
+    stateful = type(transform).__name__ == "TransformedWithState"
+    if params is None or (stateful and not (isinstance(params, tuple) and len(params) == 2)):
+        wanted = "(transform, (params, state))" if stateful else "(transform, params)"
+        raise InputError(f"a Haiku transform needs what its init returned: pass {wanted}")
+    weights, state = params if stateful else (params, None)
+    keyed = "rng" in inspect.signature(transform.apply).parameters
+
+    def apply(params: Any, buffers: Any, x: Any) -> Any:
+        def function(x: Any, **arguments: Any) -> Any:
+            key = [call.keys()[call.rngs[0][0]] if call.rngs else None] if keyed else []
+            found = transform.apply(params, *([buffers] if stateful else []), *key, x, **arguments)
+            return found[0] if stateful else found
+
+        return call.run(function, x)
+
+    return Parts((transform, call), apply, weights, {} if state is None else state)
+
+
+def _of_function(function: Callable[..., Any], params: Any, call: Call) -> Parts:
+    if call.rngs:
+        raise InputError('rngs goes with modules; give a function its key by call, as call={"key": jax.random.key(0)}')
+    return Parts((function, call), lambda p, b, x: call.run(lambda x, **more: function(p, x, **more), x), params, {})
