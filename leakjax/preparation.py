@@ -25,6 +25,7 @@ from leakjax.models.reader import Model, run_model
 from leakjax.models.targets import check_classes
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Chain, read_chain
+from leakjax.segments.tail import behind, without_tail
 from leakjax.segments.tracing.network import read_network
 from leakjax.segments.tracing.widening import Wide, in_one_precision
 from leakjax.segments.training_mode import training_remarks
@@ -109,6 +110,9 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     remarks = training_remarks(model, observation.input_shape, floating)
     for remark in remarks:
         monitor.tell(remark)
+    loss = on_outputs(observation.loss, tuple(logits.shape[1:]))
+    model, tail = without_tail(model, observation.input_shape, asked.dtype)
+    loss = loss if tail is None or observation.loss == UNKNOWN else behind(loss, tail)
     chain = _chain(model, observation, asked.dtype, ATTACKS[asked.attack].layerwise)
     network = read_network(model, observation.input_shape, observation.examples, asked.dtype)
     stored = 0.0 if observation.defense else stored_rounding(observation.gradients)
@@ -122,7 +126,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         network=network,
         variables=model.variables,
         gradients={p: np.asarray(g, floating) for p, g in sent.items()},
-        loss=on_outputs(observation.loss, tuple(logits.shape[1:])),
+        loss=loss,
         input_shape=tuple(observation.input_shape),
         input_range=observation.input_range,
         labels=_check_labels(asked.labels, observation, logits.shape[1:]),
