@@ -44,10 +44,10 @@ def read_groups(graph: jaxprs.Graph, *, known_keys: bool = False) -> list[Group]
     live = graph.dependents([graph.input])
     if not known_keys:
         _refuse_random(graph, live)
-    return _merge([_classify(graph, live, *piece) for piece in _cut(graph, live)])
+    return _merge([_classify(graph, live, *piece) for piece in cut_pieces(graph, live)])
 
 
-def _cut(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxprs.Equation]]]:
+def cut_pieces(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxprs.Equation]]]:
     """Pieces (value in, value out, equations) between the values that all data flows through."""
     equations = [e for e in graph.needed(graph.output, []) if any(o in live for o in e.outputs)]
     last_use = {graph.output: len(equations)}
@@ -71,10 +71,9 @@ def _cut(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxpr
 def _classify(
     graph: jaxprs.Graph, live: set[int], start: int, end: int, equations: Sequence[jaxprs.Equation]
 ) -> _Piece:
-    nonlinear = [e for e in equations if not kinds.is_linear(e, graph.structs, live)]
+    nonlinear, odd = _mixing(graph, live, equations)
     if not nonlinear:
         return _Piece(start, end, "affine")
-    odd = [e for e in equations if not kinds.is_elementwise(e, graph.structs, live)]
     if not odd:
         return _Piece(start, end, "elementwise")
     for equation in nonlinear:
@@ -83,6 +82,19 @@ def _classify(
             raise not_invertible(f"`{equation.name}` at {equation.location}", flaw)
     culprit = next((e for e in nonlinear if e in odd), nonlinear[0])
     return _Piece(start, end, "nonlinear", f"`{culprit.name}` at {culprit.location}")
+
+
+def _mixing(
+    graph: jaxprs.Graph, live: set[int], equations: Sequence[jaxprs.Equation]
+) -> tuple[list[jaxprs.Equation], list[jaxprs.Equation]]:
+    """The equations that are not affine in the data, and those that do not act entry by entry."""
+    nonlinear = [e for e in equations if not kinds.is_linear(e, graph.structs, live)]
+    return nonlinear, [e for e in equations if not kinds.is_elementwise(e, graph.structs, live)] if nonlinear else []
+
+
+def is_mixing(graph: jaxprs.Graph, live: set[int], equations: Sequence[jaxprs.Equation]) -> bool:
+    """Whether a piece is neither affine nor elementwise."""
+    return all(_mixing(graph, live, equations))
 
 
 def not_invertible(where: str, flaw: str) -> UnreadableModelError:

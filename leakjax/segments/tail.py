@@ -15,7 +15,7 @@ from leakjax.errors import InputError
 from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.programs import keep
-from leakjax.segments.pieces import read_groups
+from leakjax.segments.pieces import cut_pieces, is_mixing
 from leakjax.segments.tracing import jaxprs
 
 Tail = Callable[[Float[Array, "..."]], Float[Array, "..."]]
@@ -27,7 +27,7 @@ def without_tail(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[
     The model as it is, and None, where nothing but an elementwise function follows that layer.
     """
     structs = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
-    parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(dtype), model.known_keys)
+    parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(dtype))
     if parts is None:
         return model, None
     apply, tail = parts
@@ -51,19 +51,18 @@ def _cut(
     params: tuple[str, ...],
     input_shape: tuple[int, ...],
     dtype: str,
-    known_keys: bool,
 ) -> tuple[Callable[..., Any], Tail] | None:
     x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
     arrays = {path: jax.ShapeDtypeStruct(shape, kind) for path, shape, kind in structs}
     try:
-        graph, ends = _ends(apply, arrays, x, params, known_keys)
+        graph, ends = _ends(apply, arrays, x, params)
     except InputError:
         return None
     if ends is None:
         return None
 
     def front(variables: Arrays, x: Any) -> Any:
-        graph, ends = _ends(apply, variables, x, params, known_keys)
+        graph, ends = _ends(apply, variables, x, params)
         assert ends is not None, "found for one example"
         env = {**dict(zip(graph.variables, variables.values(), strict=True)), graph.input: x}
         return jaxprs.evaluate(graph.needed(ends, list(env)), env, ends, {})
@@ -75,7 +74,7 @@ def _cut(
 
 
 def _ends(
-    apply: Callable[..., Any], arrays: Mapping[str, Any], x: Any, params: Sequence[str], known_keys: bool
+    apply: Callable[..., Any], arrays: Mapping[str, Any], x: Any, params: Sequence[str]
 ) -> tuple[jaxprs.Graph, int | None]:
     """The graph, and the outputs of its last layer with parameters where a nonlinear map of them alone follows."""
     paths = list(arrays)
@@ -85,15 +84,17 @@ def _ends(
         jax.ShapeDtypeStruct(x.shape, x.dtype),
     )
     weights = {v for v, path in zip(graph.variables, paths, strict=True) if path in params}
-
-    def reads(start: int, end: int, among: set[int]) -> bool:
-        used = (v for e in graph.needed(end, [start]) for v in e.inputs if isinstance(v, int))
-        return any(v in among for v in used)
-
-    groups = read_groups(graph, known_keys=known_keys)
-    last = max((k for k, g in enumerate(groups) if reads(*g.map, weights)), default=None)
-    if last is None or all(g.nonlinearity is None for g in groups[last + 1 :]):
+    live = graph.dependents([graph.input])
+    pieces = cut_pieces(graph, live)
+    last = max((k for k, (_, _, piece) in enumerate(pieces) if _read(graph, piece) & weights), default=None)
+    if last is None or not any(is_mixing(graph, live, piece) for _, _, piece in pieces[last + 1 :]):
         return graph, None
-    end = groups[last].map[1]
-    alone = not reads(end, graph.output, {*graph.variables, graph.input})
-    return graph, end if alone else None
+    end = pieces[last][1]
+    return graph, None if _read(graph, graph.needed(graph.output, [end])) & {*graph.variables, graph.input} else end
+
+
+def _read(graph: jaxprs.Graph, equations: Sequence[jaxprs.Equation]) -> set[int]:
+    """The values that equations read, and what these were computed from but for data."""
+    live, found = graph.dependents([graph.input]), {v for e in equations for v in e.inputs if isinstance(v, int)}
+    before = [e for v in found - live for e in graph.needed(v, [])]
+    return found | {v for e in before for v in e.inputs if isinstance(v, int)}
