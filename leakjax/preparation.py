@@ -20,7 +20,7 @@ from leakjax.client.observation import Observation
 from leakjax.client.silent import without_decay
 from leakjax.constraints.priors import PRIORS
 from leakjax.errors import InputError, UnreadableModelError, unknown_name
-from leakjax.models.losses import UNKNOWN, on_outputs
+from leakjax.models.losses import UNKNOWN, check_loss, on_outputs
 from leakjax.models.reader import Model, run_model
 from leakjax.models.targets import check_classes
 from leakjax.runtime.programs import keep
@@ -83,11 +83,13 @@ def checked(asked: Asked, observation: Observation) -> Asked:
         raise unknown_name("optimizer", str(asked.optimizer), OPTIMIZERS)
     if not isinstance(asked.descent, optax.GradientTransformation):
         raise InputError(f"optimizer must be a name of {', '.join(OPTIMIZERS)} or an Optax transformation")
-    if (
-        observation.examples > 1
-        and asked.labels is None
-        and (observation.target != "class" or observation.loss == UNKNOWN)
-    ):
+    unread = asked.labels is None and (observation.target != "class" or observation.loss == UNKNOWN)
+    if unread and observation.local_steps > 1:
+        raise InputError(
+            f"an update of {observation.local_steps} local_steps says nothing of targets that are no classes: give "
+            "them (labels=..., what the loss compares each example's outputs with), or take local_steps 1"
+        )
+    if unread and observation.examples > 1:
         raise InputError(
             f"a gradient of {observation.examples} examples says nothing of targets that are no classes: give them "
             "(labels=..., what the loss compares each example's outputs with), or take batch_size 1"
@@ -107,6 +109,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     wide = _cast(observation.model, tuple(observation.input_shape), asked.dtype)
     model = wide.model
     logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
+    _check_target(observation, tuple(logits.shape[1:]), floating)
     remarks = training_remarks(model, observation.input_shape, floating)
     for remark in remarks:
         monitor.tell(remark)
@@ -152,6 +155,19 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         target_shape=tuple(observation.target_shape),
     )
     return problem, remarks
+
+
+def _check_target(observation: Observation, outputs: tuple[int, ...], floating: Any) -> None:
+    """Refuse a `target` and `target_shape`, as a file may claim them, that the loss does not take."""
+    kind, shape = observation.target, tuple(observation.target_shape)
+    wanted = {"class": (), "input": None, "values": None}.get(kind, outputs[:-1] if kind == "classes" else outputs)
+    if kind == "input" and math.prod(shape) != math.prod(observation.input_shape):
+        wanted = tuple(observation.input_shape)
+    if wanted is not None and shape != wanted:
+        raise InputError(f"target_shape of target {kind!r} must be {wanted} for this model, got {shape}")
+    if observation.loss != UNKNOWN:
+        of = floating if kind in ("values", "probabilities", "input") else jnp.int32
+        check_loss(observation.loss, jax.ShapeDtypeStruct(outputs, floating), jax.ShapeDtypeStruct(shape, of))
 
 
 def _told(observation: Observation, adaptive: bool, gradient_noise: float | None) -> Setting | None:
@@ -225,6 +241,6 @@ def _check_labels(labels: Any, observation: Observation, outputs: Sequence[int])
         check_classes(given, outputs if shape else (math.prod(outputs),), "labels")
     elif given.shape != (expected, *shape) or given.dtype.kind not in "biuf" or not np.all(np.isfinite(given)):
         raise InputError(f"labels must be {expected} targets of shape {shape}, finite numbers, got shape {given.shape}")
-    if kind in ("values", "input"):
+    if kind in ("values", "probabilities", "input"):
         given = given.astype(float) if given.dtype.kind == "f" else given
     return given.reshape(observation.victims, observation.examples, *shape)

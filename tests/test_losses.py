@@ -294,7 +294,7 @@ def test_a_capture_holds_no_code(rng, tmp_path):
         read_capture(tmp_path / "c.npz", observation.model)
     for loss in (distilled, "unknown"):
         again = read_capture(tmp_path / "c.npz", observation.model, loss=loss)
-        assert (again.target, again.target_shape) == ("values", (OUTPUTS,))
+        assert (again.target, again.target_shape) == ("probabilities", (OUTPUTS,))
         assert min(came_back(leakjax.invert(again), images)) > 150
 
 

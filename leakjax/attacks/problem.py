@@ -95,7 +95,14 @@ class Problem:
     @property
     def free(self) -> bool:
         """Whether any numbers may be the target: then dL/dz says nothing but itself."""
-        return self.labels is None and (self.loss == UNKNOWN or self.target_kind in ("values", "input", "classes"))
+        return self.labels is None and (
+            self.loss == UNKNOWN or self.target_kind in ("values", "probabilities", "input", "classes")
+        )
+
+    @property
+    def several(self) -> bool:
+        """Whether the target is 0 or 1 for every output, and not given."""
+        return self.labels is None and self.target_kind == "several" and self.loss != UNKNOWN
 
     def target(self, victim: int) -> Float[np.ndarray, "..."] | None:
         """What the loss of a gradient of one example compares the logits with, where that is no integer label."""

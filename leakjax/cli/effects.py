@@ -55,7 +55,7 @@ _DP = "without --clip and --noise-multiplier"
 IDLE: Mapping[str, tuple[Idle, ...]] = {
     "invert": (
         Idle(_SOLVED, lambda v: v["plan"], "with --plan, which solves nothing and writes nothing"),
-        Idle(("dataset", "index", "batch_size"), _captured, "beside a capture, which is the data"),
+        Idle(("dataset", "index", "batch_size", "target"), _captured, "beside a capture, which is the data"),
         Idle(("init",), _captured, "beside a capture, which brings the weights"),
         *(
             Idle((option,), _without(TAKES, option), "with this attack")

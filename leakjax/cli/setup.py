@@ -190,6 +190,8 @@ def _loss(typed: str) -> LossSpec:
     """A name of the table with its parameters, "unknown", or the user's `package.module:function`."""
     name, colon, _ = typed.partition(":")
     if colon and name not in (*LOSSES, UNKNOWN):
+        if "=" in typed or not name:  # parameters of a name that is none, or no module
+            raise unknown_name("--loss", name, (*LOSSES, UNKNOWN))
         return load_function(typed, "--loss")[0]
     read_loss(typed)
     return typed

@@ -81,6 +81,8 @@ def _path(output: Any) -> tuple[str | int, ...]:
 
 def _at(found: Any, path: tuple[str | int, ...]) -> Any:
     for depth, part in enumerate(path):
+        if hasattr(found, "dtype"):
+            raise InputError(f"output {part!r} of an array of shape {tuple(found.shape)}: the path is too long")
         try:
             found = found[part] if isinstance(part, int) or isinstance(found, Mapping) else getattr(found, part)
         except Exception:

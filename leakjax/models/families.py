@@ -55,13 +55,26 @@ def take_apart(model: Any, params: Any, call: Call) -> Parts:
 
 def _of_nnx(model: nnx.Module, call: Call) -> Parts:
     try:
-        if call.rngs:
-            model = nnx.clone(model)
-            nnx.reseed(model, **dict(call.rngs))  # pyright: ignore[reportArgumentType]
+        model = _reseeded(model, dict(call.rngs)) if call.rngs else model
         graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
+    except InputError:
+        raise
     except Exception as error:  # a module with attributes that Flax cannot take apart
         raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
     return Parts((graphdef, call), lambda p, b, x: call.run(nnx.merge(graphdef, p, b), x), weights, rest)
+
+
+def _reseeded(model: nnx.Module, seeds: dict[str, int]) -> nnx.Module:
+    """A copy whose random streams begin at the `seeds`; one seed alone (a stream `params` that it has not) is all's."""
+    model = nnx.clone(model)
+    streams = sorted({str(node.tag) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)})
+    if list(seeds) == ["params"] and "params" not in streams:
+        seeds = dict.fromkeys(streams, seeds["params"])
+    unknown = next((name for name in seeds if name not in streams), None)
+    if unknown is not None:
+        raise InputError(f"rngs: the model has no random stream {unknown!r}; it has {', '.join(streams) or 'none'}")
+    nnx.reseed(model, **seeds)  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def _of_linen(module: linen.Module, variables: Any, call: Call) -> Parts:

@@ -171,8 +171,15 @@ def read_loss(loss: LossSpec) -> Loss:
     if not _takes_two(loss):
         raise InputError(
             f"loss must be a name ({', '.join(LOSSES)}), a function (outputs, target) -> one number an example, or "
-            f"{UNKNOWN!r}; got a {type(loss).__name__}"
+            f"{UNKNOWN!r}; got {loss_name(loss) if callable(loss) else 'a ' + type(loss).__name__}"
         )
+    try:
+        hash(loss)
+    except TypeError:
+        raise InputError(
+            f"loss {loss_name(loss)} cannot be hashed, and programs are kept by it: pass a function, or give its class "
+            "a __hash__"
+        ) from None
     return loss
 
 
@@ -192,6 +199,8 @@ def _named(spec: str) -> Loss:
     name, colon, rest = spec.partition(":")
     if name == UNKNOWN and not colon:
         return _linear
+    if name == UNKNOWN:
+        raise InputError(f"loss {UNKNOWN!r} takes no parameters, got {spec!r}")
     if name not in LOSSES:
         raise unknown_name("loss", name, (*LOSSES, UNKNOWN))
     if not colon:
@@ -200,6 +209,8 @@ def _named(spec: str) -> Loss:
     given: dict[str, Any] = {}
     for part in rest.split(","):
         key, equals, text = part.partition("=")
+        if key in given:
+            raise InputError(f"loss {spec!r}: {key} is given twice")
         if key not in known or not equals:
             takes = ", ".join(f"{k}=VALUE" for k in known) or "no parameters"
             raise InputError(f"loss {spec!r}: {name} takes {takes}, got {part!r}")
@@ -223,7 +234,9 @@ def _number(spec: str, key: str, text: str) -> float:
         number = math.nan
     most = 1.0 if key in _BELOW_ONE else 1e30
     if not (0.0 <= number <= most) or (key == "label_smoothing" and number == 1.0):
-        wanted = "a number from 0" + (" below 1" if key == "label_smoothing" else " to 1" if key in _BELOW_ONE else "")
+        wanted = "a finite number from 0" + (
+            " below 1" if key == "label_smoothing" else " to 1" if key in _BELOW_ONE else ""
+        )
         raise InputError(f"loss {spec!r}: {key} must be {wanted}, got {text!r}")
     return number
 
@@ -271,12 +284,16 @@ def check_loss(loss: LossSpec, outputs: jax.ShapeDtypeStruct, target: jax.ShapeD
         found = jax.eval_shape(function, outputs, target)
     except InputError:
         raise
-    except Exception as error:  # the caller's own code
+    except (Exception, SystemExit) as error:  # the caller's own code
         raise InputError(
             f"loss {loss_name(loss)} cannot take outputs of shape {outputs.shape} and a target of shape {target.shape} "
             f"({target.dtype}), those of one example: {first_line(error)}"
         ) from error
     shape = getattr(found, "shape", None)
+    if shape == () and not jnp.issubdtype(found.dtype, jnp.floating):
+        raise InputError(f"loss {loss_name(loss)} must return a real number of floating point, got {found.dtype}")
+    if name in _ONE_CLASS and (target.shape != outputs.shape[:-1] or not jnp.issubdtype(target.dtype, jnp.integer)):
+        raise InputError(f"{name} compares with a class, got a target of shape {target.shape} ({target.dtype})")
     if shape != () or not jnp.issubdtype(getattr(found, "dtype", bool), jnp.floating):
         raise InputError(
             f"loss {loss_name(loss)} must return one real number an example, got "
@@ -284,6 +301,7 @@ def check_loss(loss: LossSpec, outputs: jax.ShapeDtypeStruct, target: jax.ShapeD
         )
 
 
+_ONE_CLASS = ("multiclass_hinge_loss",)
 _OF_CLASSES = ("softmax_cross_entropy", "poly_loss_cross_entropy", "multiclass_hinge_loss")
 
 

@@ -9,8 +9,12 @@ from leakjax.arguments import array
 from leakjax.errors import InputError
 from leakjax.models.losses import labels_of
 
-TargetKind = Literal["class", "classes", "several", "values", "input"]
-"""One class; a class at every position; 0 or 1 for every output (several labels); numbers; the input itself."""
+TargetKind = Literal["class", "classes", "several", "probabilities", "values", "input"]
+"""One class; a class at every position; 0 or 1 for every output (several labels); numbers from 0 that sum to 1; any
+numbers; the input itself."""
+
+_SUM = 1e-5
+"""Of probabilities in float32, some thousands of them."""
 
 KINDS: tuple[str, ...] = get_args(TargetKind)
 
@@ -31,8 +35,10 @@ def read_targets(given: Any, images: np.ndarray, outputs: Sequence[int], name: s
     """The targets of `images` (N, ...) for a model whose outputs for one example have the shape `outputs`.
 
     Integers (N,) are classes; integers in the shape of all axes of the outputs but the last, classes at every position;
-    zeros and ones in the outputs' own shape, several labels; the images themselves, an autoencoder's; anything else is
-    taken as numbers. Raises `InputError` for arrays of another length, classes out of range, or numbers not finite.
+    zeros and ones in the outputs' own shape, several labels; the images themselves, an autoencoder's; numbers from 0
+    that sum to 1, in the outputs' own shape, probabilities; anything else is taken as numbers.
+
+    Raises `InputError` for arrays of another length, classes out of range, or numbers not finite.
     """
     wanted = "integers, or numbers that the loss compares the outputs with"
     found, outputs = array(name, given, "biuf", wanted), tuple(outputs)
@@ -46,7 +52,10 @@ def read_targets(given: Any, images: np.ndarray, outputs: Sequence[int], name: s
                 f"{name} must be integers, or numbers in the shape of the outputs, {outputs}, "
                 f"got {found.dtype} of shape {found.shape}"
             )
-        return Targets(found.astype(float), "input" if np.array_equal(found, images) else "values")
+        shares = found.shape[1:] == outputs and outputs[-1:] > (1,) and found.min() >= 0
+        shares = shares and bool(np.all(np.abs(found.sum(axis=-1, dtype=float) - 1.0) <= _SUM))
+        kind = "input" if np.array_equal(found, images) else "probabilities" if shares else "values"
+        return Targets(found.astype(float), kind)
     if found.dtype.kind == "b":
         if found.ndim == 1 and np.prod(outputs) > 1:
             raise InputError(f"{name} must be integers, one an example, got bool")

@@ -26,7 +26,7 @@ def without_tail(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[
 
     The model as it is, and None, where nothing but an elementwise function follows that layer.
     """
-    structs = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
+    structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
     parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(dtype))
     if parts is None:
         return model, None
@@ -41,7 +41,7 @@ def behind(loss: LossSpec, tail: Tail) -> LossSpec:
     return lambda z, target: function(tail(z), target)
 
 
-Structs = tuple[tuple[str, tuple[int, ...], str], ...]
+Structs = tuple[tuple[str, tuple[int, ...], Any], ...]
 
 
 @keep(64)

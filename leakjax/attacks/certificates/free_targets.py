@@ -8,23 +8,22 @@ autoencoder's) says which it was.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-import optax
 from jaxtyping import Array, Float
-from scipy.optimize import minimize_scalar
 
 from leakjax.attacks.certificates.multiples import MULTIPLES
+from leakjax.attacks.certificates.own_scale import at_scale, is_its_own_multiple, largest_factor, misfit, residual_at
+from leakjax.attacks.certificates.several_labels import of_several, with_bits, with_sure_bits
 from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.heads.targets import solve_target
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.constraints.layer import loss_pull
 from leakjax.constraints.pull_back import push_forward
-from leakjax.models.losses import UNKNOWN, LossSpec, read_loss
+from leakjax.models.losses import UNKNOWN
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Candidate
 from leakjax.runtime.arrays import to_device
@@ -34,7 +33,6 @@ from leakjax.solvers.lsmr import lsmr
 
 _INNER = 500  # steps that fit dL/do: its columns are alike, each the last layer's input and more
 _TRIED = 0.8, 1.25  # multiples at which a network shows that it is not homogeneous
-_FACTORS = np.geomspace(1e-6, 1e6, 2401)  # of an image that fits the range: where its scale is looked for
 _TARGETS = (
     "the last layer has no bias, and the target may be any numbers: the scale of its input is open, and the layers "
     "before it depend on it; give the targets (labels=...)"
@@ -60,7 +58,7 @@ def _fitted(freed: Problem, victim: int, outcome: Outcome) -> Outcome:
     sent = {p: to_device(g[victim], freed.dtype) for p, g in freed.gradients.items()}
     given = dict(freed.variables), to_device(first.image[None], freed.dtype)
     fitted = _fit(freed.client, freed.tolerances.solve)(*given, to_device(first.target[None], freed.dtype), sent)
-    left = float(_misfit(freed.client)(*given, fitted, sent))
+    left = float(misfit(freed.client)(*given, fitted, sent))
     one = dataclasses.replace(first, target=np.asarray(fitted, float)[0], gradient_residual=left)
     return dataclasses.replace(outcome, candidates=(one, *rest))
 
@@ -81,7 +79,7 @@ def _fit(gradient: Gradient, tolerance: float) -> Callable[..., Float[Array, "1 
 def with_targets(asked: Problem, freed: Problem, outcomes: list[Outcome]) -> list[Outcome]:
     """The outcomes of a problem that was solved as `freed`, with the targets of the loss that was `asked` for."""
     if freed is asked:
-        return outcomes
+        return [with_sure_bits(asked, o) for o in outcomes] if of_several(asked) else outcomes
     biased = bias_path(freed.segments[-1], freed.variables) is not None
     return [_one(asked, freed, victim, outcome, biased) for victim, outcome in enumerate(outcomes)]
 
@@ -99,15 +97,19 @@ def _one(asked: Problem, freed: Problem, victim: int, outcome: Outcome, biased: 
             return _refuted(asked, outcome, _TARGETS)
         if not itself or asked.factor(victim) is None:
             return _as_multiples(freed, outcome, good)
-        good = [found for c in good for found in _at_scale(asked, victim, c)]
+        if all(is_its_own_multiple(asked, victim, good[0], s) for s in _TRIED):
+            return _as_multiples(freed, outcome, good)
+        good = [found for c in good for found in at_scale(asked, victim, c)]
         if not good or noisy:
             return _refuted(asked, outcome, _NOISE if noisy else _NOT_ITS_INPUT)
         good.sort(key=lambda c: c.gradient_residual)
+    elif asked.several:
+        return with_bits(asked, freed, victim, outcome, good, noisy=noisy)
     elif noisy:
         return dataclasses.replace(outcome, candidates=_untold(asked, outcome.candidates))
     elif itself:
-        residual_at = _residual_at(asked, victim)
-        good = [dataclasses.replace(c, gradient_residual=residual_at(c.image), target=None) for c in good]
+        away = residual_at(asked, victim)
+        good = [dataclasses.replace(c, gradient_residual=away(c.image), target=None) for c in good]
     target = _target_of(asked, freed, victim, good[0])
     good = [dataclasses.replace(c, target=target) for c in good]
     return dataclasses.replace(outcome, candidates=tuple(good), target=target)
@@ -143,7 +145,8 @@ def _target_of(asked: Problem, freed: Problem, victim: int, candidate: Candidate
     head, variables = freed.segments[-1], dict(freed.variables)
     z = push_forward(freed.segments, variables, to_device(candidate.image[None], freed.dtype))[1][-1]
     dz = loss_pull(head, variables, UNKNOWN, z, to_device(candidate.target[None], freed.dtype))
-    return solve_target(head, asked.loss, variables, z, dz, asked.target_shape)
+    shares = asked.target_kind == "probabilities"
+    return solve_target(head, asked.loss, variables, z, dz, asked.target_shape, shares=shares)
 
 
 def _is_multiple(freed: Problem, candidate: Candidate, s: float) -> bool:
@@ -151,12 +154,12 @@ def _is_multiple(freed: Problem, candidate: Candidate, s: float) -> bool:
     assert candidate.target is not None
     x, target = (to_device(a[None], freed.dtype) for a in (candidate.image, candidate.target))
     here = freed.client(dict(freed.variables), x, target)
-    return float(_misfit(freed.client)(dict(freed.variables), s * x, target / s, here)) <= freed.tolerances.matched
+    return float(misfit(freed.client)(dict(freed.variables), s * x, target / s, here)) <= freed.tolerances.matched
 
 
 def _as_multiples(freed: Problem, outcome: Outcome, good: list[Candidate]) -> Outcome:
     """The outcome with each candidate as large as the input range allows, one of its multiples."""
-    shown = [dataclasses.replace(c, image=c.image * _largest(freed, c.image), target=None) for c in good]
+    shown = [dataclasses.replace(c, image=c.image * largest_factor(freed, c.image), target=None) for c in good]
     names = [name for name in (outcome.symmetry, MULTIPLES) if name is not None]
     whole = len(shown) == 1 and outcome.layers[0].rank == outcome.layers[0].unknowns
     return dataclasses.replace(
@@ -168,95 +171,3 @@ def _as_multiples(freed: Problem, outcome: Outcome, good: list[Candidate]) -> Ou
         curved=outcome.curved or not whole,
         target=None,
     )
-
-
-def _largest(problem: Problem, x: Float[np.ndarray, "*image"]) -> float:
-    """The largest factor above 0 with which x lies in the range; 1 where none does."""
-    low, high = (np.broadcast_to(end, x.shape) for end in problem.limits)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        most = np.where(x > 0, high / x, np.where(x < 0, low / x, np.inf))
-    largest = float(np.min(most, initial=np.inf))
-    return largest if 0 < largest < np.inf else 1.0
-
-
-def _at_scale(asked: Problem, victim: int, candidate: Candidate) -> list[Candidate]:
-    """The multiples s x of an image that have the gradient that was sent with themselves as their target.
-
-    On a homogeneous network the outputs are s o, and x has the gradient with dL/do = t: s dL/do(s o, s x) = t.
-    """
-    assert candidate.target is not None
-    fitted = _largest(asked, candidate.image)
-    image, target = candidate.image * fitted, candidate.target / fitted
-    variables, x = dict(asked.variables), to_device(image[None], asked.dtype)
-    outputs = asked.network.logits(variables, x)
-    program = _pull_at(asked.loss, asked.target_shape)
-
-    def off(s: Float[np.ndarray, " S"]) -> tuple[Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-        found = program(outputs[0], x[0], to_device(target, asked.dtype), to_device(s, asked.dtype))
-        return np.asarray(found[0], float), np.asarray(found[1], float)
-
-    left, _ = off(_FACTORS)
-    dips = 1 + np.flatnonzero((left[1:-1] <= left[:-2]) & (left[1:-1] < left[2:]))
-    residual_at, found = _residual_at(asked, victim), []
-    for k in dips[np.argsort(left[dips])[:4]]:
-        for s in _nearest(off, *_FACTORS[[k - 1, k + 1]]):
-            residual = residual_at(s * image)
-            if residual <= asked.tolerances.matched:
-                found.append(dataclasses.replace(candidate, image=s * image, gradient_residual=residual, target=None))
-                break
-    return found
-
-
-def _nearest(off: Callable[..., tuple[np.ndarray, np.ndarray]], low: float, high: float) -> list[float]:
-    """Factors within (low, high), the nearest first: where s dL/do meets t along t, by halving, and where it comes
-    nearest to it, by golden sections, which sees half the digits."""
-    ends: Any = minimize_scalar(lambda s: float(off(np.exp([s]))[0][0]), bounds=np.log([low, high]), method="bounded")
-    tried = [float(np.exp(ends.x))]
-    values = off(np.array([low, high]))[1]
-    if values[0] * values[1] < 0:
-        for _ in range(60):
-            middle = 0.5 * (low + high)
-            low, high = (middle, high) if off(np.array([middle]))[1][0] * values[0] > 0 else (low, middle)
-        tried.append(0.5 * (low + high))
-    return sorted(tried, key=lambda s: float(off(np.array([s]))[0][0]))
-
-
-@keep(16)
-def _pull_at(loss: LossSpec, shape: tuple[int, ...]) -> Callable[..., tuple[Float[Array, " S"], Float[Array, " S"]]]:
-    """(o, x, t, s (S,)) -> ||s dL/do(s o, s x) - t|| / ||t||, and the part of the difference along t, relatively."""
-
-    def pull_at(
-        outputs: Float[Array, "..."], x: Float[Array, "*x"], t: Float[Array, " K"], factors: Float[Array, " S"]
-    ) -> tuple[Float[Array, " S"], Float[Array, " S"]]:
-        def one(s: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            pull = jax.grad(lambda o: read_loss(loss)(o, s * x.reshape(shape)))(s * outputs)
-            off, size = s * jnp.ravel(pull) - t, jnp.linalg.norm(t)
-            return jnp.linalg.norm(off) / size, off @ t / size**2
-
-        return jax.lax.map(one, factors)
-
-    return jax.jit(pull_at)
-
-
-def _residual_at(asked: Problem, victim: int) -> Callable[[Float[np.ndarray, "*image"]], float]:
-    """x -> ||g(x) - g|| / ||g||, the input being the target."""
-    sent = {p: to_device(g[victim], asked.dtype) for p, g in asked.gradients.items()}
-
-    def residual_at(x: Float[np.ndarray, "*image"]) -> float:
-        here = to_device(x[None], asked.dtype)
-        return float(_misfit(asked.client)(dict(asked.variables), here, here.reshape(1, *asked.target_shape), sent))
-
-    return residual_at
-
-
-@keep(16)
-def _misfit(gradient: Gradient) -> Callable[..., Float[Array, ""]]:
-    """(variables, x, targets, sent) -> the relative misfit of the gradient."""
-
-    def misfit(
-        variables: Arrays, x: Float[Array, "1 ..."], targets: Float[Array, "1 ..."], sent: Arrays
-    ) -> Float[Array, ""]:
-        off = jax.tree.map(jnp.subtract, gradient(variables, x, targets), dict(sent))
-        return jnp.asarray(optax.tree.norm(off) / optax.tree.norm(dict(sent)))
-
-    return jax.jit(misfit)

@@ -9,6 +9,7 @@ networks some other change of x may do the same: where J v = g has a solution, x
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float
 from leakjax.attacks.adaptive import predicted, sends_signs
 from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.problem import DeviceLabels, Monitor, Outcome, Problem
-from leakjax.models.losses import UNKNOWN
+from leakjax.models.losses import UNKNOWN, LossSpec, read_loss
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Certificate
 from leakjax.runtime.arrays import to_device
@@ -39,10 +40,13 @@ _NOISE = (
     "estimated before the factor is told (gradient_scale, --gradient-scale)"
 )
 _TRIED = 0.8, 1.25  # far enough from 1 that a gradient that is not parallel shows it
+_NEARBY = 0.97, 1.03  # where a hinge sees no size until a margin is met
 _LEAST, _MARGIN = 1e-9, 2e3
 """Relative difference of two gradients, a fifth of the image apart, up to which one may be the other times a factor: so
 many times what is left of the gradient that was sent, or its rounding. Above it t is known to 0.2 / 2e3 = 1e-4."""
 _INNER = 6000
+_SIZES = np.geomspace(1e-3, 1e3, 601)  # of the answer: multiples at which another label is tried
+_GONE = 1e-12  # of dL/dz: below it its direction is rounding
 
 
 def with_multiples(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> list[Outcome]:
@@ -93,10 +97,13 @@ def _marked(problem: Problem, group: list[Outcome]) -> list[Outcome]:
     left = problem.tolerances.rounding if noisy else max(residual, problem.tolerances.rounding)
     hides = max(_LEAST, _MARGIN * left)
     away = functools.partial(_turned(_each(problem)), dict(problem.variables), x, labels)
-    hidden = np.max([np.asarray(away(t, labels)) for t in _TRIED], axis=0) <= hides
+    far, near = (np.stack([np.asarray(away(t, labels)) for t in tried]) for tried in (_TRIED, _NEARBY))
+    hidden = (far.max(axis=0) <= hides) | (near.min(axis=0) <= hides)
     if np.any(hidden):
         counts = problem.classes if problem.labels is None else ()
-        alike = {label: np.asarray(away(1.0, jnp.full(len(group), label))) <= hides for label in counts}
+        z, sizes = problem.network.logits(dict(problem.variables), x), to_device(_SIZES, problem.dtype)
+        turned = functools.partial(_pushed(problem.loss), z, labels, sizes)
+        alike = {label: np.asarray(turned(label)) <= hides for label in counts}
         return [
             _with_rays(problem, outcome, [label for label, same in alike.items() if same[b]], len(group) == 1)
             if hidden[b]
@@ -165,8 +172,35 @@ def _with_rays(problem: Problem, outcome: Outcome, labels: list[int], alone: boo
 
 def _inwards(problem: Problem, x: Float[np.ndarray, "*image"]) -> float:
     """The largest factor up to 1, in steps of an eighth, that brings an image into the range; 1 where none does."""
-    factors = 0.875 ** np.arange(64)
+    largest = float(np.max(np.abs(x), initial=0.0))
+    ends = float(np.max(np.abs(problem.input_range)))
+    factors = min(1.0, ends / largest if largest > 0 else 1.0) * 0.875 ** np.arange(64)
     return next((float(t) for t in factors if problem.in_range(x * t)), 1.0)
+
+
+@keep(16)
+def _pushed(loss: LossSpec) -> Callable[..., Float[Array, " B"]]:
+    """(z (B, ...), labels, sizes (T,), other) -> by example the least sine of the angle between dL/dz(z, label) and
+    +-dL/dz(s z, other), over the sizes s: 0 where the other label explains a multiple of the image with a factor."""
+
+    def pushed(
+        z: Float[Array, "B ..."], labels: DeviceLabels, sizes: Float[Array, " T"], other: int
+    ) -> Float[Array, " B"]:
+        def sine(z: Float[Array, "..."], label: Any) -> Float[Array, ""]:
+            here = jnp.ravel(jax.grad(read_loss(loss))(z, label))
+            here = here / jnp.linalg.norm(here)
+
+            def of_size(s: Float[Array, ""]) -> Float[Array, ""]:
+                there = jnp.ravel(jax.grad(read_loss(loss))(s * z, jnp.full_like(label, other)))
+                size = jnp.linalg.norm(there)
+                off = jnp.linalg.norm(there - (there @ here) * here)
+                return jnp.where(size > _GONE, off / jnp.maximum(size, _GONE), 1.0)
+
+            return jnp.min(jax.vmap(of_size)(sizes))
+
+        return jax.vmap(sine)(z, labels)
+
+    return jax.jit(pushed)
 
 
 @keep(16)

@@ -82,7 +82,12 @@ def scalar_roots(
         search(every, np.stack([wanted.given, wanted.given], axis=1)[:, :, None])
     elif wanted.several:
         lines = [np.asarray(_line(segment)(dict(variables), one)[1]) for one in x]
-        search(every, np.stack([[bits(u, z), bits(-u, -z)] for u, z in zip(flat, lines, strict=True)])[:, :, None])
+        search(
+            every,
+            np.stack(
+                [[bits(u, z, wanted.shape), bits(-u, -z, wanted.shape)] for u, z in zip(flat, lines, strict=True)]
+            )[:, :, None],
+        )
     elif not telling:
         search(every, all_classes(every))
     else:  # all victims, so that the program has one shape; what it says of those who are not plain is dropped

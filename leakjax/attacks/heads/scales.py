@@ -42,6 +42,9 @@ by chance where dz has three entries or more that are noise."""
 LEAST = 1e-12
 """||dL/dz|| below which its direction is rounding: a saturated softmax is parallel to nothing."""
 
+_LEVEL = 1e-9
+"""Sine of the angle to dz at two sizes in a row: no root of a curve, the angle does not depend on the size."""
+
 _DOUBLED = tuple(2.0**k for k in range(1, 40))
 """Factors of a gradient too large for any multiple of the head's input: ||t p(t x)|| reaches all small sizes."""
 
@@ -67,12 +70,10 @@ def read_scales(problem: Problem) -> list[Scaling]:
     head = problem.segments[-1]
     if not (head.linear and head.paths) or problem.free:
         return plain
-    several = problem.labels is None and problem.target_kind == "several"
     if bias_path(head, problem.variables) is None:
         known = [problem.factor(v) is not None for v in range(problem.victims)]
         return [plain[v] if known[v] else _of_direction(problem, head, v) for v in range(problem.victims)]
-    read = _of_signs if several else _of_pull
-    return [read(problem, head, v) for v in range(problem.victims)]
+    return plain if problem.several else [_of_pull(problem, head, v) for v in range(problem.victims)]
 
 
 def unscaled(problem: Problem, scalings: list[Scaling]) -> Problem:
@@ -137,29 +138,11 @@ def _of_pull(problem: Problem, head: Segment, victim: int) -> Scaling:
     if unscaled_fits or known is not None or not float(np.min(free)) <= min(FIT, GAIN * float(np.min(plain))):
         if unscaled_fits or problem.labels is not None or float(np.min(plain)) <= FIT:
             return Scaling(known or 1.0)
-        return Scaling(known or 1.0, target=_target(problem, head, z, dz))
+        return Scaling(known or 1.0, target=_target(problem, head, z, dz), unsure=known is None)
     fitting = np.flatnonzero(free <= max(1e-9, 3 * float(np.min(free))))
     fitting = sorted(fitting, key=lambda k: (factors[k] < 0, abs(np.log(abs(factors[k])))))
     others = tuple((told(labels[k])[0], float(factors[k])) for k in fitting[1:])
     return Scaling(float(factors[fitting[0]]), others)
-
-
-def _of_signs(problem: Problem, head: Segment, victim: int) -> Scaling:
-    """Several labels: dL/dz is negative where a label of 1 pushes its output up, and positive where it is 0."""
-    gradient = {p: problem.gradients[p][victim] for p in head.paths}
-    dz, x = read_input(head, problem.variables, gradient, problem.tolerances.solve)
-    flat, z = np.asarray(dz, float).ravel(), head.function(dict(problem.variables), to_device(x))
-    known, tried = problem.factor(victim), np.stack([bits(flat, np.asarray(z)), bits(-flat, np.asarray(z))])
-    pulls = np.asarray(_pulls(head, problem.loss)(dict(problem.variables), z, to_device(tried)), float)
-    sizes = np.maximum(np.sum(pulls**2, axis=1), np.finfo(float).tiny)
-    factors = np.full(2, known) if known is not None else pulls @ flat / sizes
-    off = np.linalg.norm(flat - factors[:, None] * pulls, axis=1)
-    best = int(np.argmin(off))
-    if known is None and np.linalg.norm(flat - pulls[best]) <= problem.tolerances.summed * np.linalg.norm(flat):
-        factors[best] = 1.0
-    fits = off <= FIT * np.linalg.norm(flat)
-    unsure = bool(known is None and factors[best] != 1.0 and np.all(fits))
-    return Scaling(float(factors[best]) or 1.0, target=tried[best], unsure=unsure)
 
 
 def _target(
@@ -170,12 +153,12 @@ def _target(
     outputs, name = int(np.prod(head.output.shape)), str(problem.loss).partition(":")[0]
     if name not in _SOFT or (outputs == 1 and name == "softmax_cross_entropy"):
         return None
-    t = solve_target(head, problem.loss, problem.variables, z, dz, (outputs,), fit=FIT)
+    shares = name == "softmax_cross_entropy"
+    t = solve_target(head, problem.loss, problem.variables, z, dz, (outputs,), fit=FIT, shares=shares)
     if t is None or name in ("squared_error", "l2_loss"):
         return t
     slack = max(1e-6, 1e3 * problem.tolerances.rounding)
-    share = name != "softmax_cross_entropy" or abs(float(np.sum(t)) - 1.0) <= slack
-    return t if share and t.min() >= -slack and t.max() <= 1.0 + slack else None
+    return t if t.min() >= -slack and t.max() <= 1.0 + slack else None
 
 
 _SOFT = ("softmax_cross_entropy", "sigmoid_binary_cross_entropy", "squared_error", "l2_loss")
@@ -197,7 +180,7 @@ def _tried(
     if problem.labels is not None:
         return problem.labels[victim]
     if problem.target_kind == "several":
-        return np.stack([bits(direction, z), bits(-direction, z)])
+        return np.stack([bits(d, z, problem.target_shape) for d in (direction, -direction)])
     return np.asarray(problem.classes)
 
 
@@ -217,6 +200,8 @@ def _fits_unscaled(
 
 def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
     """From the direction of dz alone: without a bias x is known up to a factor t, and p(t x) must be parallel to it.
+
+    Where it is parallel for a range of t (a hinge, before a margin is met) the factor of one of them is taken.
 
     Of two labels and of one output every p is; there the factor is any with which the head has an answer.
     """
@@ -247,6 +232,10 @@ def _of_direction(problem: Problem, head: Segment, victim: int) -> Scaling:
                 return np.where(size > LEAST, away / np.maximum(size, LEAST), 1.0)
 
             sines = away(sign * _SIZES)
+            level = np.flatnonzero(sines <= _LEVEL)
+            if len(level) > 1:  # the loss sees no size here: with any factor there is an answer
+                p = pull(np.full(8, sign * _SIZES[level[len(level) // 2]]))[0]
+                return Scaling(float((flat @ p) / (p @ p)), unsure=True)
             dips = 1 + np.flatnonzero((sines[1:-1] < sines[:-2]) & (sines[1:-1] <= sines[2:]) & (sines[1:-1] < 0.1))
             for k in dips[np.argsort(sines[dips])[:4]]:
                 bounds = np.log(_SIZES[[k - 1, k + 1]])

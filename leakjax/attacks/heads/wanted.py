@@ -13,11 +13,12 @@ _STILL = 1e-12  # of the largest entry of dL/dz: below it an output is where its
 
 class Wanted(NamedTuple):
     """Of gradients of one example each: their targets (V, ...) where they were `given`, else the `classes` that each
-    may be of, or `several` labels, 0 or 1 for every output; nothing where any numbers may be the target."""
+    may be of, or `several` labels, 0 or 1 for every output, of `shape`; nothing where any numbers may be the target."""
 
     given: Shaped[np.ndarray, "V ..."] | None = None
     classes: tuple[int, ...] = ()
     several: bool = False
+    shape: tuple[int, ...] = ()
 
     @property
     def free(self) -> bool:
@@ -30,7 +31,7 @@ class Wanted(NamedTuple):
         given = None if problem.labels is None else problem.labels[:, 0]
         if given is not None and victims is not None:
             given = given[np.asarray(victims)]
-        return cls(given, tuple(problem.classes), problem.target_kind == "several" and not problem.free)
+        return cls(given, tuple(problem.classes), problem.several, problem.target_shape)
 
 
 def told(target: Shaped[np.ndarray, "..."]) -> tuple[int, Shaped[np.ndarray, "..."] | None]:
@@ -39,9 +40,13 @@ def told(target: Shaped[np.ndarray, "..."]) -> tuple[int, Shaped[np.ndarray, "..
     return (int(target), None) if not target.ndim and target.dtype.kind in "iu" else (-1, target)
 
 
-def bits(direction: Shaped[np.ndarray, "..."], z: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, " K"]:
-    """The labels that push every output along `direction`, dL/dz: up for a 1, down for a 0. An output that is not
-    pushed is on its label's side already (a hinge's margin is met), and has the sign of `z`."""
+def bits(
+    direction: Shaped[np.ndarray, "..."], z: Shaped[np.ndarray, "..."], shape: Sequence[int]
+) -> Shaped[np.ndarray, "..."]:
+    """The labels, of `shape`, that push every output along `direction`, dL/dz: up for a 1, down for a 0.
+
+    An output that is not pushed is on its label's side already (a hinge's margin is met), and has the sign of `z`.
+    """
     d, z = np.asarray(direction).ravel(), np.asarray(z).ravel()
     pushed = np.abs(d) > _STILL * np.max(np.abs(d))
-    return np.where(pushed, d < 0, z > 0).astype(np.int64)
+    return np.where(pushed, d < 0, z > 0).astype(np.int64).reshape(shape)
