@@ -55,6 +55,8 @@ def _remedy_of(text: str, kind: str) -> str:
     if stream or kind in _KEYLESS or any(words in text for words in _NO_KEY):
         name = stream[1] if stream else "dropout"
         return f"pass the seed that the client used, rngs={{{name!r}: 0}} (--rngs {name}=0), or call it deterministic"
+    if "carry" in text and "equal types" in text:
+        return 'a loop that begins in float32 stays there: dtype="float32" (--dtype float32) runs it as written'
     if any(words in text for words in _CHANNELS):
         return 'images are (N, H, W, C); a model of (N, C, H, W) goes with layout="NCHW" (--layout NCHW)'
     return ""

@@ -25,6 +25,7 @@ from leakjax.models.reader import Model, run_model
 from leakjax.models.targets import check_classes
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Chain, read_chain
+from leakjax.segments.stacked import unstacked
 from leakjax.segments.tail import behind, without_tail
 from leakjax.segments.tracing.network import read_network
 from leakjax.segments.tracing.widening import Wide, in_one_precision
@@ -115,6 +116,9 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         monitor.tell(remark)
     loss = on_outputs(observation.loss, tuple(logits.shape[1:]))
     model, tail = without_tail(model, observation.input_shape, asked.dtype)
+    split: Callable[..., dict[str, Any]] = dict
+    if observation.defense is None:  # which may have acted on each parameter by itself
+        model, split = unstacked(model, observation.input_shape, asked.dtype)
     loss = loss if tail is None or observation.loss == UNKNOWN else behind(loss, tail)
     chain = _chain(model, observation, asked.dtype, ATTACKS[asked.attack].layerwise)
     network = read_network(model, observation.input_shape, observation.examples, asked.dtype)
@@ -122,6 +126,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     sent, amplified = without_decay(observation.gradients, observation.model.params, observation.weight_decay)
     if observation.reduction == "sum":
         sent = {p: g / observation.examples for p, g in sent.items()}
+    sent = split(sent)
     own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
     assert asked.descent is not None, "checked before"
     problem = Problem(

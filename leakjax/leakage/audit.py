@@ -18,13 +18,15 @@ from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.request import Asked, Measured, Tell
 from leakjax.leakage.structural.index import smallest_withheld
 from leakjax.models.calls import Path
-from leakjax.models.losses import LossSpec
+from leakjax.models.losses import LossSpec, on_outputs
 from leakjax.models.reader import Model, output_shape, read_model
 from leakjax.report.audit.audit import Audit
 from leakjax.report.audit.record import Withheld
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.chain import Segment, read_chain
 from leakjax.segments.geometry import Geometry
+from leakjax.segments.stacked import unstacked
+from leakjax.segments.tail import behind, without_tail
 from leakjax.segments.training_mode import training_remarks
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -86,9 +88,13 @@ def audit(
     with compute_in(dtype.name):
         asked.tell("reading the model")
         check_runs(read, shape)
-        structure = _structure(read, shape, dtype, shapes_only=shapes_only)
-        batch = None if shapes_only else batch_of(structure.model, shape, images, labels, limits, asked.seed, loss)
-        examined = _examine(structure, batch, asked)
+        exact, remarks = in_precision(read, shape, dtype)
+        batch = None if shapes_only else batch_of(exact, shape, images, labels, limits, asked.seed, loss)
+        front, tail = without_tail(exact, shape, dtype)
+        front, _ = unstacked(front, shape, dtype)
+        structure = _structure(front, shape, dtype, remarks, shapes_only=shapes_only)
+        taken = loss if tail is None else behind(on_outputs(loss, output_shape(exact, shape)), tail)
+        examined = _examine(structure, batch, asked._replace(loss=taken))
         bounded = not shapes_only and (dp_sgd is not None or (asked.asked and bool(sigmas)))
         data = _data(images, examined.examples, asked.seed, shapes_only)
         return assemble(structure, examined, asked, name, data, bounded=bounded)
@@ -104,8 +110,7 @@ def _epsilons(dp_sgd: DPSGD | None) -> Sequence[float]:
     return epsilons
 
 
-def _structure(model: Model, shape: tuple[int, ...], dtype: Any, *, shapes_only: bool) -> Structure:
-    read, remarks = in_precision(model, shape, dtype)
+def _structure(read: Model, shape: tuple[int, ...], dtype: Any, remarks: list[str], *, shapes_only: bool) -> Structure:
     segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
     remarks += unreadable
     remarks += () if shapes_only else training_remarks(read, shape, dtype)

@@ -116,7 +116,8 @@ def read_segments(
             if path in owner:
                 raise UnreadableModelError(
                     f"parameter {path!r} is shared by {owner[path]} and {segment.name}: "
-                    "its gradient is a sum over both, and cannot be inverted layer by layer"
+                    "its gradient is a sum over both, and cannot be inverted layer by layer; use attack='match' "
+                    "(--attack match)"
                 )
             owner[path] = segment.name
     if not owner:

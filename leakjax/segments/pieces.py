@@ -101,7 +101,7 @@ def not_invertible(where: str, flaw: str) -> UnreadableModelError:
     """The error for a part of the model that no linear solve and no derivative can invert."""
     return UnreadableModelError(
         f"cannot read {where}: this part of the model is neither affine nor elementwise, and it cannot be inverted by "
-        f"its derivatives ({flaw})"
+        f"its derivatives ({flaw}); attack='match' (--attack match) takes a model as one map"
     )
 
 

@@ -122,17 +122,44 @@ class Flat(NamedTuple):
         return chosen[::-1]
 
 
+_MOST_UNROLLED = 20_000
+"""Equations that the iterations of one loop may come to: a hundred layers of a transformer."""
+
+
 def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set[str] = CALLS) -> Flat:
-    """Trace `function(*arguments)`, of and to any pytrees of arrays (or structs), into equations."""
+    """Trace `function(*arguments)`, of and to any pytrees of arrays (or structs), into equations.
+
+    A `scan` is unrolled where its iterations do not come to more than `_MOST_UNROLLED` equations; a row of an array
+    that rows were stacked to is that row.
+    """
     closed = jax.make_jaxpr(function)(*arguments)
     structs: dict[int, jax.ShapeDtypeStruct] = {}
     counter = itertools.count()
     equations: list[Equation] = []
+    stacks: dict[int, tuple[int | Constant, ...]] = {}
 
     def new_id(var: Any) -> int:
         i = next(counter)
         structs[i] = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
         return i
+
+    def run(function: Callable[..., Any], operands: Sequence[int | Constant]) -> int | Constant:
+        """The value of a function of our own, as equations."""
+        given = [structs[v] if isinstance(v, int) else v.value for v in operands]
+        added = jax.make_jaxpr(function)(*given)
+        return walk(added.jaxpr, added.consts, operands)[0]
+
+    def unroll(eqn: Any, inputs: Sequence[int | Constant]) -> list[int | Constant]:
+        fixed, carried, length = (eqn.params[k] for k in ("num_consts", "num_carry", "length"))
+        body, body_consts = opened(eqn.params["jaxpr"])
+        consts, carry, rows = inputs[:fixed], list(inputs[fixed : fixed + carried]), inputs[fixed + carried :]
+        made: dict[int, list[int | Constant]] = {}
+        for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+            row = [run(lambda a, i=i: jax.lax.index_in_dim(a, i, keepdims=False), [v]) for v in rows]
+            out = walk(body, body_consts, [*consts, *carry, *row])
+            carry, made[i] = out[:carried], out[carried:]
+        stacked = zip(*(made[i] for i in range(length)), strict=True)
+        return [*carry, *(run(as_rows, values) for values in stacked)]
 
     def walk(jaxpr: Any, consts: Sequence[Any], operands: Sequence[int | Constant]) -> list[int | Constant]:
         env: dict[Any, int | Constant] = dict(zip(jaxpr.invars, operands, strict=True))
@@ -148,7 +175,16 @@ def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set
                 body, body_consts = opened(inner)
                 env.update(zip(eqn.outvars, walk(body, body_consts, inputs), strict=True))
                 continue
+            if eqn.primitive.name == "scan" and _unrolls(eqn):
+                env.update(zip(eqn.outvars, unroll(eqn, inputs), strict=True))
+                continue
+            row = _row_of(eqn, inputs, structs)
+            if row is not None and isinstance(inputs[0], int) and inputs[0] in stacks:
+                env[eqn.outvars[0]] = stacks[inputs[0]][row]
+                continue
             outputs = tuple(new_id(v) for v in eqn.outvars)
+            if eqn.primitive.name == "concatenate" and eqn.params["dimension"] == 0 and _single_rows(eqn):
+                stacks[outputs[0]] = inputs
             env.update(zip(eqn.outvars, outputs, strict=True))
             custom = _alone(jaxpr, eqn) if eqn.primitive.name in CUSTOM_DERIVATIVES else None
             equations.append(
@@ -166,6 +202,35 @@ def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set
     ids = [new_id(v) for v in closed.jaxpr.invars]
     outputs = walk(closed.jaxpr, closed.consts, ids)
     return Flat(tuple(equations), tuple(ids), tuple(outputs), structs)
+
+
+def _unrolls(eqn: Any) -> bool:
+    body = opened(eqn.params["jaxpr"])[0]
+    return eqn.params["length"] * max(1, len(all_equations(body))) <= _MOST_UNROLLED
+
+
+def _single_rows(eqn: Any) -> bool:
+    return all(v.aval.shape[0] == 1 for v in eqn.invars)
+
+
+def _row_of(eqn: Any, inputs: Sequence[int | Constant], structs: Mapping[int, jax.ShapeDtypeStruct]) -> int | None:
+    """Which row along the first axis an equation takes of its operand, None where it does anything else."""
+    if eqn.primitive.name != "slice" or not isinstance(inputs[0], int):
+        return None
+    return row_taken(eqn.params, structs[inputs[0]].shape)
+
+
+def as_rows(*each: Any) -> Any:
+    """Arrays of one shape as the rows of one: what `flatten` takes apart again."""
+    return jax.lax.concatenate([jnp.expand_dims(a, 0) for a in each], 0)
+
+
+def row_taken(params: Mapping[str, Any], shape: Sequence[int]) -> int | None:
+    """Which row along the first axis a `slice` of an array of `shape` takes; None where it is not one whole row."""
+    start, limit = tuple(params["start_indices"]), tuple(params["limit_indices"])
+    whole = start[1:] == (0,) * (len(shape) - 1) and limit[1:] == tuple(shape[1:])
+    whole = whole and all(step == 1 for step in params["strides"] or ())
+    return start[0] if whole and limit[0] == start[0] + 1 else None
 
 
 def as_function(jaxpr: Any) -> Callable[..., Sequence[Any]]:

@@ -32,8 +32,15 @@ class Wide(NamedTuple):
 
 def in_one_precision(model: Model, input_shape: Sequence[int], dtype: Any) -> Wide:
     """The model in `dtype`, its own roundings (half precision, a softmax in float32) taken out where that can be."""
-    cast = model.astype(dtype)
-    found = Wide(cast, jnp.dtype(read_network(cast, input_shape, 1, dtype).precision))
+    cast, own = model.astype(dtype), jnp.result_type(*(a.dtype for a in model.params.values()))
+    try:
+        found = Wide(cast, jnp.dtype(read_network(cast, input_shape, 1, dtype).precision))
+    except InputError:  # a recurrent net whose state begins in a dtype of its own
+        if own == jnp.dtype(dtype):
+            raise
+        exact = widened(model, dtype, own)
+        run_model(exact, jax.ShapeDtypeStruct((1, *input_shape), dtype))
+        return Wide(exact, own)
     if not found.rounds:
         return found
     exact = widened(model, dtype)
@@ -44,25 +51,31 @@ def in_one_precision(model: Model, input_shape: Sequence[int], dtype: Any) -> Wi
     return found._replace(model=exact)
 
 
-def widened(model: Model, dtype: Any) -> Model:
+def widened(model: Model, dtype: Any, traced: Any = None) -> Model:
     """The model of which every floating number is computed in `dtype`, also where its code asks for another.
 
-    Running it raises `ValueError` where it has loops or branches.
+    `traced`: the dtype in which its code is traced, where it does not run in the wide one. Running it raises
+    `ValueError` where it has branches, or loops too long to be unrolled.
     """
-    return dataclasses.replace(model.astype(dtype), apply=_apply(model.apply, str(jnp.dtype(dtype))))
+    return dataclasses.replace(model.astype(dtype), apply=_apply(model.apply, str(jnp.dtype(dtype)), traced))
 
 
 @keep(16)
-def _apply(apply: Any, dtype: str) -> Any:
+def _apply(apply: Any, dtype: str, traced: Any) -> Any:
     def run(variables: Arrays, x: Any) -> Any:
         paths = list(variables)
-        arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in variables.values()]
+        arrays = [_struct(a, traced) for a in variables.values()]
 
         def function(leaves: Any, x: Any) -> Any:
             return apply(dict(zip(paths, leaves, strict=True)), x)
 
-        graph = jaxprs.trace(function, arrays, jax.ShapeDtypeStruct(x.shape, x.dtype), CALLS | CUSTOM_DERIVATIVES)
+        graph = jaxprs.trace(function, arrays, _struct(x, traced), CALLS | CUSTOM_DERIVATIVES)
         env = {**{i: variables[p] for i, p in zip(graph.variables, paths, strict=True)}, graph.input: x}
         return jaxprs.evaluate_in(jnp.dtype(dtype), graph.needed(graph.output, list(env)), env, graph.output)
 
     return run
+
+
+def _struct(a: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(a.shape, dtype if floating else a.dtype)
