@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from leakjax.report.audit.record import AuditRecord, NoisePoint
+from leakjax.report.names import shortened
 
 
 def print_audit(console: Console, audit: AuditRecord) -> None:
@@ -16,9 +17,9 @@ def print_audit(console: Console, audit: AuditRecord) -> None:
     table = Table("layer", title="layers", title_justify="left")
     for column in ("unknowns", "rank", "by shapes", "condition", "dead", "weight", "pull-back"):
         table.add_column(column, justify="right")
-    for layer in audit.layers:
+    for name, layer in zip(shortened([layer.name for layer in audit.layers]), audit.layers, strict=True):
         table.add_row(
-            layer.name,
+            name,
             f"{layer.unknowns:,}",
             "-" if layer.rank is None else f"{layer.rank:,}",
             ("" if layer.rank == layer.structural_rank else "<= ") + f"{layer.structural_rank:,}",

@@ -7,6 +7,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from leakjax.report.names import shortened
+
 
 def print_report(console: Console, report: Mapping[str, Any]) -> None:
     """One row a victim, then the layers of the first one."""
@@ -43,9 +45,10 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
     )
     for name in ("layer", "unknowns", "rank", "missing", "condition", "residual", "solver", "status"):
         layers.add_column(name, justify="left" if name in ("layer", "solver", "status") else "right")
-    for info in report["examples"][0]["layers"]:
+    infos = report["examples"][0]["layers"]
+    for name, info in zip(shortened([info["name"] for info in infos]), infos, strict=True):
         layers.add_row(
-            info["name"],
+            name,
             str(info["unknowns"]),
             _number(info["rank"], "d"),
             _number(None if info["rank_deficiency"] is None else -info["rank_deficiency"], "d"),
