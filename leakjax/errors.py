@@ -50,7 +50,11 @@ def _remedy_of(text: str, kind: str) -> str:
         name = missing[1]
         if name in ("key", "rng", "rngs"):
             return "pass a seed, rngs=0 (--rngs 0)"
+        if name.endswith(("_key", "_rng")):
+            return f"pass its key by call, as call={{{name!r}: jax.random.key(0)}} (--call {name}=key:0)"
         return f"pass it by call, as call={{{name!r}: False}} (--call {name}=False)"
+    if "takes 1 positional argument but 2" in text:
+        return "it takes its input by name: pass a function (params, x) -> outputs that calls it, with its params"
     stream = _STREAM.search(text)
     if stream or kind in _KEYLESS or any(words in text for words in _NO_KEY):
         name = stream[1] if stream else "dropout"

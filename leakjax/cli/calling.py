@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from leakjax.cli.options import ModelOptions
 from leakjax.errors import InputError
 
@@ -31,7 +33,9 @@ def _named(option: str, text: str, alone: str | None) -> list[tuple[str, str]]:
 
 
 def _value(text: str, kinds: Sequence[type] = (int, float)) -> Any:
-    """A value as typed: true, false, none, a number, or the text itself."""
+    """A value as typed: true, false, none, a number, "key:SEED" for a random key, or the text itself."""
+    if text.startswith("key:") and float in kinds:
+        return jax.random.key(_whole("--call", text.removeprefix("key:")))
     words = {"true": True, "false": False, "none": None} if float in kinds else {}
     if text.lower() in words:
         return words[text.lower()]

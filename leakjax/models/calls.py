@@ -41,8 +41,20 @@ class Call(NamedTuple):
         maps = self.layout == "NCHW" and getattr(found, "ndim", 0) == x.ndim > 2
         return jnp.moveaxis(found, 1, -1) if maps else found
 
+    @property
+    def known_keys(self) -> bool:
+        """Whether what a model draws is known: its seeds, or keys among its arguments, were given."""
+        return bool(self.rngs) or any(_is_key(value) for _, value in self.arguments)
+
 
 PLAIN = Call()
+
+
+def _is_key(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return type(value).__name__ == "Rngs"
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and value.shape == (2,))
 
 
 def read_call(

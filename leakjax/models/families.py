@@ -55,13 +55,32 @@ def take_apart(model: Any, params: Any, call: Call) -> Parts:
 
 def _of_nnx(model: nnx.Module, call: Call) -> Parts:
     try:
-        model = _reseeded(model, dict(call.rngs)) if call.rngs else model
+        model = _reseeded(model, dict(call.rngs)) if call.rngs and not _takes(model, "rngs") else model
         graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
     except InputError:
         raise
     except Exception as error:  # a module with attributes that Flax cannot take apart
         raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
-    return Parts((graphdef, call), lambda p, b, x: call.run(nnx.merge(graphdef, p, b), x), weights, rest)
+    streams = _takes(model, "rngs") and call.rngs and "rngs" not in dict(call.arguments)
+
+    def apply(params: Any, buffers: Any, x: Any) -> Any:
+        module = nnx.merge(graphdef, params, buffers)
+        if not streams:
+            return call.run(module, x)
+        return call.run(lambda x, **arguments: module(x, rngs=_streams(call), **arguments), x)
+
+    return Parts((graphdef, call), apply, weights, rest)
+
+
+def _takes(model: nnx.Module, name: str) -> bool:
+    """Whether a module is called with an argument of that name."""
+    return name in inspect.signature(type(model).__call__).parameters
+
+
+def _streams(call: Call) -> nnx.Rngs:
+    """Fresh streams of the seeds, one alone for all."""
+    seeds: dict[str, Any] = dict(call.rngs)
+    return nnx.Rngs(seeds["params"]) if list(seeds) == ["params"] else nnx.Rngs(**seeds)
 
 
 def _reseeded(model: nnx.Module, seeds: dict[str, int]) -> nnx.Module:

@@ -234,9 +234,8 @@ def _number(spec: str, key: str, text: str) -> float:
         number = math.nan
     most = 1.0 if key in _BELOW_ONE else 1e30
     if not (0.0 <= number <= most) or (key == "label_smoothing" and number == 1.0):
-        wanted = "a finite number from 0" + (
-            " below 1" if key == "label_smoothing" else " to 1" if key in _BELOW_ONE else ""
-        )
+        below = " below 1" if key == "label_smoothing" else " to 1"
+        wanted = f"a number from 0{below}" if key in _BELOW_ONE else "a finite number from 0"
         raise InputError(f"loss {spec!r}: {key} must be {wanted}, got {text!r}")
     return number
 

@@ -79,7 +79,7 @@ def read_model(
         return model
     if isinstance(model, tuple) and type(model) is tuple and len(model) == 2 and params is None:
         model, params = model
-    return _from_trees(take_apart(model, params, how), known_keys=bool(how.rngs))
+    return _from_trees(take_apart(model, params, how), known_keys=how.known_keys)
 
 
 def _from_trees(parts: Parts, *, known_keys: bool) -> Model:
