@@ -45,14 +45,17 @@ def cannot_run(shape: Iterable[int], error: BaseException) -> InputError:
 
 def _remedy_of(text: str, kind: str) -> str:
     """What a caller gives to make a model run that is called as it was published; empty where that is not known."""
-    missing = _MISSING.search(text)
+    missing = _MISSING.search(text) or _UNSET.search(text)
     if missing:
         name = missing[1]
         if name in ("key", "rng", "rngs"):
             return "pass a seed, rngs=0 (--rngs 0)"
         if name.endswith(("_key", "_rng")):
             return f"pass its key by call, as call={{{name!r}: jax.random.key(0)}} (--call {name}=key:0)"
-        return f"pass it by call, as call={{{name!r}: False}} (--call {name}=False)"
+        value = _FLAGS.get(name, "...")
+        return f"pass it by call, as call={{{name!r}: {value}}} (--call {name}={value})"
+    if "unbound axis name" in text:
+        return "it averages over devices when it trains: call it in evaluation mode, as call={'train': False}"
     if "takes 1 positional argument but 2" in text:
         return "it takes its input by name: pass a function (params, x) -> outputs that calls it, with its params"
     stream = _STREAM.search(text)
@@ -67,6 +70,17 @@ def _remedy_of(text: str, kind: str) -> str:
 
 
 _MISSING = re.compile(r"missing \d+ required (?:positional|keyword-only) arguments?: '(\w+)'")
+_UNSET = re.compile(r'Parameter "(\w+)" must be passed')
+_FLAGS = {
+    "train": "False",
+    "training": "False",
+    "is_training": "False",
+    "deterministic": "True",
+    "use_running_average": "True",
+    "inference": "True",
+}
+"""Arguments that say whether a model trains, and their values in evaluation mode."""
+
 _STREAM = re.compile(r'needs PRNG for "(\w+)"')
 _KEYLESS = ("InvalidRngError",)
 _NO_KEY = ("requires a key when running in", "must be called with an RNG", "non-None PRNGKey")

@@ -13,6 +13,7 @@ from small_nets import one_layer
 
 import leakjax
 from leakjax import InputError
+from leakjax.errors import cannot_run
 from leakjax.guard import loss_of
 from leakjax.metrics import psnr
 from leakjax.models.calls import read_call
@@ -242,6 +243,56 @@ def test_a_call_of_equal_words_is_one_architecture(trained):
     assert first.apply is second.apply
     assert first.apply is not other.apply
     assert read_call(None, None, None, "NHWC") == read_call({}, {}, None, "NHWC")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (TypeError("f() missing 1 required positional argument: 'train'"), "call={'train': False}"),
+        (TypeError("f() missing 1 required keyword-only argument: 'deterministic'"), "call={'deterministic': True}"),
+        (
+            ValueError('Parameter "use_running_average" must be passed'),
+            "'use_running_average': True",
+        ),
+        (TypeError("f() missing 1 required positional argument: 'time'"), "call={'time': ...}"),
+        (TypeError("f() missing 1 required positional argument: 'z_rng'"), "--call z_rng=key:0"),
+        (TypeError("f() missing 1 required positional argument: 'rngs'"), "rngs=0 (--rngs 0)"),
+        (TypeError("f() takes 1 positional argument but 2 were given"), "a function (params, x) -> outputs"),
+        (NameError("Found an unbound axis name: batch."), "evaluation mode"),
+        (ValueError("something else."), "something else"),
+    ],
+)
+def test_errors_name_the_remedy(error, words):
+    said = str(cannot_run((1, 8, 8, 3), error))
+    assert words in said
+    assert not said.endswith((";", "; "))
+
+
+class Streamed(Dropped):
+    """One that is handed its streams at every call."""
+
+    def __call__(self, x, rngs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.head(self.drop(jnp.tanh(self.conv(x)).reshape(len(x), -1), rngs=rngs))
+
+
+def test_streams_that_a_call_is_handed(images):
+    model = Streamed(nnx.Rngs(0))
+    with pytest.raises(InputError, match=r"rngs=0 \(--rngs 0\)"):
+        leakjax.observe(model, (images, LABELS))
+    assert comes_back(model, images, rngs=3)
+    assert comes_back(model, images, rngs={"dropout": 3})
+
+
+def test_a_key_among_the_arguments_is_known(rng, grey):
+    apply, params = one_layer(rng, 5)
+    model = lambda p, x, key: apply(p, x * jax.random.bernoulli(key, 0.9, x.shape))  # noqa: E731
+    seen = leakjax.read_model((model, params), call={"key": jax.random.key(1)})
+    assert seen.known_keys
+    observation = leakjax.observe((model, params), (grey, LABELS), call={"key": jax.random.key(1)})
+    result = leakjax.invert(observation)
+    assert {c.status for c in result.certificates} <= {"exact", "ambiguous"}  # pixels that the mask hides
+    mask = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.9, (1, 6, 6, 1)))
+    np.testing.assert_allclose(result.images * mask, grey * mask, atol=1e-9)
 
 
 def test_nothing_but_flax_is_imported_for_a_model():
