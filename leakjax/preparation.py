@@ -115,7 +115,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     for remark in remarks:
         monitor.tell(remark)
     loss = on_outputs(observation.loss, tuple(logits.shape[1:]))
-    model, tail = without_tail(model, observation.input_shape, asked.dtype)
+    model, tail = without_tail(model, observation.input_shape, asked.dtype, observation.examples)
     split: Callable[..., dict[str, Any]] = dict
     if observation.defense is None:  # which may have acted on each parameter by itself
         model, split = unstacked(model, observation.input_shape, asked.dtype)

@@ -70,6 +70,7 @@ def test_what_is_missing_is_named_in_the_callers_words(trained, images):
         ({"call": {"train": False}}, r"output='logits' \(1, 5\)"),
         ({"call": {"train": False}, "output": "logit"}, "output 'logit' is not among what the model returns"),
         ({"call": {"train": False}, "output": ("logits", 0)}, "the path is too long"),
+        ({"call": {"train": False}, "output": ("features", "count")}, "'count' is not among"),
         ({"call": {"train": True}, "output": "logits"}, r"rngs=\{'dropout': 0\} \(--rngs dropout=0\)"),
     ):
         with pytest.raises(InputError, match=words) as caught:
@@ -147,6 +148,8 @@ def test_equinox_modules_take_channels_first(images):
         leakjax.observe(module, (images, LABELS), layout="NCHW")
     assert comes_back(eqx.nn.inference_mode(module), images, layout="NCHW")
     assert comes_back(module, images, layout="NCHW", rngs=0)
+    with pytest.raises(InputError, match="takes one key"):
+        leakjax.observe(module, (images, LABELS), layout="NCHW", rngs={"a": 1, "dropout": 2})
     model, state = eqx.nn.make_with_state(Stateful)(jax.random.key(0))
     assert comes_back((eqx.nn.inference_mode(model), state), images, layout="NCHW")
 
@@ -217,6 +220,34 @@ def test_a_softmax_at_the_end_is_part_of_the_loss(tail, bias, rng, grey):
         assert len(result.layers[0]) == 2
 
 
+TAILS = {
+    "one example alone": lambda z: jnp.broadcast_to(z[:1], z.shape),
+    "less their mean": lambda z: z - 0.5 * z.mean(0, keepdims=True),
+    "with another": lambda z: z + 0.5 * jnp.flip(z, 0),
+}
+
+
+@pytest.mark.parametrize("mix", TAILS.values(), ids=TAILS)
+def test_a_tail_that_mixes_its_examples_is_no_part_of_the_loss(mix, rng, grey):
+    apply, params = one_layer(rng, 5)
+    plain = (lambda p, x: mix(apply(p, x))), params
+    model = (lambda p, x: jax.nn.log_softmax(mix(apply(p, x)))), params
+    one, other = (leakjax.audit(m, (6, 6, 1), images=grey, labels=LABELS, noise=()) for m in (plain, model))
+    assert other.leaked_dimensions == one.leaked_dimensions
+    assert (one.leaked_dimensions == 36) == (mix is TAILS["one example alone"])
+    with pytest.raises(InputError):
+        leakjax.invert(leakjax.observe(model, (grey, LABELS), batch_size=2))
+
+
+def test_batches_behind_a_softmax(rng, grey):
+    apply, params = one_layer(rng, 5)
+    model = (lambda p, x: jax.nn.log_softmax(apply(p, x))), params
+    result = leakjax.invert(leakjax.observe(model, (grey, LABELS), batch_size=2))
+    order = np.argsort(result.labels)
+    assert result.labels[order].tolist() == LABELS.tolist()
+    assert min(float(psnr(a, b)) for a, b in zip(result.images[order], grey, strict=True)) > 100
+
+
 def test_bad_calls_are_one_clear_error(rng, grey):
     model = one_layer(rng, 5)
     for how, words in (
@@ -228,6 +259,11 @@ def test_bad_calls_are_one_clear_error(rng, grey):
         ({"output": 1.5}, "output must be an index"),
         ({"output": ()}, "output must be an index"),
         ({"output": 0}, "the path is too long"),
+        ({"output": b"a"}, "output must be an index"),
+        ({"output": ""}, "output must be an index"),
+        ({"rngs": -1}, "rngs must be a seed"),
+        ({"call": {"dtype": np.float32}}, "unexpected keyword argument"),
+        ({"call": {"dtype": jnp.uint32}}, "unexpected keyword argument"),
         ({"layout": "HWC"}, "did you mean 'NHWC'"),
     ):
         with pytest.raises(InputError, match=words) as caught:
@@ -242,6 +278,10 @@ def test_a_call_of_equal_words_is_one_architecture(trained):
     other = leakjax.read_model(trained, call={"train": False}, output=("features", 0))
     assert first.apply is second.apply
     assert first.apply is not other.apply
+    function = lambda p, x, k: p["w"][None] * x * (2.0 if k is True else 1.0)  # noqa: E731
+    true, number = (leakjax.read_model((function, {"w": np.ones(3)}), call={"k": k}) for k in (True, 1))
+    np.testing.assert_array_equal(true.apply(true.params, np.ones((1, 3))), 2 * np.ones((1, 3)))
+    np.testing.assert_array_equal(number.apply(number.params, np.ones((1, 3))), np.ones((1, 3)))
     assert read_call(None, None, None, "NHWC") == read_call({}, {}, None, "NHWC")
 
 
@@ -281,6 +321,8 @@ def test_streams_that_a_call_is_handed(images):
         leakjax.observe(model, (images, LABELS))
     assert comes_back(model, images, rngs=3)
     assert comes_back(model, images, rngs={"dropout": 3})
+    with pytest.raises(InputError, match="by their seeds"):
+        leakjax.observe(model, (images, LABELS), call={"rngs": nnx.Rngs(3)})
 
 
 def test_a_key_among_the_arguments_is_known(rng, grey):

@@ -28,6 +28,8 @@ def _named(option: str, text: str, alone: str | None) -> list[tuple[str, str]]:
         name, value = (name.strip(), value.strip()) if equals else (alone or "", name.strip())
         if not name.isidentifier() or not value:
             raise InputError(f"{option}: expected {'[NAME=]SEED' if alone else 'NAME=VALUE'}, got {part!r}")
+        if name in dict(found):
+            raise InputError(f"{option}: {f'{name} is' if equals else 'a seed for all streams is'} given twice")
         found.append((name, value))
     return found
 
@@ -49,6 +51,9 @@ def _value(text: str, kinds: Sequence[type] = (int, float)) -> Any:
 
 def _whole(option: str, text: str) -> int:
     try:
-        return int(text)
+        seed = int(text)
     except ValueError:
-        raise InputError(f"{option}: expected whole seeds, got {text!r}") from None
+        seed = -1
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{option}: expected whole seeds from 0 below 2**32, got {text!r}")
+    return seed

@@ -90,7 +90,7 @@ def audit(
         check_runs(read, shape)
         exact, remarks = in_precision(read, shape, dtype)
         batch = None if shapes_only else batch_of(exact, shape, images, labels, limits, asked.seed, loss)
-        front, tail = without_tail(exact, shape, dtype)
+        front, tail = without_tail(exact, shape, dtype, 1 if batch is None else len(batch[0]))
         front, _ = unstacked(front, shape, dtype)
         structure = _structure(front, shape, dtype, remarks, shapes_only=shapes_only)
         taken = loss if tail is None else behind(on_outputs(loss, output_shape(exact, shape)), tail)

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from leakjax.arguments import choice, shown, whole
 from leakjax.errors import InputError
@@ -30,6 +31,11 @@ class Call(NamedTuple):
     path: tuple[str | int, ...] = ()
     layout: Layout = "NHWC"
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What another call has to be equal in to be the same: True is not 1 here."""
+        return tuple((name, type(value), value) for name, value in self.arguments), *self[1:]
+
     def keys(self) -> dict[str, Any]:
         """The random keys by stream."""
         return {name: jax.random.key(seed) for name, seed in self.rngs}
@@ -51,10 +57,9 @@ PLAIN = Call()
 
 
 def _is_key(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
-    if dtype is None:
-        return type(value).__name__ == "Rngs"
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == jnp.uint32 and value.shape == (2,))
+    if not isinstance(value, jax.Array | np.ndarray):
+        return False
+    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key)) or (value.dtype == np.uint32 and value.shape == (2,))
 
 
 def read_call(
@@ -67,8 +72,10 @@ def read_call(
     """
     if call is not None and not (isinstance(call, Mapping) and all(isinstance(name, str) for name in call)):
         raise InputError(f'call must be keyword arguments by name, like {{"train": False}}, got {shown(call)}')
-    seeds = rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
-    streams = tuple((_stream(name), _seed(name, seed)) for name, seed in seeds.items())
+    if rngs is None or isinstance(rngs, Mapping):
+        streams = tuple((_stream(name), _seed(f"rngs[{name!r}]", seed)) for name, seed in (rngs or {}).items())
+    else:
+        streams = (("params", _seed("rngs", rngs)),)
     choice("layout", layout, LAYOUTS)
     return Call(tuple((call or {}).items()), streams, () if output is None else _path(output), layout)  # pyright: ignore[reportArgumentType]
 
@@ -80,15 +87,16 @@ def _stream(name: Any) -> str:
 
 
 def _seed(name: str, seed: Any) -> int:
-    return whole(f"rngs[{name!r}]", seed, 0, 2**32 - 1, "a seed, a whole number below 2**32")
+    return whole(name, seed, 0, 2**32 - 1, "a seed, a whole number below 2**32")
 
 
 def _path(output: Any) -> tuple[str | int, ...]:
-    parts = [output] if isinstance(output, str | int) else output
-    good = isinstance(parts, Sequence) and all(isinstance(p, str | int) and not isinstance(p, bool) for p in parts)
+    parts = [output] if isinstance(output, str | int | np.integer) else output
+    good = isinstance(parts, Sequence) and not isinstance(parts, bytes)
+    good = good and all(isinstance(p, str | int | np.integer) and not isinstance(p, bool) and p != "" for p in parts)
     if not good or not parts:
         raise InputError(f'output must be an index, a name, or a path of both, like (0, "logits"), got {shown(output)}')
-    return tuple(parts)
+    return tuple(p if isinstance(p, str) else int(p) for p in parts)
 
 
 def _at(found: Any, path: tuple[str | int, ...]) -> Any:
@@ -96,10 +104,13 @@ def _at(found: Any, path: tuple[str | int, ...]) -> Any:
         if hasattr(found, "dtype"):
             raise InputError(f"output {part!r} of an array of shape {tuple(found.shape)}: the path is too long")
         try:
-            found = found[part] if isinstance(part, int) or isinstance(found, Mapping) else getattr(found, part)
+            inside = found[part] if isinstance(part, int) or isinstance(found, Mapping) else getattr(found, part)
+            if callable(inside):
+                raise AttributeError(part)  # a method of the container
         except Exception:
             where = "".join(f"[{p!r}]" for p in path[:depth])
             raise InputError(f"output {part!r} is not among what the model returns{where}: {listed(found)}") from None
+        found = inside
     return found
 
 

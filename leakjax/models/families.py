@@ -61,6 +61,8 @@ def _of_nnx(model: nnx.Module, call: Call) -> Parts:
         raise
     except Exception as error:  # a module with attributes that Flax cannot take apart
         raise InputError(f"model cannot be taken apart by Flax: {first_line(error)}") from error
+    if isinstance(dict(call.arguments).get("rngs"), nnx.Rngs):
+        raise InputError('call: give the random streams by their seeds, as rngs={"dropout": 0} (--rngs dropout=0)')
     streams = _takes(model, "rngs") and call.rngs and "rngs" not in dict(call.arguments)
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
@@ -69,7 +71,7 @@ def _of_nnx(model: nnx.Module, call: Call) -> Parts:
             return call.run(module, x)
         return call.run(lambda x, **arguments: module(x, rngs=_streams(call), **arguments), x)
 
-    return Parts((graphdef, call), apply, weights, rest)
+    return Parts((graphdef, call.identity), apply, weights, rest)
 
 
 def _takes(model: nnx.Module, name: str) -> bool:
@@ -111,7 +113,7 @@ def _of_linen(module: linen.Module, variables: Any, call: Call) -> Parts:
 
         return call.run(function, x)
 
-    return Parts((module, call), apply, variables["params"], rest)
+    return Parts((module, call.identity), apply, variables["params"], rest)
 
 
 def _is_equinox(model: Any) -> bool:
@@ -126,6 +128,7 @@ def _is_state(params: Any) -> bool:
 
 def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
     """An Equinox module takes one example: it is vmapped, over the axis that Equinox's own batch norm calls "batch"."""
+    _one_seed(call, "an Equinox module")
     equinox = sys.modules["equinox"]
     params, rest = equinox.partition(model, equinox.is_inexact_array)
     buffers, static = equinox.partition(rest, equinox.is_array)
@@ -146,7 +149,13 @@ def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
 
         return call.run(function, x)
 
-    return Parts((structure, tuple(leaves), call), apply, params, (buffers, state))
+    architecture = structure, tuple((type(leaf), leaf) for leaf in leaves), call.identity
+    return Parts(architecture, apply, params, (buffers, state))
+
+
+def _one_seed(call: Call, kind: str) -> None:
+    if len(call.rngs) > 1:
+        raise InputError(f"rngs: {kind} takes one key; give one seed, as rngs=0 (--rngs 0)")
 
 
 def _is_transform(model: Any) -> bool:
@@ -155,6 +164,7 @@ def _is_transform(model: Any) -> bool:
 
 
 def _of_haiku(transform: Any, params: Any, call: Call) -> Parts:
+    _one_seed(call, "a Haiku transform")
     stateful = type(transform).__name__ == "TransformedWithState"
     if params is None or (stateful and not (isinstance(params, tuple) and len(params) == 2)):
         wanted = "(transform, (params, state))" if stateful else "(transform, params)"
@@ -170,10 +180,12 @@ def _of_haiku(transform: Any, params: Any, call: Call) -> Parts:
 
         return call.run(function, x)
 
-    return Parts((transform, call), apply, weights, {} if state is None else state)
+    return Parts((transform, call.identity), apply, weights, {} if state is None else state)
 
 
 def _of_function(function: Callable[..., Any], params: Any, call: Call) -> Parts:
     if call.rngs:
         raise InputError('rngs goes with modules; give a function its key by call, as call={"key": jax.random.key(0)}')
-    return Parts((function, call), lambda p, b, x: call.run(lambda x, **more: function(p, x, **more), x), params, {})
+    return Parts(
+        (function, call.identity), lambda p, b, x: call.run(lambda x, **more: function(p, x, **more), x), params, {}
+    )

@@ -5,15 +5,19 @@
 is a loss of z like any other, and dL/dz is read off the last layer's bias whatever it is.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.errors import InputError
 from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Arrays, Model
+from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.pieces import cut_pieces, is_mixing
 from leakjax.segments.tracing import jaxprs
@@ -21,17 +25,18 @@ from leakjax.segments.tracing import jaxprs
 Tail = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
 
-def without_tail(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[Model, Tail | None]:
+def without_tail(model: Model, input_shape: Sequence[int], dtype: Any, examples: int) -> tuple[Model, Tail | None]:
     """(the model up to its last layer with parameters, z of one example -> the outputs).
 
-    The model as it is, and None, where nothing but an elementwise function follows that layer.
+    The model as it is, and None, where nothing but an elementwise function follows that layer, and where what follows
+    does not do the same with each of the `examples` of a batch.
     """
     structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
-    parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(dtype))
+    parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(jnp.dtype(dtype)), examples)
     if parts is None:
         return model, None
     apply, tail = parts
-    return Model(apply, model.params, model.buffers, model.known_keys), tail
+    return dataclasses.replace(model, apply=apply), tail
 
 
 @keep(64)
@@ -51,6 +56,7 @@ def _cut(
     params: tuple[str, ...],
     input_shape: tuple[int, ...],
     dtype: str,
+    examples: int,
 ) -> tuple[Callable[..., Any], Tail] | None:
     x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
     arrays = {path: jax.ShapeDtypeStruct(shape, kind) for path, shape, kind in structs}
@@ -70,7 +76,34 @@ def _cut(
     def tail(z: Float[Array, "..."]) -> Float[Array, "..."]:
         return jaxprs.evaluate(graph.needed(graph.output, [ends]), {ends: z[None]}, graph.output, {})[0]
 
-    return front, tail
+    return (front, tail) if _is_of_one(apply, arrays, x, params, tail, examples) else None
+
+
+def _is_of_one(
+    apply: Callable[..., Any],
+    arrays: Mapping[str, Any],
+    x: jax.ShapeDtypeStruct,
+    params: Sequence[str],
+    tail: Tail,
+    examples: int,
+) -> bool:
+    """Whether the outputs of a batch are those of `tail` at each example's z, seen at random z."""
+    batch = jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype)
+    try:
+        graph, end = _ends(apply, arrays, batch, params)
+    except InputError:
+        return False
+    if end is None:
+        return False
+    z = to_device(np.random.default_rng(0).normal(size=graph.structs[end].shape), x.dtype)
+    if graph.structs[end].shape[:1] != (examples,):
+        return False
+    together = jaxprs.evaluate(graph.needed(graph.output, [end]), {end: z}, graph.output, {})
+    each = jnp.stack([tail(one) for one in z])
+    if together.shape != each.shape:
+        return False
+    off, eps = float(jnp.linalg.norm(together - each)), float(jnp.finfo(x.dtype).eps)
+    return off <= 1e3 * eps * float(jnp.linalg.norm(each))
 
 
 def _ends(

@@ -205,8 +205,14 @@ def flatten(function: Callable[..., Any], arguments: Sequence[Any], inlined: Set
 
 
 def _unrolls(eqn: Any) -> bool:
-    body = opened(eqn.params["jaxpr"])[0]
-    return eqn.params["length"] * max(1, len(all_equations(body))) <= _MOST_UNROLLED
+    return _unrolled_size(eqn) <= _MOST_UNROLLED
+
+
+def _unrolled_size(eqn: Any) -> int:
+    """Equations that one comes to when every loop in it is unrolled."""
+    body = body_of(eqn.params)
+    inside = 1 if body is None else sum(map(_unrolled_size, opened(body)[0].eqns))
+    return max(1, inside) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
 
 
 def _single_rows(eqn: Any) -> bool:
