@@ -125,7 +125,14 @@ def run(folder, cache, monkeypatch):
 
 
 MOST_MAPS = 30_000  # a process may have 65,530 on Linux; programs take most of them, and XLA crashes without one
+FULL_MAPS = 45_000  # at which the tests of one module that are left may need more than there are
 MOST_MEMORY = 3 * 2**30  # bytes of a worker, of which a small machine runs two
+
+
+def _maps():
+    """How many pieces of memory this process has mapped; 0 where it cannot be told."""
+    maps = pathlib.Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def _crowded():
@@ -134,7 +141,15 @@ def _crowded():
     if not status.exists():
         return True
     resident = int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resident > MOST_MEMORY or pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") > MOST_MAPS
+    return resident > MOST_MEMORY or _maps() > MOST_MAPS
+
+
+def _give_back():
+    from leakjax.runtime.programs import clear_caches
+
+    clear_caches()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,8 +158,12 @@ def _room_for_programs():
     on to would have them compiled anew for each."""
     yield
     if _crowded():
-        from leakjax.runtime.programs import clear_caches
+        _give_back()
 
-        clear_caches()
-        jax.clear_caches()
-        gc.collect()
+
+@pytest.fixture(autouse=True)
+def _room_within_a_module():
+    """They are given back within a module where it has nearly all that a process may map."""
+    yield
+    if _maps() > FULL_MAPS:
+        _give_back()

@@ -478,12 +478,19 @@ def test_random_numbers_inside_a_custom_derivative_are_refused(rng):
     refused((apply, params_of(rng, w=(4, 2))), (2, 2, 1), "custom_jvp_call", "here: noisy", "random")
 
 
-def test_a_scan_is_refused(rng):
+def test_a_loop_too_long_to_be_unrolled_is_refused(rng):
     def apply(p, x):
-        x = jax.lax.scan(lambda a, w: (jnp.tanh(a @ w), None), x.reshape(1, -1), p["w"])[0]  # here: scan
-        return x
+        return jax.lax.scan(lambda a, _: (jnp.tanh(a @ p["w"]), None), x.reshape(1, -1), length=20_001)[0]  # here: scan
 
-    refused((apply, params_of(rng, w=(3, 4, 4))), (2, 2, 1), "scan", "here: scan")
+    refused((apply, params_of(rng, w=(4, 4))), (2, 2, 1), "scan", "here: scan")
+
+
+def test_iterations_that_share_their_weights_are_refused(rng):
+    def apply(p, x):
+        return jax.lax.scan(lambda a, _: (jnp.tanh(a @ p["w"]), None), x.reshape(1, -1), length=3)[0]
+
+    with pytest.raises(UnreadableModelError, match="'w' is shared by w and w"):
+        read((apply, params_of(rng, w=(4, 4))), (2, 2, 1))
 
 
 def test_a_branch_on_the_data_is_refused(rng):
