@@ -17,6 +17,7 @@ from leakjax.errors import cannot_run
 from leakjax.guard import loss_of
 from leakjax.metrics import psnr
 from leakjax.models.calls import read_call
+from leakjax.segments.tail import without_tail
 
 SHAPE = (8, 8, 3)
 LABELS = np.array([1, 3])
@@ -237,6 +238,12 @@ def test_a_tail_that_mixes_its_examples_is_no_part_of_the_loss(mix, rng, grey):
     assert (one.leaked_dimensions == 36) == (mix is TAILS["one example alone"])
     with pytest.raises(InputError):
         leakjax.invert(leakjax.observe(model, (grey, LABELS), batch_size=2))
+
+
+def test_a_tail_need_not_be_defined_everywhere(rng):
+    apply, params = one_layer(rng, 5)
+    model = (lambda p, x: (lambda z: z - jnp.log(z - 100).sum(-1, keepdims=True))(apply(p, x))), params
+    assert without_tail(leakjax.read_model(model), (6, 6, 1), "float64", 1)[1] is not None
 
 
 def test_batches_behind_a_softmax(rng, grey):

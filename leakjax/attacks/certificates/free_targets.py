@@ -19,10 +19,8 @@ from leakjax.attacks.certificates.multiples import MULTIPLES
 from leakjax.attacks.certificates.own_scale import at_scale, is_its_own_multiple, largest_factor, misfit, residual_at
 from leakjax.attacks.certificates.several_labels import of_several, with_bits, with_sure_bits
 from leakjax.attacks.heads.single import bias_path
-from leakjax.attacks.heads.targets import solve_target
+from leakjax.attacks.heads.targets import pull_at, solve_target
 from leakjax.attacks.problem import Outcome, Problem
-from leakjax.constraints.layer import loss_pull
-from leakjax.constraints.pull_back import push_forward
 from leakjax.models.losses import UNKNOWN
 from leakjax.models.reader import Arrays
 from leakjax.reconstruction import Candidate
@@ -143,8 +141,7 @@ def _target_of(asked: Problem, freed: Problem, victim: int, candidate: Candidate
     if asked.target_kind == "input" or asked.factor(victim) is None:
         return None
     head, variables = freed.segments[-1], dict(freed.variables)
-    z = push_forward(freed.segments, variables, to_device(candidate.image[None], freed.dtype))[1][-1]
-    dz = loss_pull(head, variables, UNKNOWN, z, to_device(candidate.target[None], freed.dtype))
+    z, dz = pull_at(freed, candidate.image, candidate.target)
     shares = asked.target_kind == "probabilities"
     return solve_target(head, asked.loss, variables, z, dz, asked.target_shape, shares=shares)
 

@@ -4,13 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from leakjax.attacks.heads.targets import solve_labels
+from leakjax.attacks.heads.targets import pull_at, solve_labels
 from leakjax.attacks.problem import Outcome, Problem
-from leakjax.constraints.layer import loss_pull
-from leakjax.constraints.pull_back import push_forward
-from leakjax.models.losses import UNKNOWN
 from leakjax.reconstruction import Candidate
-from leakjax.runtime.arrays import to_device
 
 
 def of_several(problem: Problem) -> bool:
@@ -27,8 +23,7 @@ def with_bits(
     known = asked.factor(victim) is not None
     if first.target is not None and (known or not noisy):
         head, variables = freed.segments[-1], dict(freed.variables)
-        z = push_forward(freed.segments, variables, to_device(first.image[None], freed.dtype))[1][-1]
-        dz = loss_pull(head, variables, UNKNOWN, z, to_device(first.target[None], freed.dtype))
+        z, dz = pull_at(freed, first.image, first.target)
         fit = _NEAR if noisy else max(_CLOSE, 1e3 * freed.tolerances.rounding)
         options = {"scaled": not known, "fit": fit}
         target, factor = solve_labels(head, asked.loss, variables, z, dz, asked.target_shape, **options)
@@ -43,8 +38,7 @@ def with_sure_bits(problem: Problem, outcome: Outcome) -> Outcome:
     for c in outcome.candidates:
         bits = c.target
         if bits is not None and np.all(np.isfinite(c.image)):
-            z = push_forward(problem.segments, variables, to_device(c.image[None], problem.dtype))[1][-1]
-            dz = loss_pull(head, variables, problem.loss, z, to_device(np.asarray(bits)[None]))
+            z, dz = pull_at(problem, c.image, bits)
             bits, _ = solve_labels(head, problem.loss, variables, z, dz, problem.target_shape, scaled=False, fit=_CLOSE)
         kept.append(dataclasses.replace(c, target=bits))
     target = kept[0].target if kept else None

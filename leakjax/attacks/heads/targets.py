@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from leakjax.attacks.heads.single import bias_path, read_input
 from leakjax.attacks.heads.unique import is_affine, is_monotone, solve_bits
 from leakjax.attacks.problem import Problem
 from leakjax.constraints.layer import loss_pull
+from leakjax.constraints.pull_back import push_forward
 from leakjax.errors import InputError
 from leakjax.models.losses import UNKNOWN, LossSpec
 from leakjax.models.reader import Arrays
@@ -58,6 +59,17 @@ def _pull_of(problem: Problem, head: Segment, victim: int) -> Float[np.ndarray, 
     t = solve_target(head, UNKNOWN, problem.variables, z, dz, (problem.outputs,), fit=np.inf)
     assert t is not None
     return t
+
+
+def pull_at(
+    problem: Problem, x: Float[np.ndarray, "*image"], target: Shaped[np.ndarray, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(z, dL/dz) of the last layer for an image x with its target, under the problem's loss."""
+    variables = dict(problem.variables)
+    z = push_forward(problem.segments, variables, to_device(x[None], problem.dtype))[1][-1]
+    tags = np.asarray(target)[None]
+    tags = to_device(tags, problem.dtype if tags.dtype.kind == "f" else None)
+    return z, loss_pull(problem.segments[-1], variables, problem.loss, z, tags)
 
 
 def solve_target(
