@@ -13,6 +13,8 @@ from small_nets import one_layer
 
 import leakjax
 from leakjax import InputError
+from leakjax.cli.calling import calling
+from leakjax.cli.options import ModelOptions
 from leakjax.errors import cannot_run
 from leakjax.guard import loss_of
 from leakjax.metrics import psnr
@@ -342,6 +344,17 @@ def test_a_key_among_the_arguments_is_known(rng, grey):
     assert {c.status for c in result.certificates} <= {"exact", "ambiguous"}  # pixels that the mask hides
     mask = np.asarray(jax.random.bernoulli(jax.random.key(1), 0.9, (1, 6, 6, 1)))
     np.testing.assert_allclose(result.images * mask, grey * mask, atol=1e-9)
+
+
+def test_values_as_typed():
+    typed = "train=No,deep=true,k=2,rate=0.5,mode=same,none=None"
+    options = ModelOptions(call=typed, rngs="dropout=3", output="0.logits")
+    assert calling(options) == {
+        "call": {"train": False, "deep": True, "k": 2, "rate": 0.5, "mode": "same", "none": None},
+        "rngs": {"dropout": 3},
+        "output": [0, "logits"],
+        "layout": "NHWC",
+    }
 
 
 def test_nothing_but_flax_is_imported_for_a_model():

@@ -8,6 +8,8 @@ import jax
 from leakjax.cli.options import ModelOptions
 from leakjax.errors import InputError
 
+_WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None}
+
 
 def calling(options: ModelOptions) -> dict[str, Any]:
     """What `read_model` hears of how a model is called."""
@@ -38,7 +40,7 @@ def _value(text: str, kinds: Sequence[type] = (int, float)) -> Any:
     """A value as typed: true, false, none, a number, "key:SEED" for a random key, or the text itself."""
     if text.startswith("key:") and float in kinds:
         return jax.random.key(_whole("--call", text.removeprefix("key:")))
-    words = {"true": True, "false": False, "none": None} if float in kinds else {}
+    words = _WORDS if float in kinds else {}
     if text.lower() in words:
         return words[text.lower()]
     for kind in kinds:

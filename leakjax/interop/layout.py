@@ -21,8 +21,7 @@ class Layout:
         self.option = option
         x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
         paths = list(model.variables)
-        arrays = [model.variables[path] for path in paths]
-        self.graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+        self.graph = jaxprs.trace_by_path(model.apply, model.variables, x)
         self.live = self.graph.dependents([self.graph.input])
         self.ids = dict(zip(paths, self.graph.variables, strict=True))
         self.source = {o: e for e in self.graph.equations for o in e.outputs}

@@ -56,21 +56,20 @@ def spots_of_model(model: Model, loss: LossSpec, x: Any, labels: Any) -> tuple[S
 
 def rounded_front(model: Model, x: np.ndarray, limits: tuple[float, float]) -> Front | None:
     """The part of a model in which it acts on its images entry by entry, before any parameter; None without one."""
-    paths, arrays = list(model.variables), list(model.variables.values())
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    structs = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in model.variables.items()}
     given = jax.ShapeDtypeStruct(x.shape, jnp.float64)
-    graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
+    graph = jaxprs.trace_by_path(model.apply, structs, given)
     end = _last_of_entries(graph, x.size)
     if end is None:
         return None
     before, after = graph.needed(end, [graph.input]), graph.needed(graph.output, [*graph.variables, end])
-    weights = dict(zip(graph.variables, arrays, strict=True))
+    weights = dict(zip(graph.variables, model.variables.values(), strict=True))
     y = np.asarray(jaxprs.evaluate(before, {**weights, graph.input: jnp.asarray(x)}, end, RULES), float)
     shape = graph.structs[end].shape
 
     def logits(variables: Mapping[str, Any], y: Any, smoothing: Any = None) -> Any:
         del smoothing
-        env = {v: variables[path] for v, path in zip(graph.variables, paths, strict=True)}
+        env = {v: variables[path] for v, path in zip(graph.variables, structs, strict=True)}
         return jaxprs.evaluate(after, {**env, end: y.reshape(shape)}, graph.output, RULES)
 
     return Front(y.reshape(x.shape), logits, *_line(x, y.reshape(x.shape), limits))
@@ -150,11 +149,10 @@ def _line(x: np.ndarray, y: np.ndarray, limits: Sequence[float]) -> tuple[float,
 
 def looked_up(model: Model, gradient: Mapping[str, Any], x: Any) -> list[str]:
     """Where integers made of the data pick rows of a parameter: what the rows of its gradient then say."""
-    paths = list(model.variables)
-    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in model.variables.values()]
+    structs = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in model.variables.items()}
     given = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), structs, given)
-    names, live = dict(zip(graph.variables, paths, strict=True)), graph.dependents([graph.input])
+    graph = jaxprs.trace_by_path(model.apply, structs, given)
+    names, live = dict(zip(graph.variables, structs, strict=True)), graph.dependents([graph.input])
     picked = {e.inputs[0] for e in graph.equations if e.name == "gather" and set(e.inputs[1:]) & live}
     found = []
     for path in (names[v] for v in names if v in picked and names[v] in gradient):

@@ -39,6 +39,11 @@ class Model:
         """All arrays of the model by path."""
         return {**self.params, **self.buffers}
 
+    @property
+    def structs(self) -> tuple[tuple[str, tuple[int, ...], Any], ...]:
+        """(path, shape, dtype) of every array: what programs of an architecture depend on."""
+        return tuple((path, tuple(a.shape), a.dtype) for path, a in self.variables.items())
+
     def astype(self, dtype: Any) -> "Model":
         """The same model with every floating array cast to `dtype`."""
         return dataclasses.replace(self, params=_cast(self.params, dtype), buffers=_cast(self.buffers, dtype))

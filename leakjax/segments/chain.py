@@ -81,8 +81,7 @@ def read_chain(
     model: Model, input_shape: Sequence[int], dtype: Any, examples: int = 1, *, checked: bool = True
 ) -> Chain:
     """`read_segments`, once for all models of one architecture (a `parametric` chain serves its own weights alone)."""
-    shapes = tuple((path, tuple(a.shape), str(a.dtype)) for path, a in model.variables.items())
-    key = (model.apply, shapes, tuple(input_shape), str(jnp.dtype(dtype)), examples, checked)
+    key = (model.apply, model.structs, tuple(input_shape), str(jnp.dtype(dtype)), examples, checked)
     known = _CHAINS.get(key)
     if known is not None:
         return known
@@ -103,8 +102,7 @@ def read_segments(
     """
     paths = list(model.variables)
     x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
-    arrays = [model.variables[path] for path in paths]
-    graph = jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+    graph = jaxprs.trace_by_path(model.apply, model.variables, x)
     precision = kinds.dtype_of_least_precision(graph)
     segments = tuple(
         _segment(graph, model, paths, position, group, dtype, checked)

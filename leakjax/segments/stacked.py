@@ -16,8 +16,7 @@ from leakjax.segments.tracing import jaxprs
 def unstacked(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[Model, Callable[[Arrays], dict[str, Any]]]:
     """(the model with a parameter "layers[i]/kernel" for every row of a "layers/kernel" of which it takes row by row,
     what makes gradients (V, *parameter) of its parameters those of the new ones)."""
-    structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
-    counts = _stacked(model.apply, structs, tuple(model.params), tuple(input_shape), str(jnp.dtype(dtype)))
+    counts = _stacked(model.apply, model.structs, tuple(model.params), tuple(input_shape), str(jnp.dtype(dtype)))
     names = tuple((path, tuple(_row_name(path, i) for i in range(count))) for path, count in counts)
     taken = {name for _, rows in names for name in rows}
     if not names or taken & model.variables.keys():
@@ -57,19 +56,19 @@ def _stacked(
     apply: Callable[..., Any], structs: Any, params: tuple[str, ...], input_shape: tuple[int, ...], dtype: str
 ) -> tuple[tuple[str, int], ...]:
     """(path, rows) of the parameters of which nothing but single rows is read, and more than one."""
-    paths = [path for path, _, _ in structs]
-    arrays = [jax.ShapeDtypeStruct(shape, kind) for _, shape, kind in structs]
+    arrays = {path: jax.ShapeDtypeStruct(shape, kind) for path, shape, kind in structs}
     x = jax.ShapeDtypeStruct((1, *input_shape), dtype)
     try:
-        graph = jaxprs.trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+        graph = jaxprs.trace_by_path(apply, arrays, x)
     except InputError:
         return ()
-    ids = dict(zip(graph.variables, paths, strict=True))
+    ids = dict(zip(graph.variables, arrays, strict=True))
     rows: dict[str, list[int | None]] = {path: [] for path in params}
     for e in graph.needed(graph.output, [*graph.variables, graph.input]):
         for v in e.inputs:
             if isinstance(v, int) and ids.get(v) in rows:
                 row = jaxprs.row_taken(e.params, graph.structs[v].shape) if e.name == "slice" else None
                 rows[ids[v]].append(row)
-    shapes = {path: shape for path, shape, _ in structs}
-    return tuple((path, shapes[path][0]) for path, taken in rows.items() if None not in taken and len(set(taken)) > 1)
+    return tuple(
+        (path, arrays[path].shape[0]) for path, taken in rows.items() if None not in taken and len(set(taken)) > 1
+    )

@@ -31,8 +31,7 @@ def without_tail(model: Model, input_shape: Sequence[int], dtype: Any, examples:
     The model as it is, and None, where nothing but an elementwise function follows that layer, and where what follows
     does not do the same with each of the `examples` of a batch.
     """
-    structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
-    parts = _cut(model.apply, structs, tuple(model.params), tuple(input_shape), str(jnp.dtype(dtype)), examples)
+    parts = _cut(model.apply, model.structs, tuple(model.params), tuple(input_shape), str(jnp.dtype(dtype)), examples)
     if parts is None:
         return model, None
     apply, tail = parts
@@ -112,13 +111,9 @@ def _ends(
     apply: Callable[..., Any], arrays: Mapping[str, Any], x: Any, params: Sequence[str]
 ) -> tuple[jaxprs.Graph, int | None]:
     """The graph, and the outputs of its last layer with parameters where a nonlinear map of them alone follows."""
-    paths = list(arrays)
-    graph = jaxprs.trace(
-        lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x),
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays.values()],
-        jax.ShapeDtypeStruct(x.shape, x.dtype),
-    )
-    weights = {v for v, path in zip(graph.variables, paths, strict=True) if path in params}
+    structs = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in arrays.items()}
+    graph = jaxprs.trace_by_path(apply, structs, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    weights = {v for v, path in zip(graph.variables, arrays, strict=True) if path in params}
     live = graph.dependents([graph.input])
     pieces = cut_pieces(graph, live)
     last = max((k for k, (_, _, piece) in enumerate(pieces) if _read(graph, piece) & weights), default=None)

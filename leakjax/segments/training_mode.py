@@ -52,10 +52,9 @@ def _listed(paths: Sequence[str]) -> str:
 
 
 def _trace(model: Model, shape: tuple[int, ...], dtype: Any) -> jaxprs.Graph | None:
-    paths, arrays = list(model.variables), list(model.variables.values())
     x = jax.ShapeDtypeStruct((1, *shape), dtype)
     try:
-        return jaxprs.trace(lambda leaves, x: model.apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+        return jaxprs.trace_by_path(model.apply, model.variables, x)
     except InputError:
         return None
 

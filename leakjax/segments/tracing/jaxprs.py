@@ -104,6 +104,14 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     return graph
 
 
+def trace_by_path(
+    apply: Callable[[Mapping[str, Any], Any], Any], arrays: Mapping[str, Any], x: Any, inlined: Set[str] = CALLS
+) -> Graph:
+    """`trace` of apply(arrays by path, x), as models have it; the graph's `variables` are in the order of `arrays`."""
+    paths = list(arrays)
+    return trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), list(arrays.values()), x, inlined)
+
+
 class Flat(NamedTuple):
     """Any traced function: its `equations`, ids of its `inputs`, its `outputs` (ids or constants), and `structs`."""
 

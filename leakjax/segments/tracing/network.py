@@ -39,16 +39,15 @@ def read_network(model: Model, input_shape: Sequence[int], examples: int, dtype:
 
     One function for all models of one architecture, so that what is compiled for it serves them all.
     """
-    structs = tuple((path, tuple(a.shape), a.dtype) for path, a in model.variables.items())
-    return _read(model.apply, structs, tuple(input_shape), examples, str(jnp.dtype(dtype)))
+    return _read(model.apply, model.structs, tuple(input_shape), examples, str(jnp.dtype(dtype)))
 
 
 @keep(32)
 def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int, dtype: str) -> Network:
     paths = [path for path, _, _ in structs]
-    arrays = [jax.ShapeDtypeStruct(shape, kind) for _, shape, kind in structs]
+    arrays = {path: jax.ShapeDtypeStruct(shape, kind) for path, shape, kind in structs}
     x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
-    graph = jaxprs.trace(lambda leaves, x: apply(dict(zip(paths, leaves, strict=True)), x), arrays, x)
+    graph = jaxprs.trace_by_path(apply, arrays, x)
     equations = graph.needed(graph.output, [*graph.variables, graph.input])
 
     smooth = smoother(graph, graph.input, graph.output)
@@ -59,7 +58,7 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
             return smooth({**env, graph.input: x}, smoothing)
         return jaxprs.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
-    check_differentiable(logits, dict(zip(paths, arrays, strict=True)), x)
+    check_differentiable(logits, arrays, x)
     return Network(logits, kinds.dtype_of_least_precision(graph), kinds.has_choices(graph))
 
 

@@ -64,12 +64,8 @@ def widened(model: Model, dtype: Any, traced: Any = None) -> Model:
 def _apply(apply: Any, dtype: str, traced: Any) -> Any:
     def run(variables: Arrays, x: Any) -> Any:
         paths = list(variables)
-        arrays = [_struct(a, traced) for a in variables.values()]
-
-        def function(leaves: Any, x: Any) -> Any:
-            return apply(dict(zip(paths, leaves, strict=True)), x)
-
-        graph = jaxprs.trace(function, arrays, _struct(x, traced), CALLS | CUSTOM_DERIVATIVES)
+        arrays = {path: _struct(a, traced) for path, a in variables.items()}
+        graph = jaxprs.trace_by_path(apply, arrays, _struct(x, traced), CALLS | CUSTOM_DERIVATIVES)
         env = {**{i: variables[p] for i, p in zip(graph.variables, paths, strict=True)}, graph.input: x}
         return jaxprs.evaluate_in(jnp.dtype(dtype), graph.needed(graph.output, list(env)), env, graph.output)
 
