@@ -24,7 +24,8 @@ from leakjax.models.losses import UNKNOWN, check_loss, on_outputs
 from leakjax.models.reader import Model, run_model
 from leakjax.models.targets import check_classes
 from leakjax.runtime.programs import keep
-from leakjax.segments.chain import Chain, read_chain
+from leakjax.segments.chain import Chain, read_chain, with_statistics
+from leakjax.segments.sent_statistics import read_sent_statistics
 from leakjax.segments.stacked import unstacked
 from leakjax.segments.tail import behind, without_tail
 from leakjax.segments.tracing.network import read_network
@@ -128,6 +129,9 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         sent = {p: g / observation.examples for p, g in sent.items()}
     sent = split(sent)
     own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
+    noisy = observation.defense is not None or asked.gradient_noise is not None
+    statistics = {} if noisy else _statistics(observation, asked.dtype, own)  # noise is told of gradients alone
+    chain = chain if chain is None or not statistics else with_statistics(chain, tuple(statistics))
     assert asked.descent is not None, "checked before"
     problem = Problem(
         chain=chain,
@@ -158,8 +162,15 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         outputs=math.prod(logits.shape[1:]),
         target_kind=observation.target,
         target_shape=tuple(observation.target_shape),
+        statistics=statistics,
     )
     return problem, remarks
+
+
+def _statistics(observation: Observation, dtype: str, rounding: float) -> dict[str, np.ndarray]:
+    """What the clients' new buffers say of the batch."""
+    model, shape, between = observation.model.astype(dtype), observation.input_shape, observation.input_range
+    return read_sent_statistics(model, observation.buffers, shape, between, observation.examples, dtype, rounding)
 
 
 def _check_target(observation: Observation, outputs: tuple[int, ...], floating: Any) -> None:

@@ -10,7 +10,7 @@
 | sign | the gradient | those of another sign than sent | 1 / rms of the prediction |
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def predicted(problem: Problem) -> Gradient:
     """(variables, x, labels, smoothing=None) -> what is sent, but for what is random, masked or rounded."""
     defense = problem.defense
     if defense is None or defense.server.predict is None:
-        return problem.client
+        return with_measured(problem.client, problem.network.measure, tuple(problem.statistics))
     each = example_gradients(problem.network.logits, problem.loss, tuple(problem.gradients))
     return defense.server.predict(problem.client, each, defense.values)
 
@@ -90,7 +90,7 @@ def tell(problem: Problem, victim: int) -> Told:
 
 
 def _sent(problem: Problem, victim: int) -> dict[str, Float[Array, "..."]]:
-    return {p: to_device(g[victim]) for p, g in problem.gradients.items()}
+    return {p: to_device(g[victim]) for p, g in {**problem.gradients, **problem.statistics}.items()}
 
 
 def _weighted(problem: Problem, sent: dict[str, Float[Array, "..."]], sigmas: dict[str, float]) -> Told:
@@ -121,6 +121,19 @@ def _prior(problem: Problem, k: float) -> Float[Array, ""] | None:
     """The weight of amplitudes of the image's own scale, `DEVIATION` of the range each; None without a prior."""
     low, high = problem.input_range
     return None if problem.prior == "none" else to_device(k / (DEVIATION * (high - low)), problem.dtype)
+
+
+@keep(32)
+def with_measured(gradient: Gradient, measure: Any, names: tuple[str, ...]) -> Gradient:
+    """`gradient` and, under `names`, the statistics of the data that were sent beside it."""
+    if not names:
+        return gradient
+
+    def both(variables: Any, x: Any, *given: Any) -> dict[str, Array]:
+        measured = measure(variables, x)
+        return {**gradient(variables, x, *given), **{name: measured[name] for name in names}}
+
+    return both
 
 
 @keep(32)

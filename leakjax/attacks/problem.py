@@ -52,7 +52,8 @@ class Problem:
     `factors`: by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none.
     `outputs`: how many logits the model has. `target_kind`, `target_shape`: of what the loss compares an example's
     outputs with (`models.targets`), unless the labels are given. `shared`: what is computed once for all victims, by
-    name and segment.
+    name and segment. `statistics`: sums over the data, by name (`segments.tracing.statistics`), that the clients' new
+    buffers showed.
     """
 
     chain: Chain | None
@@ -86,6 +87,7 @@ class Problem:
     target_kind: TargetKind = "class"
     target_shape: tuple[int, ...] = ()
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, Float[np.ndarray, "V ..."]] = dataclasses.field(default_factory=dict)
 
     @property
     def classes(self) -> Sequence[int]:
@@ -117,6 +119,7 @@ class Problem:
         return dataclasses.replace(
             self,
             gradients={p: g[victim : victim + 1] for p, g in self.gradients.items()},
+            statistics={name: t[victim : victim + 1] for name, t in self.statistics.items()},
             labels=None if self.labels is None else self.labels[victim : victim + 1],
             targets=self.targets[victim : victim + 1],
             factors=self.factors[victim : victim + 1],

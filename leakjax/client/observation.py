@@ -14,7 +14,7 @@ from leakjax.arguments import array, choice, instance, interval, several, shown,
 from leakjax.client.defenses import CUSTOM, build_defense
 from leakjax.client.factors import check_known, factors_of
 from leakjax.client.silent import SMALLEST, ZERO, largest_entries
-from leakjax.client.update import Protection, check_decay, check_steps, client_program
+from leakjax.client.update import Protection, buffers_program, check_decay, check_steps, client_program
 from leakjax.errors import InputError
 from leakjax.models.calls import Path
 from leakjax.models.differentiable import check_trainable
@@ -55,7 +55,9 @@ class Observation:
       their place;
     - `reduction`: "mean", or "sum" where the loss of a gradient is the sum over its examples;
     - `target`, `target_shape`: what the loss compares an example's outputs with, a kind of `targets.KINDS`, and its
-      shape: () for a class.
+      shape: () for a class;
+    - `buffers`: new running statistics that the clients sent as well, with a leading victim axis; `model` has those
+      that they began with. {} for none.
     """
 
     model: Model
@@ -76,6 +78,7 @@ class Observation:
     reduction: str = "mean"
     target: TargetKind = "class"
     target_shape: tuple[int, ...] = ()
+    buffers: Mapping[str, Shaped[np.ndarray, "V ..."]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_observation(self)
@@ -114,6 +117,8 @@ def observe(
     rngs: Mapping[str, int] | int | None = None,
     output: Path | None = None,
     layout: str = "NHWC",
+    train: bool | None = None,
+    buffers: bool | None = None,
 ) -> Observation:
     """Compute what clients would send: g = d/dtheta (1/B) sum_b loss(model(x_b), y_b), one g every B examples.
 
@@ -139,10 +144,12 @@ def observe(
     - `weight_decay`: lambda of the penalty lambda / 2 ||theta||^2, with one local step only;
     - `input_mean`, `input_std`: in place of `input_range`, C numbers each (or one for all channels): `images` are
       (pixel - mean) / std of pixels in [0, 1];
+    - `train`: whether the client called the model in training mode (batch norm by the batch's own statistics; see
+      `read_model`); None takes the model as it is;
+    - `buffers`: whether the client sends its new running statistics too, as frameworks of federated learning that
+      average whole states do; None where `train` is True and the model leaves any;
     - `reduction`: "mean", "sum" over the examples of a gradient, or N weights w of the client's own, which the server
       is not told: the gradient is then that of (1/B) sum_b w_b loss(model(x_b), y_b).
-
-    A model in training mode (batch norm by the batch's own statistics) is taken as it is; `invert` remarks on it.
 
     Returns the `Observation`; the images are not in it.
     Raises `InputError` for images of a wrong shape or range, labels out of range, a model that cannot run, an unknown
@@ -154,7 +161,8 @@ def observe(
     mean, std = check_normalization(input_mean, input_std)
     if mean is not None and between != (0.0, 1.0):
         raise InputError("input_mean and input_std say what a pixel can be; leave out input_range")
-    read = read_model(model, params, call=call, rngs=rngs, output=output, layout=layout)
+    read = read_model(model, params, call=call, rngs=rngs, output=output, layout=layout, train=train)
+    sends = _check_buffers(read, train, buffers, local_steps)
     images, given, mean, std = _check_batch(batch, between, mean, std, batch_size)
     between = between if mean is None else hull(mean, std)
     steps = check_steps(local_steps, learning_rate)
@@ -171,7 +179,7 @@ def observe(
             a.reshape(-1, batch_size, *a.shape[1:]) for a in (images, labels, *([] if weights is None else [weights]))
         )
         update = client_program(read.apply, taken, tuple(read.params), *steps, protect.per_example)
-        sent = []
+        sent, left = [], []
         for victim, (x, y, *w) in enumerate(zip(*groups, strict=True)):
             inputs, y = to_device(x, floating), y.astype(floating) if y.dtype.kind == "f" else y
             try:
@@ -179,6 +187,8 @@ def observe(
             except Exception:  # where the model is the reason, it is named
                 check_trainable(read.apply, read.params, read.buffers, inputs)
                 raise
+            if sends:
+                left.append(buffers_program(read.step)(read.variables, inputs))
             g = {p: batch_size * a for p, a in g.items()} if summed else g
             g = protect.apply(g, read, inputs, victim)
             sent.append({p: g[p] + decay * theta for p, theta in read.params.items()} if decay else g)
@@ -201,7 +211,21 @@ def observe(
         reduction="sum" if summed else "mean",
         target=targets.kind,
         target_shape=targets.shape,
+        buffers={path: np.stack([np.asarray(new[path]) for new in left]) for path in left[0]} if left else {},
     )
+
+
+def _check_buffers(model: Model, train: Any, buffers: Any, local_steps: Any) -> bool:
+    """Whether new buffers are sent."""
+    for name, value in (("train", train), ("buffers", buffers)):
+        if value not in (None, True, False):
+            raise InputError(f"{name} must be True, False or None, got {shown(value)}")
+    trained = bool(model.buffers) and model.step is not None
+    if buffers and not trained:
+        raise InputError("buffers: the model has none, hence no running statistics that a client could send")
+    if buffers and local_steps != 1:
+        raise InputError("buffers go with one local step: those of several are of weights that nobody sees")
+    return bool(trained and local_steps == 1 and (train if buffers is None else buffers))
 
 
 def _check_reduction(
@@ -268,6 +292,7 @@ def check_observation(observation: Observation) -> None:
             raise InputError(f"gradient of {path!r} has dtype {g.dtype}; floating point expected")
         if not np.all(np.isfinite(g)):
             raise InputError(f"gradient of {path!r} holds NaN or infinite entries; nothing can be inverted from it")
+    _check_sent_buffers(observation)
     norms = largest_entries(gradients)
     if np.any(norms > LARGEST_GRADIENT):
         raise InputError(
@@ -276,6 +301,23 @@ def check_observation(observation: Observation) -> None:
         )
     if np.all(norms < SMALLEST):
         raise InputError(f"gradient of victim 0: {ZERO}")
+
+
+def _check_sent_buffers(observation: Observation) -> None:
+    """Refuse new buffers that do not fit the model's own, or are not finite."""
+    instance(
+        "observation.buffers", observation.buffers, Mapping, "arrays (victims, *buffer shape) by path, {} for none"
+    )
+    for path, new in observation.buffers.items():
+        if path not in observation.model.buffers:
+            raise InputError(f"buffers: {path!r} is no buffer of the model")
+        shape = (observation.victims, *observation.model.buffers[path].shape)
+        if tuple(np.shape(new)) != shape:
+            raise InputError(f"buffers: {path!r} has shape {np.shape(new)}; {shape} expected, victims first")
+        if np.asarray(new).dtype.kind == "f" and not np.all(np.isfinite(new)):
+            raise InputError(f"buffers: {path!r} holds NaN or infinite entries")
+    if observation.buffers and observation.local_steps > 1:
+        raise InputError("buffers go with one local step: those of several are of weights that nobody sees")
 
 
 def _check_normalized(observation: Observation, between: tuple[float, float]) -> None:

@@ -45,6 +45,17 @@ def client_program(
     return jax.jit(client_update(apply, loss, paths, local_steps, rate))
 
 
+@keep(32)
+def buffers_program(step: Any) -> Any:
+    """Compiled: (variables, x) -> the floating buffers that a call of the model leaves, by path."""
+
+    def left(variables: Any, x: Any) -> Any:
+        after = step(variables, x)[1]
+        return {path: a for path, a in after.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+
+    return jax.jit(left)
+
+
 def check_steps(local_steps: Any, learning_rate: Any) -> tuple[int, float | None]:
     """(k, rate) as they are recorded; several steps without a positive rate raise `InputError`."""
     local_steps = whole("local_steps", local_steps, 1, MOST_STEPS)

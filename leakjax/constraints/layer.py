@@ -8,7 +8,7 @@ With z = f(theta, x) and dz = dL/dz known, the input x of a segment obeys (R-GAP
 Both are affine in x, whatever f is made of, and come out of automatic differentiation: no matrix is ever built.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,10 @@ BLOCKS = ("forward", "gradient")
 """The constraints that a segment puts on its input, by the names of their rows."""
 
 _CONSTANT_SHARE = 1e-3  # of a gradient's size: what its part that depends on x counts for at least
+
+_NOTHING = 1e-4
+"""Of the largest gradient's size: a block below it counts less than the others, and rounding in float32, 6e-8, comes to
+no more than 6e-4 of a row."""
 
 Rows = tuple[Float[Array, "..."], Mapping[str, Float[Array, "..."]]]
 
@@ -53,6 +57,8 @@ def segment_rows(
     """(f(theta, x), d/dtheta <dz, f(theta, x)>): what the input x of a segment would show of itself."""
     weights = {path: variables[path] for path in segment.paths}
     z, pull = jax.vjp(lambda w: segment.function({**variables, **w}, x, smoothing), weights)
+    if segment.statistics is not None and not segment.normalizes:  # parameters before a sum act through it
+        pull = jax.vjp(lambda w: segment.whole({**variables, **w}, x, smoothing), weights)[1]
     return z, pull(dz)[0]
 
 
@@ -107,6 +113,14 @@ def layer_system(
     operator = lx.FunctionLinearOperator(linear, jax.eval_shape(lambda: zero))
     vector = (over_forward * forward, {p: over_grads * grads[p] for p in segment.paths})
     return LayerSystem(operator, vector, over_forward * forward_weight)
+
+
+def over_gradients(gradients: Mapping[str, Float[Array, "..."]], paths: Sequence[str]) -> dict[str, Float[Array, ""]]:
+    """1 / rms of every gradient of `paths`; one that is nothing beside the others, as that of a bias before a batch
+    norm, is rounding, and is not blown up."""
+    sizes = {p: _rms([gradients[p]]) for p in paths}
+    least = _NOTHING * jnp.max(jnp.stack([*sizes.values(), jnp.asarray(0.0)]))
+    return {p: _inverse_or_one(jnp.maximum(size, least)) for p, size in sizes.items()}
 
 
 def _rms(arrays: list[Float[Array, "..."]]) -> Float[Array, ""]:

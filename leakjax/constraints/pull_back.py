@@ -15,12 +15,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from leakjax.constraints.layer import Rows, segment_rows
+from leakjax.constraints.layer import Rows, over_gradients, segment_rows
 from leakjax.models.activations import Activation, Preimage
 from leakjax.models.reader import Arrays
 from leakjax.segments.chain import Segment
@@ -70,7 +69,7 @@ def pull_gradients(
     dx = dz
     for k in reversed(range(len(segments))):
         rows.update(segment_rows(segments[k], variables, dz, xs[k], smoothing)[1])
-        dx = jax.vjp(lambda x, k=k: segments[k].function(variables, x, smoothing), xs[k])[1](dz)[0]
+        dx = segments[k].cotangent(variables, xs[k], dz, smoothing)
         if k:
             dz = slopes[k - 1] * dx.reshape(slopes[k - 1].shape)
     return rows, dx
@@ -86,16 +85,22 @@ def pulled_back(
     """The residual on the input of `segments[0]`, from `preimage` and `dz` at the last one's output.
 
     Every block is divided by the rms of its right-hand side; entries of z that are not known get weight 0, and so do
-    all gradient blocks where a slope at z_i, and with it dL/dz, is not known.
+    all gradient blocks where a slope at z_i, and with it dL/dz, is not known. Statistics of the data that are among
+    the `gradients` are rows as well.
     """
     known = jnp.where(preimage.known, 1.0, 0.0).astype(dz.dtype)
     over_z = known / rms(known * preimage.value)
     trusted = jnp.all(preimage.slope_known).astype(dz.dtype)
-    over = {p: trusted / rms(gradients[p]) for s in segments for p in s.paths}
+    over = {p: trusted * a for p, a in over_gradients(gradients, [p for s in segments for p in s.paths]).items()}
+    told = {k: [n for n in s.statistics.names if n in gradients] for k, s in enumerate(segments) if s.statistics}
+    over |= {name: 1.0 / rms(gradients[name]) for names in told.values() for name in names}
 
     def function(u: Float[Array, "..."], smoothing: float | Float[Array, ""] | None) -> Rows:
         xs, zs, slopes = push_forward(segments, variables, u, smoothing)
         rows, _ = pull_gradients(segments, variables, xs, slopes, dz, smoothing)
+        for k, names in told.items():
+            measured = segments[k].statistics.measure(variables, xs[k])  # type: ignore[union-attr]
+            rows |= {name: measured[name] for name in names}
         return over_z * (zs[-1] - preimage.value), {p: over[p] * (g - gradients[p]) for p, g in rows.items()}
 
     target = (over_z * preimage.value, {p: over[p] * gradients[p] for p in over})

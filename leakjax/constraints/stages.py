@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from leakjax.constraints.layer import over_gradients
 from leakjax.models.activations import Preimage
 from leakjax.models.reader import Arrays
 from leakjax.segments.chain import Segment
@@ -87,6 +88,7 @@ def lifted_rows(
     stages = stages_of(segment)
     certain = jnp.stack([jnp.all(r.preimage.slope_known) for r in inside.reached])
     trusted = jnp.cumprod(certain.astype(inside.reached[0].de.dtype))
+    over = over_gradients(gradients, [path for stage in stages for path in stage.paths])
     blocks = list(zip(reversed(stages), inside.reached, trusted, strict=False))
 
     def weight(preimage: Preimage) -> Float[Array, "..."]:
@@ -100,12 +102,12 @@ def lifted_rows(
             weights = {path: variables[path] for path in stage.paths}
             given = every[: len(stages) - j]
             e, pull = jax.vjp(lambda w, stage=stage, given=given: stage.function({**variables, **w}, given), weights)
-            grads = {p: trust * (g - gradients[p]) / rms(gradients[p]) for p, g in pull(de)[0].items()}
+            grads = {p: trust * over[p] * (g - gradients[p]) for p, g in pull(de)[0].items()}
             found.append((weight(preimage) * (e - preimage.value), grads))
         return found
 
     target = [
-        (weight(r.preimage) * r.preimage.value, {p: trust * gradients[p] / rms(gradients[p]) for p in stage.paths})
+        (weight(r.preimage) * r.preimage.value, {p: trust * over[p] * gradients[p] for p in stage.paths})
         for stage, r, trust in blocks
     ]
     return rows, optax.tree.norm(target)

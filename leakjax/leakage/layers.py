@@ -3,7 +3,6 @@
 The audit holds the images, so the systems are built at the truth: what they leave open, no attack determines.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +82,7 @@ def _cotangents(
     """dL/dz of every segment; `dz` is the last one's."""
     found = [dz]
     for i in reversed(range(1, len(segments))):
-        dx = jax.vjp(functools.partial(segments[i].function, variables), xs[i])[1](found[0])[0]
+        dx = segments[i].cotangent(variables, xs[i], found[0])
         found.insert(0, segments[i - 1].activation.slope(variables, zs[i - 1]) * dx.reshape(zs[i - 1].shape))
     return found
 

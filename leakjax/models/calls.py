@@ -1,5 +1,6 @@
 """How a model is called: with which arguments and random keys, which of its outputs counts, in which order of axes."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,18 +24,35 @@ class Call(NamedTuple):
     - `arguments`: keyword arguments beside x;
     - `rngs`: a key for each random stream, by name; () where none was given;
     - `path`: indices, names of fields or keys, outermost first; () where the model returns one array;
-    - `layout`: the order of axes of x, as the model takes it.
+    - `layout`: the order of axes of x, as the model takes it;
+    - `train`: whether in training mode; None for the model as it is.
     """
 
     arguments: tuple[tuple[str, Any], ...] = ()
     rngs: tuple[tuple[str, int], ...] = ()
     path: tuple[str | int, ...] = ()
     layout: Layout = "NHWC"
+    train: bool | None = None
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """What another call has to be equal in to be the same: True is not 1 here."""
         return tuple((name, type(value), value) for name, value in self.arguments), *self[1:]
+
+    def in_mode(self, function: Callable[..., Any]) -> "Call":
+        """The call with the mode as an argument, as far as `function` takes one and none was given.
+
+        Raises `InputError` where a mode was asked for and `function` has no argument for it.
+        """
+        if self.train is None:
+            return self
+        names = inspect.signature(function).parameters
+        asked = {name: self.train != inverted for name, inverted in _MODES.items() if name in names}
+        if not asked:
+            raise InputError(
+                f"train: the model takes no argument {', '.join(_MODES)}; say how it is called (call=..., --call)"
+            )
+        return self._replace(arguments=tuple({**asked, **dict(self.arguments)}.items()))
 
     def keys(self) -> dict[str, Any]:
         """The random keys by stream."""
@@ -42,10 +60,15 @@ class Call(NamedTuple):
 
     def run(self, function: Callable[..., Any], x: Any) -> Any:
         """The output that counts of `function(x, **arguments)`, classes or channels last."""
+        return self.run_with_state(lambda x, **arguments: (function(x, **arguments), None), x)[0]
+
+    def run_with_state(self, function: Callable[..., tuple[Any, Any]], x: Any) -> tuple[Any, Any]:
+        """`run` of a function that returns its state as well, and that state."""
         taken = jnp.moveaxis(x, -1, 1) if self.layout == "NCHW" else x
-        found = _at(function(taken, **dict(self.arguments)), self.path)
+        outputs, state = function(taken, **dict(self.arguments))
+        found = _at(outputs, self.path)
         maps = self.layout == "NCHW" and getattr(found, "ndim", 0) == x.ndim > 2
-        return jnp.moveaxis(found, 1, -1) if maps else found
+        return jnp.moveaxis(found, 1, -1) if maps else found, state
 
     @property
     def known_keys(self) -> bool:
@@ -55,6 +78,9 @@ class Call(NamedTuple):
 
 PLAIN = Call()
 
+_MODES = {"train": False, "training": False, "is_training": False, "deterministic": True, "use_running_average": True}
+"""Names that models give the argument that says their mode; whether it is True in evaluation mode."""
+
 
 def _is_key(value: Any) -> bool:
     if not isinstance(value, jax.Array | np.ndarray):
@@ -63,12 +89,16 @@ def _is_key(value: Any) -> bool:
 
 
 def read_call(
-    call: Mapping[str, Any] | None, rngs: Mapping[str, int] | int | None, output: Path | None, layout: str
+    call: Mapping[str, Any] | None,
+    rngs: Mapping[str, int] | int | None,
+    output: Path | None,
+    layout: str,
+    train: bool | None = None,
 ) -> Call:
-    """The four arguments of `read_model`, checked.
+    """The five arguments of `read_model`, checked.
 
     Raises `InputError` for a `call` that is no mapping by names, `rngs` that are no seeds, an `output` that is no path,
-    or an unknown `layout`.
+    an unknown `layout`, or a `train` that is no truth value.
     """
     if call is not None and not (isinstance(call, Mapping) and all(isinstance(name, str) for name in call)):
         raise InputError(f'call must be keyword arguments by name, like {{"train": False}}, got {shown(call)}')
@@ -77,7 +107,12 @@ def read_call(
     else:
         streams = (("params", _seed("rngs", rngs)),)
     choice("layout", layout, LAYOUTS)
-    return Call(tuple((call or {}).items()), streams, () if output is None else _path(output), layout)  # pyright: ignore[reportArgumentType]
+    if not (train is None or isinstance(train, bool | np.bool_)):
+        raise InputError(f"train must be True, False, or None for the model as it is, got {shown(train)}")
+    given = tuple((call or {}).items())
+    mode = None if train is None else bool(train)
+    path = () if output is None else _path(output)
+    return Call(arguments=given, rngs=streams, path=path, layout=layout, train=mode)  # pyright: ignore[reportArgumentType]
 
 
 def _stream(name: Any) -> str:

@@ -18,11 +18,11 @@ from leakjax.models.calls import Call
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A model taken apart: `apply(params, buffers, x)`, both trees of arrays, and what makes another model the same
-    architecture (it is compared by ==)."""
+    """A model taken apart: `apply(params, buffers, x)` -> (outputs, the buffers after the call), all trees of arrays,
+    and what makes another model the same architecture (it is compared by ==)."""
 
     architecture: Any
-    apply: Callable[[Any, Any, Any], Any]
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]]
     params: Any
     buffers: Any
 
@@ -54,6 +54,9 @@ def take_apart(model: Any, params: Any, call: Call) -> Parts:
 
 
 def _of_nnx(model: nnx.Module, call: Call) -> Parts:
+    if call.train is not None:
+        model = nnx.clone(model)
+        (model.train if call.train else model.eval)()
     try:
         model = _reseeded(model, dict(call.rngs)) if call.rngs and not _takes(model, "rngs") else model
         graphdef, weights, rest = nnx.split(model, nnx.Param, ...)
@@ -67,9 +70,9 @@ def _of_nnx(model: nnx.Module, call: Call) -> Parts:
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
         module = nnx.merge(graphdef, params, buffers)
-        if not streams:
-            return call.run(module, x)
-        return call.run(lambda x, **arguments: module(x, rngs=_streams(call), **arguments), x)
+        streamed = lambda x, **arguments: module(x, rngs=_streams(call), **arguments)  # noqa: E731
+        outputs = call.run(streamed if streams else module, x)
+        return outputs, nnx.split(module, nnx.Param, ...)[2]
 
     return Parts((graphdef, call.identity), apply, weights, rest)
 
@@ -101,17 +104,16 @@ def _reseeded(model: nnx.Module, seeds: dict[str, int]) -> nnx.Module:
 def _of_linen(module: linen.Module, variables: Any, call: Call) -> Parts:
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
-    rest = {k: v for k, v in variables.items() if k != "params"}
+    rest, call = {k: v for k, v in variables.items() if k != "params"}, call.in_mode(type(module).__call__)
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
         def function(x: Any, **arguments: Any) -> Any:
             options = {"rngs": call.keys()} if call.rngs else {}
             if not rest:
-                return module.apply({"params": params}, x, **options, **arguments)
-            found, _ = module.apply({"params": params, **buffers}, x, mutable=list(rest), **options, **arguments)
-            return found
+                return module.apply({"params": params}, x, **options, **arguments), {}
+            return module.apply({"params": params, **buffers}, x, mutable=list(rest), **options, **arguments)
 
-        return call.run(function, x)
+        return call.run_with_state(function, x)
 
     return Parts((module, call.identity), apply, variables["params"], rest)
 
@@ -130,6 +132,7 @@ def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
     """An Equinox module takes one example: it is vmapped, over the axis that Equinox's own batch norm calls "batch"."""
     _one_seed(call, "an Equinox module")
     equinox = sys.modules["equinox"]
+    model = model if call.train is None else equinox.nn.inference_mode(model, not call.train)
     params, rest = equinox.partition(model, equinox.is_inexact_array)
     buffers, static = equinox.partition(rest, equinox.is_array)
     leaves, structure = jax.tree.flatten(static)
@@ -143,11 +146,15 @@ def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
 
             def one(x: Any, key: Any) -> Any:
                 more = {} if key is None else {"key": key}
-                return module(x, **more, **arguments) if state is None else module(x, state, **more, **arguments)[0]
+                if state is None:
+                    return module(x, **more, **arguments), None
+                return module(x, state, **more, **arguments)
 
-            return jax.vmap(one, in_axes=(0, None if keys is None else 0), axis_name="batch")(x, keys)
+            axes = (0, None if keys is None else 0)
+            return jax.vmap(one, in_axes=axes, out_axes=(0, None), axis_name="batch")(x, keys)
 
-        return call.run(function, x)
+        outputs, after = call.run_with_state(function, x)
+        return outputs, (buffers, after)
 
     architecture = structure, tuple((type(leaf), leaf) for leaf in leaves), call.identity
     return Parts(architecture, apply, params, (buffers, state))
@@ -170,15 +177,17 @@ def _of_haiku(transform: Any, params: Any, call: Call) -> Parts:
         wanted = "(transform, (params, state))" if stateful else "(transform, params)"
         raise InputError(f"a Haiku transform needs what its init returned: pass {wanted}")
     weights, state = params if stateful else (params, None)
+    if call.train is not None:
+        raise InputError('train: say how the transform is called (call={"is_training": True}, --call is_training=true)')
     keyed = "rng" in inspect.signature(transform.apply).parameters
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
         def function(x: Any, **arguments: Any) -> Any:
             key = [call.keys()[call.rngs[0][0]] if call.rngs else None] if keyed else []
             found = transform.apply(params, *([buffers] if stateful else []), *key, x, **arguments)
-            return found[0] if stateful else found
+            return found if stateful else (found, {})
 
-        return call.run(function, x)
+        return call.run_with_state(function, x)
 
     return Parts((transform, call.identity), apply, weights, {} if state is None else state)
 
@@ -186,6 +195,9 @@ def _of_haiku(transform: Any, params: Any, call: Call) -> Parts:
 def _of_function(function: Callable[..., Any], params: Any, call: Call) -> Parts:
     if call.rngs:
         raise InputError('rngs goes with modules; give a function its key by call, as call={"key": jax.random.key(0)}')
-    return Parts(
-        (function, call.identity), lambda p, b, x: call.run(lambda x, **more: function(p, x, **more), x), params, {}
-    )
+    call = call.in_mode(function)
+
+    def apply(params: Any, buffers: Any, x: Any) -> Any:
+        return call.run(lambda x, **more: function(params, x, **more), x), {}
+
+    return Parts((function, call.identity), apply, params, {})

@@ -23,12 +23,14 @@ class Model:
 
     Both are flat mappings from a path ("conv1/kernel") to an array. `x` has a leading batch axis. Models of one
     architecture share one `apply`. `known_keys`: whether the random numbers of a call, if it draws any, are known.
+    `step(variables, x)` returns the logits and what the call leaves in the buffers, by path; None without buffers.
     """
 
     apply: Callable[[Arrays, Any], Any]
     params: Arrays
     buffers: Arrays
     known_keys: bool = False
+    step: Callable[[Arrays, Any], tuple[Any, Arrays]] | None = None
 
     def __post_init__(self) -> None:
         if not (callable(self.apply) and isinstance(self.params, Mapping) and isinstance(self.buffers, Mapping)):
@@ -61,6 +63,7 @@ def read_model(
     rngs: Mapping[str, int] | int | None = None,
     output: Path | None = None,
     layout: str = "NHWC",
+    train: bool | None = None,
 ) -> Model:
     """Read a model as published: Flax, Equinox, Haiku, or a plain function.
 
@@ -73,14 +76,19 @@ def read_model(
     - `rngs`: seeds of the random streams, by name ({"dropout": 0}), or one for all: what a model draws is then known,
       and part of what a server sees;
     - `output`: which output counts where the model returns several: an index, a name, or a path of both;
-    - `layout`: "NCHW" for a model that takes channels before rows and columns; images stay (N, H, W, C).
+    - `layout`: "NCHW" for a model that takes channels before rows and columns; images stay (N, H, W, C);
+    - `train`: whether the model runs in training mode: `train()` or `eval()` of an nnx module, `inference_mode` of
+      Equinox, else the argument `train`, `training`, `is_training`, `deterministic` or `use_running_average` of the
+      call; None for the model as it is.
 
     Raises `InputError` where it is none of these.
     """
-    how = read_call(call, rngs, output, layout)
+    how = read_call(call, rngs, output, layout, train)
     if isinstance(model, Model):
         if how != PLAIN:
-            raise InputError("call, rngs, output and layout go with a model as published, not with one read before")
+            raise InputError(
+                "call, rngs, output, layout and train go with a model as published, not with one read before"
+            )
         return model
     if isinstance(model, tuple) and type(model) is tuple and len(model) == 2 and params is None:
         model, params = model
@@ -98,29 +106,44 @@ def _from_trees(parts: Parts, *, known_keys: bool) -> Model:
     clash = flat_params.keys() & flat_buffers.keys()
     if clash:
         raise InputError(f"model has a parameter and a buffer both named {min(clash)!r}; rename one")
-    apply = parts.apply
+    run = parts.apply
 
-    def by_path(variables: Arrays, x: Any) -> Any:
+    def both(variables: Arrays, x: Any) -> tuple[Any, Any]:
         weights = jax.tree.unflatten(params_tree, [variables[path] for path in flat_params])
         rest = jax.tree.unflatten(buffers_tree, [variables[path] for path in flat_buffers])
-        return apply(weights, rest, x)
+        return run(weights, rest, x)
 
-    same = _same_architecture((parts.architecture, params_tree, buffers_tree), by_path)
-    return Model(same, flat_params, flat_buffers, known_keys)
+    def apply(variables: Arrays, x: Any) -> Any:
+        return both(variables, x)[0]
+
+    def step(variables: Arrays, x: Any) -> tuple[Any, Arrays]:
+        logits, state = both(variables, x)
+        after = _leaves(state)
+        return logits, {path: after[path] for path in flat_buffers if path in after}
+
+    same = _same_architecture((parts.architecture, params_tree, buffers_tree), (apply, step))
+    return Model(
+        apply=same[0],
+        params=flat_params,
+        buffers=flat_buffers,
+        known_keys=known_keys,
+        step=same[1] if flat_buffers else None,
+    )
 
 
-_KNOWN: dict[Any, Callable[[Arrays, Any], Any]] = {}
+Functions = tuple[Callable[[Arrays, Any], Any], Callable[[Arrays, Any], tuple[Any, Arrays]]]
+_KNOWN: dict[Any, Functions] = {}
 _KNOWN_LIMIT = 64
 
 
-def _same_architecture(key: Any, apply: Callable[[Arrays, Any], Any]) -> Callable[[Arrays, Any], Any]:
-    """The `apply` read first for an equal architecture, so that what was compiled for it serves all its weights."""
+def _same_architecture(key: Any, functions: Functions) -> Functions:
+    """The functions read first for an equal architecture, so that what was compiled for them serves all its weights."""
     try:
         while len(_KNOWN) >= _KNOWN_LIMIT and key not in _KNOWN:
             _KNOWN.pop(next(iter(_KNOWN)))
-        return _KNOWN.setdefault(key, apply)
+        return _KNOWN.setdefault(key, functions)
     except TypeError:  # not hashable: an architecture of its own
-        return apply
+        return functions
 
 
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -133,6 +156,10 @@ def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     if len(flat) < len(arrays):
         raise InputError("a model's params: two arrays have the same path; give them different names")
     return flat, treedef
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _path(keys: Any) -> str:

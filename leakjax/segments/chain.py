@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.models.activations import Activation, build_activation
 from leakjax.models.reader import Arrays, Model
-from leakjax.runtime.programs import Shelf
+from leakjax.runtime.programs import Shelf, keep
 from leakjax.segments.geometry import Geometry, read_geometry
 from leakjax.segments.pieces import Group, not_invertible, read_groups
 from leakjax.segments.stages import Stage, read_stages
@@ -29,6 +29,7 @@ from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.derivatives import map_flaw
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
+from leakjax.segments.tracing.statistics import Statistics, read_statistics
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +43,8 @@ class Segment:
     - `nonlinearity`: the primitive, and its line, that makes `function` nonlinear in x; None where it is affine;
     - `work`: numbers that evaluating `function` once holds at its peak (patches of a convolution included);
     - `stages`: a nonlinear `function`, lifted; () where that cannot be done;
+    - `statistics`: of the data, on which a nonlinear `function` depends, as train-mode batch norm does; None for none.
+      Where `variables` hold them by name, `function` takes these for them (`cotangent` does not);
     - `geometry`: the sizes of `function`.
     """
 
@@ -55,11 +58,26 @@ class Segment:
     geometry: Geometry
     nonlinearity: str | None = None
     stages: tuple[Stage, ...] = ()
+    statistics: Statistics | None = None
 
     @property
     def linear(self) -> bool:
         """Whether `function` is affine in x for all parameters."""
         return self.nonlinearity is None
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether `function` is affine entry by entry once its statistics are given."""
+        return self.statistics is not None and self.statistics.normalization
+
+    def whole(self, variables: Arrays, x: Any, smoothing: Any = None) -> Float[Array, "..."]:
+        """`function`, its statistics those of x."""
+        names = () if self.statistics is None else self.statistics.names
+        return self.function({path: a for path, a in variables.items() if path not in names}, x, smoothing)
+
+    def cotangent(self, variables: Arrays, x: Any, dz: Any, smoothing: Any = None) -> Float[Array, "..."]:
+        """dL/dx = (df/dx)^T dL/dz, through its statistics as well."""
+        return jax.vjp(lambda x: self.whole(variables, x, smoothing), x)[1](dz)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +141,17 @@ def read_segments(
     return Chain(segments, precision, any(s.activation.parametric for s in segments))
 
 
+@keep(64)
+def with_statistics(chain: Chain, names: tuple[str, ...]) -> Chain:
+    """The chain where the statistics `names` are known: a normalization is affine then."""
+
+    def known(segment: Segment) -> Segment:
+        told = segment.statistics is not None and segment.normalizes and set(segment.statistics.names) <= set(names)
+        return dataclasses.replace(segment, nonlinearity=None) if told else segment
+
+    return dataclasses.replace(chain, segments=tuple(map(known, chain.segments)))
+
+
 def _segment(
     graph: jaxprs.Graph,
     model: Model,
@@ -135,11 +164,20 @@ def _segment(
     names = dict(zip(graph.variables, paths, strict=True))
     start, end = group.map
     evaluate, used = _reader(graph, names, [start], end)
-    smooth = smoother(graph, start, end) if group.nonlinearity else None
+    nonlinear = group.nonlinearity is not None
+    smooth = smoother(graph, start, end) if nonlinear else None
+
+    def plain(given: Sequence[int], end: int) -> Callable[..., Any]:
+        return _reader(graph, names, given, end)[0]
+
+    statistics = None
+    if nonlinear:
+        statistics = read_statistics(graph, plain, start, end, normalization=group.normalization)
 
     def apply(variables: Arrays, x: Any, smoothing: Any = None) -> Any:
         if smoothing is None or smooth is None:
-            return evaluate(variables, [x])
+            told = statistics is not None and all(name in variables for name in statistics.names)
+            return statistics.given(variables, x, variables) if told and statistics else evaluate(variables, [x])
         return smooth({**{v: variables[path] for v, path in names.items() if path in used}, start: x}, smoothing)
 
     def activation(entry: int, exit: int) -> Activation:
@@ -163,7 +201,8 @@ def _segment(
         work=max((kinds.work(e, graph.structs) for e in graph.needed(group.map[1], [group.map[0]])), default=1),
         geometry=read_geometry(graph, start, end, {v for v, path in names.items() if path in model.params}),
         nonlinearity=group.nonlinearity,
-        stages=read_stages(graph, stage, activation, start, end) if group.nonlinearity else (),
+        stages=read_stages(graph, stage, activation, start, end) if nonlinear else (),
+        statistics=statistics,
     )
     if checked and not segment.linear:
         weights = {path: model.variables[path] for path in used}

@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 from leakjax.errors import UnreadableModelError
 from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.derivatives import equation_flaw
+from leakjax.segments.tracing.statistics import acts_by_entry, is_normalization
 
-Kind = Literal["affine", "elementwise", "nonlinear"]
+Kind = Literal["affine", "elementwise", "nonlinear", "normalization"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Group(NamedTuple):
     """Values (in, out) of a map and of the activation after it; in = out where there is none.
 
     `nonlinearity`: the primitive, and its line, that makes the map nonlinear; None where it is affine.
+    `normalization`: whether it is affine entry by entry once the sums inside it are given.
     """
 
     map: tuple[int, int]
     activation: tuple[int, int]
     nonlinearity: str | None
+    normalization: bool = False
 
 
 def read_groups(graph: jaxprs.Graph, *, known_keys: bool = False) -> list[Group]:
@@ -44,7 +47,7 @@ def read_groups(graph: jaxprs.Graph, *, known_keys: bool = False) -> list[Group]
     live = graph.dependents([graph.input])
     if not known_keys:
         _refuse_random(graph, live)
-    return _merge([_classify(graph, live, *piece) for piece in cut_pieces(graph, live)])
+    return _merge(graph, [_classify(graph, live, *piece) for piece in cut_pieces(graph, live)])
 
 
 def cut_pieces(graph: jaxprs.Graph, live: set[int]) -> list[tuple[int, int, list[jaxprs.Equation]]]:
@@ -81,7 +84,8 @@ def _classify(
         if flaw is not None:
             raise not_invertible(f"`{equation.name}` at {equation.location}", flaw)
     culprit = next((e for e in nonlinear if e in odd), nonlinear[0])
-    return _Piece(start, end, "nonlinear", f"`{culprit.name}` at {culprit.location}")
+    kind: Kind = "normalization" if is_normalization(graph, start, end) else "nonlinear"
+    return _Piece(start, end, kind, f"`{culprit.name}` at {culprit.location}")
 
 
 def _mixing(
@@ -125,16 +129,21 @@ def _refuse_random(graph: jaxprs.Graph, live: set[int]) -> None:
         )
 
 
-def _merge(pieces: Sequence[_Piece]) -> list[Group]:
+def _merge(graph: jaxprs.Graph, pieces: Sequence[_Piece]) -> list[Group]:
     groups: list[Group] = []
-    open_affine = False
+    open_affine = open_normalization = False
     for piece in pieces:
+        if open_normalization and piece.kind == "affine" and acts_by_entry(graph, piece.start, piece.end):
+            groups[-1] = groups[-1]._replace(map=(groups[-1].map[0], piece.end), activation=(piece.end, piece.end))
+            continue
+        open_normalization = piece.kind == "normalization"
         if piece.kind == "elementwise":
             last = groups.pop() if groups else Group((piece.start, piece.start), (piece.start, piece.start), None)
             groups.append(last._replace(activation=(last.activation[0], piece.end)))
         elif piece.kind == "affine" and open_affine:
             groups[-1] = Group((groups[-1].map[0], piece.end), (piece.end, piece.end), None)
         else:
-            groups.append(Group((piece.start, piece.end), (piece.end, piece.end), piece.culprit))
+            ends = (piece.start, piece.end), (piece.end, piece.end)
+            groups.append(Group(*ends, piece.culprit, normalization=open_normalization))
         open_affine = piece.kind == "affine"
     return groups

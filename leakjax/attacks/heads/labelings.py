@@ -24,7 +24,7 @@ def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, 
         raise InputError(
             f"the targets of this loss are no classes, and the last layer does not show them; {TARGETS_REMEDY}"
         )
-    sent = {p: problem.gradients[p][victim] for p in problem.gradients}
+    sent = {p: g[victim] for p, g in {**problem.gradients, **problem.statistics}.items()}
     return rank_labels(
         problem.network.logits,
         dummy_gradient(problem),

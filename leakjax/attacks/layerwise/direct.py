@@ -95,7 +95,7 @@ def direct_step(
             lost=jnp.linalg.norm(both[1] - probe) / jnp.linalg.norm(probe),
             estimates=estimates,
         )
-        pulled = jax.vjp(lambda x: segment.function(variables, x), found.x)[1](dz)[0]
+        pulled = segment.cotangent(variables, found.x, dz)
         return found, pulled
 
     return step

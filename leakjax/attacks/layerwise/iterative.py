@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -39,7 +38,7 @@ def lsmr_step(
         solution = solve_side(
             system.operator, system.vector, random, tolerance=tolerance, max_steps=max_steps(segment), rounds=rounds
         )
-        pulled = jax.vjp(lambda x: segment.function(variables, x), solution.x)[1](dz)[0]
+        pulled = segment.cotangent(variables, solution.x, dz)
         return solution, pulled
 
     return step

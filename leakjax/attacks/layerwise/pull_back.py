@@ -183,9 +183,19 @@ def products(
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Given:
-    """What the programs of this module take before u: weights, what is known at the output, and the gradients."""
+    """What the programs of this module take before u: weights, what is known at the output, the gradients, and what
+    statistics of the data were sent."""
     gradient = {p: to_device(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
-    return dict(problem.variables), to_device(known.x), to_device(known.dx), to_device(known.noise), gradient
+    told = [name for s in segments if s.statistics for name in s.statistics.names if name in problem.statistics]
+    statistics = {name: to_device(problem.statistics[name][known.victim]) for name in told}
+    gradient |= statistics
+    return (
+        {**problem.variables, **statistics},
+        to_device(known.x),
+        to_device(known.dx),
+        to_device(known.noise),
+        gradient,
+    )
 
 
 def read_known(

@@ -63,7 +63,7 @@ def swept_together(problem: Problem, segments: Sequence[Segment], size: int) -> 
     found = []
     for segment in reversed(segments):
         rows = np.prod(segment.output.shape) + sum(problem.gradients[p][0].size for p in segment.paths)
-        if not segment.linear or rows < np.prod(segment.input.shape):
+        if not segment.linear or segment.normalizes or rows < np.prod(segment.input.shape):
             break
         found.append(segment)
     return found if len(found) > 1 else []

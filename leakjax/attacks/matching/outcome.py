@@ -118,7 +118,7 @@ def _local_rank(
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or n > DENSE_SIDE or not fits_in_memory(4 * 8 * n**2):
         return None, None, condition
-    rows = sum(g[0].size for g in problem.gradients.values())
+    rows = sum(g[0].size for g in (*problem.gradients.values(), *problem.statistics.values()))
     space = row_space(lambda v: programs.products(*point, to_device(v)), rows, n)
     if space.rank:
         condition = float(np.sqrt(space.values[-1] / space.values[n - space.rank]))

@@ -56,8 +56,9 @@ class Polished(NamedTuple):
 
 
 def told_of(problem: Problem, sigma: float) -> Problem:
-    """The problem as if white noise had been told of, without a prior: what is determined needs none."""
-    return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none")
+    """The problem as if white noise had been told of, without a prior: what is determined needs none. It is in the
+    gradient; statistics are left out."""
+    return dataclasses.replace(problem, defense=build_defense(f"gaussian:{sigma!r}"), prior="none", statistics={})
 
 
 def sent_by(problem: Problem, victim: int) -> dict[str, Float[np.ndarray, "..."]]:

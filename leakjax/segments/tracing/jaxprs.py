@@ -83,17 +83,27 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     Arguments: `variables` is a list of arrays (or structs), `x` an array or struct; `inlined`, primitives that are
     replaced by the jaxpr they carry. Nothing is computed.
     """
+    graph, others = trace_several(function, variables, x, inlined)
+    if others:
+        raise InputError(
+            f"model must return one array of logits, got {len(others) + 1} outputs; return the logits only"
+        )
+    return graph
+
+
+def trace_several(
+    function: Callable[..., Any], variables: Sequence[Any], x: Any, inlined: Set[str] = CALLS
+) -> tuple[Graph, tuple[int | Constant, ...]]:
+    """`trace` of a function that returns logits and further arrays: the graph of the logits, and those others in it."""
     try:
         flat = flatten(lambda v, x: function(v, x), (list(variables), x), inlined)
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # the model's own code
         raise cannot_run(x.shape, error) from error
-    if len(flat.outputs) != 1:
-        raise InputError(
-            f"model must return one array of logits, got {len(flat.outputs)} outputs; return the logits only"
-        )
-    (output,) = flat.outputs
+    if not flat.outputs:
+        raise InputError("model must return one array of logits, got none")
+    output, *others = flat.outputs
     if not isinstance(output, int):
         raise InputError("model's output is a constant: it does not depend on its input")
     graph = Graph(
@@ -101,7 +111,7 @@ def trace(function: Callable[..., Any], variables: Sequence[Any], x: Any, inline
     )
     if graph.output not in graph.dependents([graph.input]):
         raise InputError("model's logits do not depend on its input: no gradient of them says anything of an image")
-    return graph
+    return graph, tuple(others)
 
 
 def trace_by_path(
@@ -264,7 +274,17 @@ def evaluate(
     rules: Mapping[str, Callable[..., Any]],
     replaced: Mapping[int, Callable[[Mapping[int, Any]], Any]] | None = None,
 ) -> Any:
-    """Evaluate `equations` from the values in `env` and return the value `target`.
+    """`evaluate_all`, the value `target` alone."""
+    return evaluate_all(equations, env, rules, replaced)[target]
+
+
+def evaluate_all(
+    equations: Iterable[Equation],
+    env: Mapping[int, Any],
+    rules: Mapping[str, Callable[..., Any]],
+    replaced: Mapping[int, Callable[[Mapping[int, Any]], Any]] | None = None,
+) -> dict[int, Any]:
+    """Evaluate `equations` from the values in `env`: all values.
 
     The outputs in `replaced` are computed by the function given there from all values so far. A primitive whose name
     is in `rules` is evaluated as `rule(*operands, **params)`, its one result; every other
@@ -279,7 +299,7 @@ def evaluate(
         rule = rules.get(equation.name)
         results = [rule(*operands, **equation.params)] if rule else bind(equation, operands)
         values.update(zip(equation.outputs, results, strict=True))
-    return values[target]
+    return values
 
 
 def evaluate_in(dtype: Any, equations: Iterable[Equation], env: Mapping[int, Any], target: int) -> Any:

@@ -15,6 +15,7 @@ from leakjax.runtime.programs import keep
 from leakjax.segments.tracing import jaxprs, kinds
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
+from leakjax.segments.tracing.statistics import reductions
 
 Logits = Callable[..., Float[Array, "B K"]]
 
@@ -24,11 +25,13 @@ class Network:
     """A model at one batch size: `logits`, the least floating precision of its own code, whether it has kinks.
 
     `logits(variables, x, smoothing=None)`; a smoothing s > 0 makes every kink smooth over s times what it acts on.
+    `measure(variables, x)`: the sums over the data that the logits depend on, by name (`statistics.reductions`).
     """
 
     logits: Logits
     precision: Any
     has_kinks: bool
+    measure: Callable[..., dict[str, Array]] = lambda variables, x: {}
 
 
 Gradient = Callable[..., dict[str, Array]]
@@ -58,8 +61,13 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
             return smooth({**env, graph.input: x}, smoothing)
         return jaxprs.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
+    def measure(variables: Arrays, x: Float[Any, "B ..."]) -> dict[str, Array]:
+        env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
+        values = jaxprs.evaluate_all(equations, {**env, graph.input: x}, RULES)
+        return {name: values[v] for v, name in reductions(graph).items()}
+
     check_differentiable(logits, arrays, x)
-    return Network(logits, kinds.dtype_of_least_precision(graph), kinds.has_choices(graph))
+    return Network(logits, kinds.dtype_of_least_precision(graph), kinds.has_choices(graph), measure)
 
 
 @keep(32)
