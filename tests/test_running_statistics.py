@@ -9,6 +9,7 @@ import pytest
 from flax import linen, nnx
 
 import leakjax
+from leakjax.captures.capture import read_capture, write_capture
 from leakjax.models.reader import read_model
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.sent_statistics import read_sent_statistics
@@ -96,6 +97,15 @@ def test_several_clients_have_statistics_of_their_own():
     found = leakjax.invert(leakjax.observe(linen_net(), (IMAGES, LABELS), train=True))
     assert [c.status for c in found.certificates] == ["exact", "exact"]
     assert decibels(found, IMAGES).min() > 200
+
+
+def test_a_capture_keeps_the_new_buffers(tmp_path):
+    observation = leakjax.observe(Net(), (IMAGES[:1], LABELS[:1]), train=True)
+    write_capture(observation, tmp_path / "capture.npz")
+    again = read_capture(tmp_path / "capture.npz", read_model(Net(), train=True))
+    assert again.buffers.keys() == observation.buffers.keys()
+    for path, a in observation.buffers.items():
+        assert np.array_equal(again.buffers[path], a)
 
 
 def test_buffers_that_no_step_leaves_are_refused():

@@ -1,5 +1,6 @@
 """Captures: an observation on disk as npz arrays and a JSON string. No pickles, never an image."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +20,16 @@ from leakjax.models.normalization import check_normalization, hull, spread
 from leakjax.models.reader import Model, output_count
 from leakjax.models.targets import KINDS
 
-_PARTS = ("params", "gradients", "buffers")
+_PARTS = ("params", "gradients", "buffers", "new_buffers")
 
 CUSTOM_LOSS = "custom"
 """What `meta` says of a loss that is a function: whoever reads the capture must have it."""
 
 
 def write_capture(observation: Observation, path: Path) -> None:
-    """Write `params/<path>`, `gradients/<path>`, `buffers/<path>` and `meta` to one npz file.
+    """Write `params/<path>`, `gradients/<path>`, `buffers/<path>`, `new_buffers/<path>` and `meta` to one npz file.
 
-    Several victims stand along a leading axis of the gradients, and `meta` counts them.
+    Several victims stand along a leading axis of the gradients and new buffers, and `meta` counts them.
     """
     instance("observation", observation, Observation, "from observe")
     single = observation.victims == 1
@@ -57,6 +58,7 @@ def write_capture(observation: Observation, path: Path) -> None:
     arrays = {f"params/{p}": np.asarray(a) for p, a in observation.model.params.items()}
     arrays |= {f"buffers/{p}": np.asarray(a) for p, a in plain_buffers(observation.model.buffers).items()}
     arrays |= {f"gradients/{p}": g[0] if single else g for p, g in observation.gradients.items()}
+    arrays |= {f"new_buffers/{p}": a[0] if single else a for p, a in observation.buffers.items()}
     write_npz(path, {"meta": np.asarray(json.dumps(meta)), **arrays})
 
 
@@ -88,19 +90,25 @@ def read_capture(path: str | Path, model: Model, *, loss: LossSpec | None = None
         parts = _by_part(file.read([key for key in file.entries if key != "meta"]))
     check_finite("parameter", parts["params"])
     check_finite("buffer", parts["buffers"])
-    gradients = parts["gradients"] if victims else {p: g[None] for p, g in parts["gradients"].items()}
-    return observation_from(meta, model.with_arrays(parts["params"], {**model.buffers, **parts["buffers"]}), gradients)
+    gradients, new = (
+        parts[part] if victims else {p: a[None] for p, a in parts[part].items()}
+        for part in ("gradients", "new_buffers")
+    )
+    began = model.with_arrays(parts["params"], {**model.buffers, **parts["buffers"]})
+    return dataclasses.replace(observation_from(meta, began, gradients), buffers=new)
 
 
 def _by_part(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By part, by path: what stands under `params/`, `gradients/` and `buffers/`."""
+    """By part, by path: what stands under each of `_PARTS`."""
     parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
     for key, array in arrays.items():
         part, slash, name = key.partition("/")
         if key == "meta":
             continue
         if part not in parts or not slash:
-            raise InputError(f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/ and meta")
+            raise InputError(
+                f"--capture: unexpected array {key!r}; known: params/, gradients/, buffers/, new_buffers/ and meta"
+            )
         parts[part][name] = array
     return parts
 
