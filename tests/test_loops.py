@@ -11,7 +11,7 @@ from leakjax import InputError
 from leakjax.metrics import psnr
 from leakjax.report.names import shortened
 from leakjax.runtime.precision import compute_in
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import evaluation, jaxprs
 
 SHAPE = (4, 4, 3)
 LABELS = np.array([1, 3])
@@ -131,7 +131,7 @@ def test_an_unrolled_loop_is_the_loop(reverse, rng):
     graph = jaxprs.trace(function, [weights], x)
     assert "scan" not in {e.name for e in graph.equations}
     env = {graph.variables[0]: weights, graph.input: x}
-    found = jaxprs.evaluate(graph.needed(graph.output, list(env)), env, graph.output, {})
+    found = evaluation.evaluate(graph.needed(graph.output, list(env)), env, graph.output, {})
     np.testing.assert_allclose(found, function([weights], x), rtol=1e-5)
 
 

@@ -25,6 +25,9 @@ from leakjax.segments.tracing.network import Gradient, example_gradients
 from leakjax.solvers.jacobian import inverse_norms
 
 MARGIN = 1.05  # of the noise's expected size
+NOTHING = 1e-8
+"""Of the norm of what was sent: a block below it, as the gradient of a bias before a batch norm, is rounding (1e-16 in
+float64), which is then 1e-8 of a row at most and hides no match."""
 HINT = 1e-3  # what the prior weighs beside entries that are known exactly, before it is let go
 
 
@@ -56,7 +59,8 @@ def predicted(problem: Problem) -> Gradient:
     """(variables, x, labels, smoothing=None) -> what is sent, but for what is random, masked or rounded."""
     defense = problem.defense
     if defense is None or defense.server.predict is None:
-        return with_measured(problem.client, problem.network.measure, tuple(problem.statistics))
+        names = tuple(problem.statistics)
+        return with_measured(problem.client, problem.network.measure, names, _scale(problem) if names else 1.0)
     each = example_gradients(problem.network.logits, problem.loss, tuple(problem.gradients))
     return defense.server.predict(problem.client, each, defense.values)
 
@@ -74,8 +78,8 @@ def sends_signs(problem: Problem) -> bool:
 
 def tell(problem: Problem, victim: int) -> Told:
     """What to compare for one victim."""
-    sent = _sent(problem, victim)
-    plain = Told(Sent(sent, inverse_norms(sent)), problem.tolerances.matched)
+    sent = all_sent(problem, victim)
+    plain = Told(Sent(sent, inverse_norms(sent, NOTHING)), problem.tolerances.matched)
     if problem.defense is None:
         return plain
     server = problem.defense.server
@@ -89,8 +93,18 @@ def tell(problem: Problem, victim: int) -> Told:
     return plain if sigmas is None or not any(sigmas.values()) else _weighted(problem, sent, sigmas)
 
 
-def _sent(problem: Problem, victim: int) -> dict[str, Float[Array, "..."]]:
-    return {p: to_device(g[victim]) for p, g in {**problem.gradients, **problem.statistics}.items()}
+def all_sent(problem: Problem, victim: int) -> dict[str, Float[Array, "..."]]:
+    """What a victim sent: its gradient, and the statistics that its new buffers showed, times a factor that makes them
+    as large as a gradient (what is nothing beside the others counts as rounding)."""
+    gradient = {p: to_device(g[victim]) for p, g in problem.gradients.items()}
+    return gradient | {name: to_device(_scale(problem) * t[victim]) for name, t in problem.statistics.items()}
+
+
+def _scale(problem: Problem) -> float:
+    """||gradients|| / ||statistics|| to a power of 2**8: exact, and one for all clients of a model, whose programs have
+    it compiled in."""
+    sizes = [np.sqrt(sum(np.sum(np.square(a)) for a in d.values())) for d in (problem.gradients, problem.statistics)]
+    return float(2.0 ** (8 * np.round(np.log2(sizes[0] / sizes[1]) / 8))) if all(sizes) else 1.0
 
 
 def _weighted(problem: Problem, sent: dict[str, Float[Array, "..."]], sigmas: dict[str, float]) -> Told:
@@ -110,11 +124,11 @@ def noise_of(problem: Problem, victim: int) -> dict[str, float] | None:
     deviation = None if defense is None else defense.server.deviation
     if defense is None or deviation is None:
         return None
-    return dict(deviation(defense.values, _sent(problem, victim), problem.examples))
+    return dict(deviation(defense.values, all_sent(problem, victim), problem.examples))
 
 
 def _root(problem: Problem) -> float:
-    return float(np.sqrt(len(problem.gradients) / np.prod(problem.batch_shape)))
+    return float(np.sqrt((len(problem.gradients) + len(problem.statistics)) / np.prod(problem.batch_shape)))
 
 
 def _prior(problem: Problem, k: float) -> Float[Array, ""] | None:
@@ -124,14 +138,14 @@ def _prior(problem: Problem, k: float) -> Float[Array, ""] | None:
 
 
 @keep(32)
-def with_measured(gradient: Gradient, measure: Any, names: tuple[str, ...]) -> Gradient:
-    """`gradient` and, under `names`, the statistics of the data that were sent beside it."""
+def with_measured(gradient: Gradient, measure: Any, names: tuple[str, ...], scale: float) -> Gradient:
+    """`gradient` and, under `names`, `scale` times the statistics of the data that were sent beside it."""
     if not names:
         return gradient
 
     def both(variables: Any, x: Any, *given: Any) -> dict[str, Array]:
         measured = measure(variables, x)
-        return {**gradient(variables, x, *given), **{name: measured[name] for name in names}}
+        return {**gradient(variables, x, *given), **{name: scale * measured[name] for name in names}}
 
     return both
 

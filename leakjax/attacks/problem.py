@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,11 @@ class Problem:
     def factor(self, victim: int) -> float | None:
         """What the gradient of a victim is known to be multiplied by."""
         return self.factors[victim] if self.factors else None
+
+    def told(self, segments: Iterable[Segment], victim: int) -> dict[str, Float[np.ndarray, "..."]]:
+        """The statistics of segments, by name, that a victim's new buffers showed."""
+        names = (name for s in segments if s.statistics is not None for name in s.statistics.names)
+        return {name: self.statistics[name][victim] for name in names if name in self.statistics}
 
     def alone(self, victim: int, **changes: Any) -> "Problem":
         """The problem of one victim, with `changes` of other fields."""

@@ -215,11 +215,10 @@ def observe(
     )
 
 
-def _check_buffers(model: Model, train: Any, buffers: Any, local_steps: Any) -> bool:
+def _check_buffers(model: Model, train: bool | None, buffers: Any, local_steps: Any) -> bool:
     """Whether new buffers are sent."""
-    for name, value in (("train", train), ("buffers", buffers)):
-        if value not in (None, True, False):
-            raise InputError(f"{name} must be True, False or None, got {shown(value)}")
+    if not (buffers is None or isinstance(buffers, bool | np.bool_)):
+        raise InputError(f"buffers must be True, False, or None for what train says, got {shown(buffers)}")
     trained = bool(model.buffers) and model.step is not None
     if buffers and not trained:
         raise InputError("buffers: the model has none, hence no running statistics that a client could send")

@@ -93,7 +93,8 @@ def pulled_back(
     trusted = jnp.all(preimage.slope_known).astype(dz.dtype)
     over = {p: trusted * a for p, a in over_gradients(gradients, [p for s in segments for p in s.paths]).items()}
     told = {k: [n for n in s.statistics.names if n in gradients] for k, s in enumerate(segments) if s.statistics}
-    over |= {name: 1.0 / rms(gradients[name]) for names in told.values() for name in names}
+    for names in told.values():
+        over |= over_gradients(gradients, names)
 
     def function(u: Float[Array, "..."], smoothing: float | Float[Array, ""] | None) -> Rows:
         xs, zs, slopes = push_forward(segments, variables, u, smoothing)

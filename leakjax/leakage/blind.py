@@ -12,7 +12,7 @@ from leakjax.metrics import PSNR_CAP
 from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import evaluation, jaxprs
 from leakjax.segments.tracing.blindness import Spot, blind_spots, seen_through
 from leakjax.segments.tracing.network import Gradient, Logits, Network
 from leakjax.segments.tracing.primitives import ELEMENTWISE
@@ -64,13 +64,13 @@ def rounded_front(model: Model, x: np.ndarray, limits: tuple[float, float]) -> F
         return None
     before, after = graph.needed(end, [graph.input]), graph.needed(graph.output, [*graph.variables, end])
     weights = dict(zip(graph.variables, model.variables.values(), strict=True))
-    y = np.asarray(jaxprs.evaluate(before, {**weights, graph.input: jnp.asarray(x)}, end, RULES), float)
+    y = np.asarray(evaluation.evaluate(before, {**weights, graph.input: jnp.asarray(x)}, end, RULES), float)
     shape = graph.structs[end].shape
 
     def logits(variables: Mapping[str, Any], y: Any, smoothing: Any = None) -> Any:
         del smoothing
         env = {v: variables[path] for v, path in zip(graph.variables, structs, strict=True)}
-        return jaxprs.evaluate(after, {**env, end: y.reshape(shape)}, graph.output, RULES)
+        return evaluation.evaluate(after, {**env, end: y.reshape(shape)}, graph.output, RULES)
 
     return Front(y.reshape(x.shape), logits, *_line(x, y.reshape(x.shape), limits))
 

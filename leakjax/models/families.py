@@ -70,8 +70,11 @@ def _of_nnx(model: nnx.Module, call: Call) -> Parts:
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
         module = nnx.merge(graphdef, params, buffers)
-        streamed = lambda x, **arguments: module(x, rngs=_streams(call), **arguments)  # noqa: E731
-        outputs = call.run(streamed if streams else module, x)
+
+        def function(x: Any, **arguments: Any) -> Any:
+            return module(x, rngs=_streams(call), **arguments) if streams else module(x, **arguments)
+
+        outputs = call.run(function, x)
         return outputs, nnx.split(module, nnx.Param, ...)[2]
 
     return Parts((graphdef, call.identity), apply, weights, rest)
@@ -104,7 +107,7 @@ def _reseeded(model: nnx.Module, seeds: dict[str, int]) -> nnx.Module:
 def _of_linen(module: linen.Module, variables: Any, call: Call) -> Parts:
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         raise InputError("a linen module needs its variables: pass (module, module.init(key, x))")
-    rest, call = {k: v for k, v in variables.items() if k != "params"}, call.in_mode(type(module).__call__)
+    rest, call = {k: v for k, v in variables.items() if k != "params"}, call.in_mode(module)
 
     def apply(params: Any, buffers: Any, x: Any) -> Any:
         def function(x: Any, **arguments: Any) -> Any:
@@ -150,8 +153,8 @@ def _of_equinox(model: Any, state: Any, call: Call) -> Parts:
                     return module(x, **more, **arguments), None
                 return module(x, state, **more, **arguments)
 
-            axes = (0, None if keys is None else 0)
-            return jax.vmap(one, in_axes=axes, out_axes=(0, None), axis_name="batch")(x, keys)
+            outputs, after = jax.vmap(one, in_axes=(0, None if keys is None else 0), axis_name="batch")(x, keys)
+            return outputs, jax.tree.map(lambda a: a[0], after)  # one for the batch, or an example's own
 
         outputs, after = call.run_with_state(function, x)
         return outputs, (buffers, after)

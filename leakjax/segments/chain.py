@@ -25,7 +25,7 @@ from leakjax.runtime.programs import Shelf, keep
 from leakjax.segments.geometry import Geometry, read_geometry
 from leakjax.segments.pieces import Group, not_invertible, read_groups
 from leakjax.segments.stages import Stage, read_stages
-from leakjax.segments.tracing import jaxprs, kinds
+from leakjax.segments.tracing import evaluation, jaxprs, kinds
 from leakjax.segments.tracing.derivatives import map_flaw
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
@@ -234,7 +234,7 @@ def _reader(
 
     def apply(variables: Arrays, values: Sequence[Any]) -> Any:
         env = {v: variables[path] for v, path in names.items() if path in used}
-        return jaxprs.evaluate(equations, {**env, **dict(zip(given, values, strict=True))}, end, RULES)
+        return evaluation.evaluate(equations, {**env, **dict(zip(given, values, strict=True))}, end, RULES)
 
     return apply, used
 

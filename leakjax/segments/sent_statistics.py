@@ -7,7 +7,7 @@ buffers is solved for the sums by Newton's method, module by module. Conventions
 variances and of how a variance is computed need no code of their own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +16,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from leakjax.errors import InputError
-from leakjax.models.reader import Model
+from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.arrays import to_device
-from leakjax.segments.tracing import jaxprs
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing import evaluation, jaxprs
 from leakjax.segments.tracing.statistics import reductions
 
 _STEPS = 50
@@ -39,6 +40,23 @@ class _Module(NamedTuple):
     sums: dict[int, str]
 
 
+class _Solvable(NamedTuple):
+    """Compiled, for one module, `left(variables, t, sent)`, what the buffers of the sums t miss of those `sent`, and
+    its `jacobian` in t; `names`, and `unravel(t)`, the sums by name."""
+
+    paths: tuple[str, ...]
+    left: Callable[..., Any]
+    jacobian: Callable[..., Any]
+    unravel: Callable[[Any], dict[str, Any]]
+
+
+class _Read(NamedTuple):
+    """An architecture: its modules, and compiled (variables, x) -> the sums of each, in one vector."""
+
+    modules: tuple[_Solvable, ...]
+    sums: Callable[..., tuple[Any, ...]]
+
+
 def read_sent_statistics(
     model: Model,
     buffers: Mapping[str, np.ndarray],
@@ -55,29 +73,41 @@ def read_sent_statistics(
 
     Raises `InputError` naming the buffer where the model cannot have left it there.
     """
-    if model.step is None or not buffers:
+    told = tuple(path for path in buffers if jnp.issubdtype(model.buffers[path].dtype, jnp.floating))
+    if model.step is None or not told:
         return {}
-    x = jax.ShapeDtypeStruct((examples, *input_shape), dtype)
-    paths, step = list(model.variables), model.step
-    told = [path for path in buffers if jnp.issubdtype(model.buffers[path].dtype, jnp.floating)]
+    shape = (examples, *input_shape)
+    read = _read(model.step, model.structs, told, shape, str(jnp.dtype(dtype)))
+    variables = {path: to_device(a) for path, a in model.variables.items()}
+    noise = np.random.default_rng(0).uniform(*input_range, size=shape).astype(dtype)
+    found: dict[str, list[np.ndarray]] = {}
+    victims = len(buffers[told[0]])
+    for module, begin in zip(read.modules, read.sums(variables, noise), strict=True):
+        for victim in range(victims):
+            sent = {path: np.asarray(buffers[path][victim], dtype) for path in module.paths}
+            for name, value in _solve(module, variables, sent, np.asarray(begin), rounding).items():
+                found.setdefault(name, []).append(value)
+    return {name: np.stack(values) for name, values in found.items() if len(values) == victims}
+
+
+@keep(32)
+def _read(step: Any, structs: Any, told: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> _Read:
+    """Trace a model's `step` and compile what its buffers `told` say of the sums over the data."""
+    arrays = {path: jax.ShapeDtypeStruct(size, kind) for path, size, kind in structs}
 
     def several(leaves: Sequence[Any], x: Any) -> list[Any]:
-        logits, after = step(dict(zip(paths, leaves, strict=True)), x)
+        logits, after = step(dict(zip(arrays, leaves, strict=True)), x)
         return [logits, *(after[path] for path in told)]
 
-    graph, after = jaxprs.trace_several(several, list(model.variables.values()), x)
+    graph, after = jaxprs.trace_several(several, list(arrays.values()), jax.ShapeDtypeStruct(shape, dtype))
     modules = _modules(graph, dict(zip(told, after, strict=True)))
-    env = {v: to_device(model.variables[path]) for v, path in zip(graph.variables, paths, strict=True)}
-    begin = _of_noise(graph, env, x, input_range)
-    found: dict[str, list[np.ndarray]] = {}
-    for module in modules:
-        for victim in range(len(next(iter(buffers.values())))):
-            sent = {path: np.asarray(buffers[path][victim], dtype) for path in module.buffers}
-            for name, value in _solve(graph, env, module, sent, begin, rounding).items():
-                found.setdefault(name, []).append(value)
-    return {
-        name: np.stack(values) for name, values in found.items() if len(values) == len(next(iter(buffers.values())))
-    }
+
+    def sums(variables: Arrays, x: Any) -> tuple[Any, ...]:
+        env = {v: variables[path] for v, path in zip(graph.variables, arrays, strict=True)}
+        values = evaluation.evaluate_all(graph.needed(graph.output, []), {**env, graph.input: x}, {})
+        return tuple(ravel_pytree({name: values[v] for v, name in m.sums.items()})[0] for m in modules)
+
+    return _Read(tuple(_solvable(graph, list(arrays), module) for module in modules), jax.jit(sums))
 
 
 def _modules(graph: jaxprs.Graph, after: Mapping[str, Any]) -> list[_Module]:
@@ -101,64 +131,57 @@ def _modules(graph: jaxprs.Graph, after: Mapping[str, Any]) -> list[_Module]:
     return found
 
 
-def _of_noise(
-    graph: jaxprs.Graph, env: Mapping[int, Any], x: jax.ShapeDtypeStruct, between: tuple[float, float]
-) -> dict[int, np.ndarray]:
-    """What the sums are for noise in the input range: where Newton's method begins."""
-    noise = np.random.default_rng(0).uniform(*between, size=x.shape).astype(x.dtype)
-    values = jaxprs.evaluate_all(graph.needed(graph.output, []), {**env, graph.input: to_device(noise)}, {})
-    return {v: np.asarray(values[v]) for v in reductions(graph)}
+def _solvable(graph: jaxprs.Graph, paths: Sequence[str], module: _Module) -> _Solvable:
+    structs = {name: jnp.zeros(graph.structs[v].shape, graph.structs[v].dtype) for v, name in module.sums.items()}
+    _, unravel = ravel_pytree(structs)
+    parts = {p: graph.needed(v, module.sums) for p, v in module.buffers.items()}
 
+    def left(variables: Arrays, t: Any, sent: Any) -> Any:
+        sums = unravel(t)
+        env = {v: variables[path] for v, path in zip(graph.variables, paths, strict=True)}
+        env |= {v: sums[name] for v, name in module.sums.items()}
+        made = {p: evaluation.evaluate(parts[p], env, v, _RULES) for p, v in module.buffers.items()}
+        return ravel_pytree(jax.tree.map(jnp.subtract, made, sent))[0]
 
-def _newton_step(jacobian: Any, residual: Any, t: np.ndarray) -> np.ndarray | None:
-    """Newton's step from t; None where the sums are not determined there."""
-    scale = np.maximum(np.abs(t), np.finfo(t.dtype).tiny)
-    step, _, rank, _ = np.linalg.lstsq(np.asarray(jacobian(t)) * scale, -np.asarray(residual(t)), rcond=None)
-    return scale * step if rank == len(t) else None
-
-
-def _damped(
-    jacobian: Any, residual: Any, t: np.ndarray, step: np.ndarray, size: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """(t after as much of a `step` as brings it nearer and leaves the sums determined, the step from there): a whole
-    step from a mean far away may end at a variance below 0, which models clip."""
-    before = np.max(np.abs(residual(t)) / size)
-    for halvings in range(_STEPS):
-        there = t + 0.5**halvings * step
-        after = _newton_step(jacobian, residual, there)
-        if after is not None and np.max(np.abs(residual(there)) / size) < before:
-            return there, after
-    return t, step
+    return _Solvable(tuple(module.buffers), jax.jit(left), jax.jit(jax.jacfwd(left, 1)), unravel)
 
 
 def _solve(
-    graph: jaxprs.Graph,
-    env: Mapping[int, Any],
-    module: _Module,
-    sent: Mapping[str, np.ndarray],
-    begin: Mapping[int, np.ndarray],
-    rounding: float,
+    module: _Solvable, variables: Arrays, sent: Mapping[str, np.ndarray], begin: np.ndarray, rounding: float
 ) -> dict[str, np.ndarray]:
     """The sums of one module, by name, where its buffers determine them; nothing where they do not."""
-    start, unravel = ravel_pytree({v: to_device(begin[v]) for v in module.sums})
-    parts = {p: graph.needed(v, module.sums) for p, v in module.buffers.items()}
-    target, _ = ravel_pytree({p: to_device(sent[p]) for p in module.buffers})
 
-    def left(t: Any) -> Any:
-        given = {**env, **unravel(t)}
-        made = {p: jaxprs.evaluate(parts[p], given, v, _RULES) for p, v in module.buffers.items()}
-        return ravel_pytree(made)[0] - target
+    def left(t: np.ndarray) -> np.ndarray:
+        return np.asarray(module.left(variables, t, sent))
 
-    jacobian, residual = jax.jit(jax.jacfwd(left)), jax.jit(left)
-    t, size = np.asarray(start), np.abs(np.asarray(target)) + np.abs(np.asarray(target) + np.asarray(residual(start)))
-    step = _newton_step(jacobian, residual, t)
+    def step_from(t: np.ndarray) -> np.ndarray | None:
+        """Newton's step; None where the sums are not determined there."""
+        scale = np.maximum(np.abs(t), np.finfo(t.dtype).tiny)
+        jacobian = np.asarray(module.jacobian(variables, t, sent)) * scale
+        step, _, rank, _ = np.linalg.lstsq(jacobian, -left(t), rcond=None)
+        return scale * step if rank == len(t) else None
+
+    def damped(t: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(t after as much of a `step` as brings it nearer and leaves the sums determined, the step from there): a
+        whole step from a mean far away may end at a variance below 0, which models clip."""
+        before = np.max(np.abs(left(t)) / size)
+        for halvings in range(_STEPS):
+            there = t + 0.5**halvings * step
+            after = step_from(there) if np.max(np.abs(left(there)) / size) < before else None
+            if after is not None:
+                return there, after
+        return t, None
+
+    target = np.concatenate([sent[path].ravel() for path in sorted(sent)])
+    t, size = begin, np.maximum(np.abs(target) + np.abs(target + left(begin)), np.finfo(begin.dtype).tiny)
+    step = step_from(t)
+    if step is None:
+        return {}
     for _ in range(_STEPS):
-        if step is None:
-            return {}
-        if np.all(np.abs(residual(t)) <= 4 * np.finfo(t.dtype).eps * size):
+        if step is None or np.all(np.abs(left(t)) <= 4 * np.finfo(t.dtype).eps * size):
             break
-        t, step = _damped(jacobian, residual, t, step, size)
-    off = np.abs(np.asarray(residual(t))) > _RESIDUE * rounding * size
+        t, step = damped(t, step)
+    off = np.abs(left(t)) > _RESIDUE * rounding * size
     if np.any(off):
         ends = dict(zip(np.cumsum([sent[p].size for p in sorted(sent)]), sorted(sent), strict=True))
         path = next(p for end, p in ends.items() if int(np.argmax(off)) < end)
@@ -166,4 +189,4 @@ def _solve(
             f"buffers: no step of the model leaves {path!r} as it was sent: give the model with the buffers that it "
             "had before the step, or leave the new ones out (buffers=False)"
         )
-    return {module.sums[v]: np.asarray(value) for v, value in unravel(to_device(t)).items()}
+    return {name: np.asarray(value) for name, value in module.unravel(to_device(t)).items()}

@@ -20,7 +20,7 @@ from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.pieces import cut_pieces, is_mixing
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import evaluation, jaxprs
 
 Tail = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 
@@ -70,10 +70,10 @@ def _cut(
         graph, ends = _ends(apply, variables, x, params)
         assert ends is not None, "found for one example"
         env = {**dict(zip(graph.variables, variables.values(), strict=True)), graph.input: x}
-        return jaxprs.evaluate(graph.needed(ends, list(env)), env, ends, {})
+        return evaluation.evaluate(graph.needed(ends, list(env)), env, ends, {})
 
     def tail(z: Float[Array, "..."]) -> Float[Array, "..."]:
-        return jaxprs.evaluate(graph.needed(graph.output, [ends]), {ends: z[None]}, graph.output, {})[0]
+        return evaluation.evaluate(graph.needed(graph.output, [ends]), {ends: z[None]}, graph.output, {})[0]
 
     return (front, tail) if _is_of_one(apply, arrays, x, params, tail, examples) else None
 
@@ -99,7 +99,7 @@ def _is_of_one(
     z = to_device(np.random.default_rng(0).normal(size=graph.structs[end].shape), x.dtype)
     if graph.structs[end].shape[:1] != (examples,):
         return False
-    together = jaxprs.evaluate(graph.needed(graph.output, [end]), {end: z}, graph.output, {})
+    together = evaluation.evaluate(graph.needed(graph.output, [end]), {end: z}, graph.output, {})
     each = jnp.stack([tail(one) for one in z])
     if together.shape != each.shape:
         return False

@@ -25,9 +25,11 @@ from leakjax.runtime.programs import keep
 ROUNDINGS = 32
 
 
-def inverse_norms(gradients: PyTree[Float[Array, "..."]]) -> PyTree[Float[Array, ""]]:
-    """1 / ||g_p|| of every parameter; one whose gradient is rounding beside the others' counts as rounding."""
-    floor = 1e4 * jnp.finfo(jax.tree.leaves(gradients)[0].dtype).eps * optax.tree.norm(gradients)
+def inverse_norms(gradients: PyTree[Float[Array, "..."]], least: float = 0.0) -> PyTree[Float[Array, ""]]:
+    """1 / ||g_p|| of every parameter; one whose gradient is rounding beside the others', below a share `least` of all
+    of them together and in any case 1e4 roundings, counts as rounding."""
+    share = max(1e4 * float(jnp.finfo(jax.tree.leaves(gradients)[0].dtype).eps), least)
+    floor = share * optax.tree.norm(gradients)
     return jax.tree.map(lambda g: 1.0 / jnp.maximum(jnp.linalg.norm(g), floor), gradients)
 
 

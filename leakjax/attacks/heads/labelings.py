@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-from leakjax.attacks.adaptive import dummy_gradient
+from leakjax.attacks.adaptive import all_sent, dummy_gradient
 from leakjax.attacks.heads.labels import rank_labels
 from leakjax.attacks.heads.single import read_head
 from leakjax.attacks.heads.wanted import Wanted
@@ -24,7 +24,7 @@ def labelings(problem: Problem, victim: int, most: int) -> list[Int[np.ndarray, 
         raise InputError(
             f"the targets of this loss are no classes, and the last layer does not show them; {TARGETS_REMEDY}"
         )
-    sent = {p: g[victim] for p, g in {**problem.gradients, **problem.statistics}.items()}
+    sent = {p: np.asarray(g) for p, g in all_sent(problem, victim).items()}
     return rank_labels(
         problem.network.logits,
         dummy_gradient(problem),

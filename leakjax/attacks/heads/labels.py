@@ -106,7 +106,7 @@ def _dummy_gradients(gradient: Gradient, paths: tuple[str, ...], labels: int) ->
 
     @functools.partial(jax.jit, static_argnums=1)
     def draw(variables: Arrays, shape: tuple[int, ...], low: Float[Array, ""], high: Float[Array, ""]) -> Moments:
-        dtype = next(iter(variables.values())).dtype
+        dtype = variables[paths[0]].dtype  # a buffer may count steps
 
         def of_label(label: Int[Array, ""]) -> Moments:
             def add(sums: Moments, key: Key[Array, ""]) -> tuple[Moments, None]:

@@ -8,7 +8,7 @@ What the statistics and the gradients of scale and bias say of x are checks: not
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
+from leakjax.attacks.layerwise.waiting import wait
 from leakjax.attacks.problem import Problem
-from leakjax.constraints.layer import segment_rows
+from leakjax.constraints.layer import over_gradients, segment_rows
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
-from leakjax.segments.tracing.smoothing import rms
 from leakjax.segments.tracing.statistics import slope_and_bias
 
 
@@ -37,43 +37,28 @@ class Undone(NamedTuple):
     condition: Float[Array, ""]
 
 
-def undo(problem: Problem, position: int, path: Path) -> Path | None:
-    """`path` before the normalization at `position`, whose statistics are known; None where an activation behind it
-    hides entries, and the path waits with no layer yet."""
+def undo(problem: Problem, position: int, path: Path) -> Path:
+    """`path` before the normalization at `position`, whose statistics are known.
+
+    Where an activation behind it hides entries the path waits, with a guess of x; a path that waits is given one.
+    """
     segment = problem.segments[position]
-    values = known_statistics(problem, segment, path.victim)
+    values = {name: to_device(t) for name, t in problem.told([segment], path.victim).items()}
     gradient = {p: to_device(problem.gradients[p][path.victim]) for p in segment.paths}
     state = to_device(path.x), to_device(path.dx), to_device(path.noise)
     found = _program(segment)(dict(problem.variables), *state, values, gradient)
-    if not found.whole and path.anchor is None:
-        return None
-    x, whole = np.asarray(found.x), bool(found.whole) and path.anchor is None
-    residual = float(found.residual) if whole else 0.0  # of a guess, which another layer's constraints will mend
+    x, dx, residual = np.asarray(found.x), np.asarray(found.dx), float(found.residual)
+    if not found.whole or path.anchor is not None:
+        return dataclasses.replace(wait(problem, position, path), x=x, dx=dx)
     info = layer_info(problem, segment.name, x.size, x.size, float(found.condition), residual, 0)
     return dataclasses.replace(
         path,
         x=x,
-        dx=np.asarray(found.dx),
+        dx=dx,
         noise=noise_level(problem, x, residual),
         layers=(dataclasses.replace(info, solver="direct"), *path.layers),
-        seen=np.ones(x.shape) if whole else None,
+        seen=np.ones(x.shape),
     )
-
-
-def undoes(problem: Problem, segment: Segment) -> bool:
-    """Whether a segment is a normalization whose statistics all clients sent."""
-    return segment.statistics is not None and segment.normalizes and problem.statistics.keys() >= {*names_of(segment)}
-
-
-def names_of(segment: Segment) -> tuple[str, ...]:
-    """Names of the statistics of a segment."""
-    return () if segment.statistics is None else segment.statistics.names
-
-
-def known_statistics(problem: Problem, segment: Segment, victim: int) -> dict[str, Any]:
-    """A segment's statistics as a client sent them."""
-    names = names_of(segment)
-    return {name: to_device(problem.statistics[name][victim]) for name in names}
 
 
 @keep(64)
@@ -96,7 +81,8 @@ def _program(segment: Segment) -> Callable[..., Undone]:
         dx = segment.cotangent(variables, x, dz)
         told = {**gradient, **values}
         shown = {**segment_rows(segment, variables, dz, x)[1], **statistics.measure(variables, x)}
-        misfits = jnp.stack([jnp.linalg.norm(shown[k] - told[k]) / jnp.linalg.norm(_or_one(told[k])) for k in shown])
+        over = {**over_gradients(gradient, segment.paths), **over_gradients(values, statistics.names)}
+        misfits = jnp.stack([over[k] * jnp.sqrt(jnp.mean((shown[k] - told[k]) ** 2)) for k in shown])
         sizes = jnp.abs(slope)
         return Undone(
             x=x,
@@ -107,7 +93,3 @@ def _program(segment: Segment) -> Callable[..., Undone]:
         )
 
     return jax.jit(run)
-
-
-def _or_one(a: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(rms(a) > 0, a, 1.0)

@@ -186,16 +186,9 @@ def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Given
     """What the programs of this module take before u: weights, what is known at the output, the gradients, and what
     statistics of the data were sent."""
     gradient = {p: to_device(problem.gradients[p][known.victim]) for s in segments for p in s.paths}
-    told = [name for s in segments if s.statistics for name in s.statistics.names if name in problem.statistics]
-    statistics = {name: to_device(problem.statistics[name][known.victim]) for name in told}
-    gradient |= statistics
-    return (
-        {**problem.variables, **statistics},
-        to_device(known.x),
-        to_device(known.dx),
-        to_device(known.noise),
-        gradient,
-    )
+    statistics = {name: to_device(t) for name, t in problem.told(segments, known.victim).items()}
+    variables, sent = {**problem.variables, **statistics}, {**gradient, **statistics}
+    return variables, to_device(known.x), to_device(known.dx), to_device(known.noise), sent
 
 
 def read_known(

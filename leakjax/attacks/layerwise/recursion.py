@@ -5,6 +5,7 @@ Candidates of the head (two roots, two signs) are followed side by side and drop
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from leakjax.attacks.layerwise.closing import Nulls, close
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.kinks import Solved, mend_kinks
 from leakjax.attacks.layerwise.layer_step import Step, compile_steps
-from leakjax.attacks.layerwise.normalized import undo, undoes
+from leakjax.attacks.layerwise.normalized import undo
 from leakjax.attacks.layerwise.outcomes import outcomes
 from leakjax.attacks.layerwise.path import (
     Anchor,
@@ -81,16 +82,11 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
         if step is not None:
             paths = _advance(problem, position, step, swept.get(segment), size, paths, pulling and position > 0)
         else:
-            paths = [_undone(problem, position, path) for path in paths]
+            before = undo if segment.linear else wait  # affine without a step: a normalization
+            paths = [before(problem, position, path) for path in paths]
         pulled = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
         paths = list(itertools.chain.from_iterable(pulled))
     return [choose(problem, monitor, path) for path in paths] if pulling else paths
-
-
-def _undone(problem: Problem, position: int, path: Path) -> Path:
-    """`path` before a nonlinear segment: a normalization is undone where that can be, everything else waits."""
-    found = undo(problem, position, path) if undoes(problem, problem.segments[position]) else None
-    return wait(problem, position, path) if found is None else found
 
 
 def checked_chain(problem: Problem, *, pulling: bool) -> tuple[Problem, int]:
@@ -102,15 +98,15 @@ def checked_chain(problem: Problem, *, pulling: bool) -> tuple[Problem, int]:
             "no parameter acts on the data after the last activation: the recursion has no head to start from; end the "
             "model with a parameterized layer"
         )
-    _refuse_nonlinear(problem, pulling)
+    _refuse_nonlinear(problem.segments, pulling)
     size = solved_together(problem.victims, problem.chunk, problem.devices)
     _check_memory(problem, size)
     return problem, size
 
 
-def _refuse_nonlinear(problem: Problem, pulling: bool) -> None:
-    """The head must be affine, and without pulling back every segment, or be undone by its statistics."""
-    *segments, head = problem.segments
+def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
+    """The head must be affine, and without pulling back every segment."""
+    *segments, head = chain
     if not head.linear:
         raise UnreadableModelError(
             f"the model's last map is nonlinear ({head.nonlinearity}): the recursion has no head to start from; end "

@@ -124,7 +124,8 @@ def _proved(problem: Problem, monitor: Monitor, victim: int, trial: Found) -> bo
 def _check_memory(problem: Problem) -> None:
     """Refuse dense steps, before anything is compiled, where their matrices do not fit."""
     n = int(np.prod(problem.batch_shape))
-    needed = 8 * (2 * n * sum(g[0].size for g in problem.gradients.values()) + 4 * n**2)
+    rows = sum(g[0].size for g in (*problem.gradients.values(), *problem.statistics.values()))
+    needed = 8 * (2 * n * rows + 4 * n**2)
     if not fits_in_memory(needed):
         raise InputError(
             f"solver 'dense' would take {needed:,} bytes of memory for {n} unknowns, more than this machine has free; "
@@ -181,7 +182,7 @@ def _solve_densely(problem: Problem, monitor: Monitor, told: Told, start: _Start
         solution = dense_levenberg_marquardt(
             Rows(*(functools.partial(function, *known, here) for function in rows)),  # type: ignore[arg-type]
             np.zeros(here.size, problem.dtype),
-            size=float(np.sqrt(len(problem.gradients))),
+            size=float(np.sqrt(len(told.sent.gradient))),
             tolerance=10 * problem.tolerances.solve,
             max_steps=OUTER,
             tell=monitor.tell,

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from leakjax.segments.tracing.evaluation import bind
 from leakjax.segments.tracing.jaxprs import (
     Constant,
     Equation,
     Flat,
     all_equations,
     as_function,
-    bind,
     body_of,
     flatten,
     operands_of,

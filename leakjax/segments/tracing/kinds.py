@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.segments.tracing.jaxprs import Constant, Equation, Graph, all_equations, bind, body_of, depends, opened
+from leakjax.segments.tracing.evaluation import bind
+from leakjax.segments.tracing.jaxprs import Constant, Equation, Graph, all_equations, body_of, depends, opened
 from leakjax.segments.tracing.primitives import CALLS, CHOICES, CUSTOM_DERIVATIVES, ELEMENTWISE
 
 

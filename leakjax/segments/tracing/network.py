@@ -12,7 +12,7 @@ from leakjax.models.differentiable import check_differentiable
 from leakjax.models.losses import LossSpec, read_loss
 from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.programs import keep
-from leakjax.segments.tracing import jaxprs, kinds
+from leakjax.segments.tracing import evaluation, jaxprs, kinds
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
 from leakjax.segments.tracing.statistics import reductions
@@ -59,11 +59,11 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
         if smoothing is not None:
             return smooth({**env, graph.input: x}, smoothing)
-        return jaxprs.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
+        return evaluation.evaluate(equations, {**env, graph.input: x}, graph.output, RULES)
 
     def measure(variables: Arrays, x: Float[Any, "B ..."]) -> dict[str, Array]:
         env = {i: variables[path] for i, path in zip(graph.variables, paths, strict=True)}
-        values = jaxprs.evaluate_all(equations, {**env, graph.input: x}, RULES)
+        values = evaluation.evaluate_all(equations, {**env, graph.input: x}, RULES)
         return {name: values[v] for v, name in reductions(graph).items()}
 
     check_differentiable(logits, arrays, x)

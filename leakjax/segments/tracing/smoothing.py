@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.segments.tracing import jaxprs
+from leakjax.segments.tracing import evaluation, jaxprs
 from leakjax.segments.tracing.elementwise import Part, elementwise_parts
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.windows import window_entries
@@ -52,7 +52,7 @@ def smoother(graph: jaxprs.Graph, start: int, end: int) -> Callable[[Mapping[int
         for e in equations:
             if e.name == "reduce_window_max" and all(d == 1 for d in e.params["base_dilation"]):
                 replaced[e.outputs[0]] = lambda values, e=e: _soft_window_max(e, values, smoothing)
-        return jaxprs.evaluate(equations, env, end, RULES, replaced)
+        return evaluation.evaluate(equations, env, end, RULES, replaced)
 
     return evaluate
 
@@ -65,7 +65,7 @@ def _smooth(part: Part, values: Mapping[int, Any], smoothing: Any) -> Any:
     def mean(moving: Any, z: Array, smoothing: Any) -> tuple[Array, Array]:
         given = {**fixed, **moving}
         return gaussian_mean(
-            lambda z: jaxprs.evaluate(part.equations, {**given, part.entry: z}, part.exit, RULES), z, smoothing
+            lambda z: evaluation.evaluate(part.equations, {**given, part.entry: z}, part.exit, RULES), z, smoothing
         )
 
     @jax.custom_jvp

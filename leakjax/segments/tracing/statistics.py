@@ -42,9 +42,11 @@ def _sums(equation: jaxprs.Equation, live: set[int]) -> bool:
 
 
 def inside(graph: jaxprs.Graph, start: int, end: int) -> tuple[int, ...]:
-    """The sums over the data between two values."""
+    """The sums over the data between two values, but for those that only other sums read."""
     live = graph.dependents([start])
-    return tuple(e.outputs[0] for e in graph.needed(end, [start]) if _sums(e, live))
+    sums = tuple(e.outputs[0] for e in graph.needed(end, [start]) if _sums(e, live))
+    read = {v for e in graph.needed(end, [start, *sums]) for v in e.inputs}
+    return tuple(v for v in sums if v in read or v == end)
 
 
 def is_normalization(graph: jaxprs.Graph, start: int, end: int) -> bool:
