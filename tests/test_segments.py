@@ -359,7 +359,8 @@ def test_train_mode_batch_norm_is_nonlinear_and_eval_mode_affine(rng):
     net = Net(nnx.Rngs(0))
     net.train()
     _, chain = check(net, (4, 4, 2), ["identity", "tanh", "identity"], nonlinear=[1])
-    assert chain.segments[1].paths == ("bn/scale", "bn/bias") and chain.segments[1].normalizes
+    assert chain.segments[1].paths == ("bn/scale", "bn/bias")
+    assert chain.segments[1].normalizes
     named(chain, 1, r"\w+", "here: batch norm")
     net.eval()
     check(net, (4, 4, 2), ["tanh", "identity"])
@@ -379,7 +380,8 @@ def test_layer_norm_and_attention_are_nonlinear(rng):
 
     _, chain = check(Net(nnx.Rngs(0)), (4, 4, 2), ["identity"] * 5, nonlinear=[1, 3])
     assert [s.name for s in chain.segments][:2] == ["conv", "norm"]
-    assert chain.segments[1].paths == ("norm/scale", "norm/bias") and chain.segments[1].normalizes
+    assert chain.segments[1].paths == ("norm/scale", "norm/bias")
+    assert chain.segments[1].normalizes
     assert {p.split("/")[0] for p in chain.segments[3].paths} == {"attention"}
 
 
