@@ -112,7 +112,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     model = wide.model
     logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
     _check_target(observation, tuple(logits.shape[1:]), floating)
-    remarks = training_remarks(model, observation.input_shape, floating)
+    remarks = training_remarks(model, observation.input_shape, floating, normalizes=bool(observation.buffers))
     for remark in remarks:
         monitor.tell(remark)
     loss = on_outputs(observation.loss, tuple(logits.shape[1:]))

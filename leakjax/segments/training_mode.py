@@ -31,15 +31,20 @@ _RANDOM = (
 _STATISTICS = ("mean", "var")
 
 
-def training_remarks(model: Model, input_shape: Sequence[int], dtype: Any) -> tuple[str, ...]:
+def training_remarks(
+    model: Model, input_shape: Sequence[int], dtype: Any, *, normalizes: bool = False
+) -> tuple[str, ...]:
     """What a server should know of a model in training mode; () for one that takes each example by itself.
 
-    Arguments: `model` with weights in `dtype`; `input_shape` of one example.
+    Arguments: `model` with weights in `dtype`; `input_shape` of one example; `normalizes`, whether the server knows
+    that clients normalize by their own statistics, as where they send them: that is no remark then.
     """
     shape = tuple(input_shape)
     graph = _trace(model, shape, dtype)
     drawn = None if graph is None or model.known_keys else meeting_random(graph, graph.dependents([graph.input]))
     remarks = () if drawn is None else (_RANDOM.format(name=drawn.name, location=drawn.location),)
+    if normalizes:
+        return remarks
     idle = [] if graph is None else _idle_statistics(model, graph)
     if _mixes(model, shape, dtype):
         words = f", and not on its running statistics ({_listed(idle)})" if idle else ""

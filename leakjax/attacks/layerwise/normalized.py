@@ -37,13 +37,16 @@ class Undone(NamedTuple):
     condition: Float[Array, ""]
 
 
-def undo(problem: Problem, position: int, path: Path) -> Path:
-    """`path` before the normalization at `position`, whose statistics are known.
+def undo(
+    problem: Problem, position: int, path: Path, told: Mapping[str, Float[np.ndarray, "..."]] | None = None
+) -> Path:
+    """`path` before the normalization at `position`, whose statistics are `told`, or were sent.
 
     Where an activation behind it hides entries the path waits, with a guess of x; a path that waits is given one.
     """
     segment = problem.segments[position]
-    values = {name: to_device(t) for name, t in problem.told([segment], path.victim).items()}
+    told = problem.told([segment], path.victim) if told is None else told
+    values = {name: to_device(t) for name, t in told.items()}
     gradient = {p: to_device(problem.gradients[p][path.victim]) for p in segment.paths}
     state = to_device(path.x), to_device(path.dx), to_device(path.noise)
     found = _program(segment)(dict(problem.variables), *state, values, gradient)

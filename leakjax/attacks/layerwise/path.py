@@ -28,12 +28,22 @@ class Anchor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Weak:
+    """The direction in which x and dL/dx at the output of the segment at `position` are known less well (`fiber`)."""
+
+    position: int
+    x: Float[np.ndarray, "..."]
+    dx: Float[np.ndarray, "..."]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Path:
     """One candidate: labels (B,), x_{i+1}, dL/dx_{i+1}, the noise level of the former, and the layers solved so far.
 
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
     whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
-    `row`: its place in a sweep of several layers (see `sweep`).
+    `row`: its place in a sweep of several layers (see `sweep`). `weak`: the direction that the last unsent statistics
+    left.
     """
 
     victim: int
@@ -47,6 +57,7 @@ class Path:
     source: Anchor | None = None
     weights: Float[np.ndarray, " B"] | None = None
     row: int = 0
+    weak: Weak | None = None
 
     @property
     def certain(self) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from leakjax.attacks.problem import Problem
@@ -175,11 +176,15 @@ def _descent(segments: tuple[Segment, ...], optimizer: optax.GradientTransformat
 
 def products(
     problem: Problem, segments: Sequence[Segment], known: Known, x: Float[np.ndarray, "..."]
-) -> Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k n"]]:
-    """v (k, n) -> J^T J v by rows, J of the pulled-back residual at x."""
+) -> tuple[Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k m"]], ...]:
+    """v (k, n) -> J^T J v, and v -> J v, by rows, J of the pulled-back residual at x."""
     programs = _programs(tuple(segments), problem.tolerances.solve)
     given = arrays(problem, segments, known)
-    return lambda v: np.asarray(programs.products(*given, to_device(x), to_device(v)))
+
+    def run(program: Callable[..., Float[Array, "k m"]]) -> Callable[..., Float[np.ndarray, "k m"]]:
+        return lambda v: np.asarray(program(*given, to_device(x), to_device(v)))
+
+    return run(programs.products), run(programs.images)
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Given:
@@ -208,13 +213,14 @@ def read_known(
 
 class _Programs(NamedTuple):
     """Compiled, each of (*arrays, u): Levenberg-Marquardt and full Gauss-Newton steps from u, continuation from
-    smoothed activations, the probe of the Jacobian at u with dL/du, and of (*arrays, u, v) the rows J^T J v."""
+    smoothed activations, the probe of the Jacobian at u with dL/du, and of (*arrays, u, v) the rows J^T J v and J v."""
 
     plain: Callable[..., NewtonSolution]
     full: Callable[..., NewtonSolution]
     smooth: Callable[..., NewtonSolution]
     look: Callable[..., tuple[LsmrSolution, Float[Array, "..."]]]
     products: Callable[..., Float[Array, "k n"]]
+    images: Callable[..., Float[Array, "k m"]]
 
 
 @keep(32)
@@ -268,4 +274,10 @@ def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
 
         return jax.lax.map(column, v, batch_size=16)
 
-    return _Programs(*map(jax.jit, (plain, full, smooth, look, products)))
+    def images(*given: Any) -> Float[Array, "k m"]:
+        *known, x, v = given
+        _, residual = read(*known)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        return jax.lax.map(lambda e: ravel_pytree(tangent(e.reshape(x.shape)))[0], v, batch_size=16)
+
+    return _Programs(*map(jax.jit, (plain, full, smooth, look, products, images)))

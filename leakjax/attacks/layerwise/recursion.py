@@ -5,7 +5,7 @@ Candidates of the head (two roots, two signs) are followed side by side and drop
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from leakjax.attacks.layerwise.ranks import matrix_shape, solve_layer_densely
 from leakjax.attacks.layerwise.start import start
 from leakjax.attacks.layerwise.sweep import Swept, advance, state_of, sweep, swept_together
 from leakjax.attacks.layerwise.system import pull_back_cotangent
+from leakjax.attacks.layerwise.unsent_statistics import undo_unsent
 from leakjax.attacks.layerwise.waiting import pull, wait
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import InputError, UnreadableModelError
@@ -82,7 +83,7 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
         if step is not None:
             paths = _advance(problem, position, step, swept.get(segment), size, paths, pulling and position > 0)
         else:
-            before = undo if segment.linear else wait  # affine without a step: a normalization
+            before = _without_step(segment)
             paths = [before(problem, position, path) for path in paths]
         pulled = [pull(problem, monitor, position, path) for path in drop_misfits(problem, paths)]
         paths = list(itertools.chain.from_iterable(pulled))
@@ -102,6 +103,13 @@ def checked_chain(problem: Problem, *, pulling: bool) -> tuple[Problem, int]:
     size = solved_together(problem.victims, problem.chunk, problem.devices)
     _check_memory(problem, size)
     return problem, size
+
+
+def _without_step(segment: Segment) -> Callable[[Problem, int, Path], Path]:
+    """What goes before a normalization, its statistics known or not, or another map that is not affine."""
+    if segment.linear:
+        return undo
+    return undo_unsent if segment.normalizes else wait
 
 
 def _refuse_nonlinear(chain: Sequence[Segment], pulling: bool) -> None:
