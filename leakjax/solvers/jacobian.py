@@ -83,7 +83,7 @@ def row_space(
     rows: int,
     columns: int,
     dtype: Any = np.float64,
-    image: Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k m"]] | None = None,
+    forward: Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k m"]] | None = None,
 ) -> RowSpace:
     """The rank and row space of J (m, n) from products v -> J^T (J v) of rows v, by the rule of this module.
 
@@ -92,7 +92,7 @@ def row_space(
     L^-1 V_1^T G V_0. That is subtracted, with the product J^T (J V_0) formed anew, in which J V_0 is small before it is
     squared; then V_0^T J^T J V_0, diagonalized, has the small singular values down to rounding of s_1 itself.
 
-    Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes; `image`, v -> J v of rows v,
+    Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes; `forward`, v -> J v of rows v,
     for what is small to be squared after it was summed: through a normalization J^T (J v) is rounded in units far above
     those of J v, as its parts cancel.
     """
@@ -113,10 +113,10 @@ def row_space(
         kept, rest = vectors[:, ~small], vectors[:, small]
         rest = rest - kept @ ((kept.T @ gram_of(rest)) / values[~small][:, None])
         rest = np.linalg.qr(rest)[0]
-        if image is None:
+        if forward is None:
             inner = rest.T @ gram_of(rest)
         else:
-            images = np.asarray(image(np.ascontiguousarray(rest.T)), np.float64)
+            images = np.asarray(forward(np.ascontiguousarray(rest.T)), np.float64)
             inner = images @ images.T
         found, rotation = np.linalg.eigh(0.5 * (inner + inner.T))
         values[small], vectors[:, small] = found, rest @ rotation

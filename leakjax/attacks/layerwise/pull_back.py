@@ -184,7 +184,7 @@ def products(
     def run(program: Callable[..., Float[Array, "k m"]]) -> Callable[..., Float[np.ndarray, "k m"]]:
         return lambda v: np.asarray(program(*given, to_device(x), to_device(v)))
 
-    return run(programs.products), run(programs.images)
+    return run(programs.products), run(programs.forward)
 
 
 def arrays(problem: Problem, segments: Sequence[Segment], known: Known) -> Given:
@@ -220,7 +220,7 @@ class _Programs(NamedTuple):
     smooth: Callable[..., NewtonSolution]
     look: Callable[..., tuple[LsmrSolution, Float[Array, "..."]]]
     products: Callable[..., Float[Array, "k n"]]
-    images: Callable[..., Float[Array, "k m"]]
+    forward: Callable[..., Float[Array, "k m"]]
 
 
 @keep(32)
@@ -274,10 +274,10 @@ def _programs(segments: tuple[Segment, ...], tolerance: float) -> _Programs:
 
         return jax.lax.map(column, v, batch_size=16)
 
-    def images(*given: Any) -> Float[Array, "k m"]:
+    def forward(*given: Any) -> Float[Array, "k m"]:
         *known, x, v = given
         _, residual = read(*known)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         return jax.lax.map(lambda e: ravel_pytree(tangent(e.reshape(x.shape)))[0], v, batch_size=16)
 
-    return _Programs(*map(jax.jit, (plain, full, smooth, look, products, images)))
+    return _Programs(*map(jax.jit, (plain, full, smooth, look, products, forward)))

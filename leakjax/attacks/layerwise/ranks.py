@@ -71,8 +71,8 @@ def pulled_rank(
     if single or x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
         return None, None
     rows = sum(matrix_shape(problem, segment)[0] for segment in segments)
-    product, image = products(problem, segments, given, x)
-    space = row_space(product, rows, x.size, image=image)
+    product, forward = products(problem, segments, given, x)
+    space = row_space(product, rows, x.size, forward=forward)
     return space.rank, space.share.reshape(x.shape)
 
 
