@@ -318,6 +318,24 @@ def test_your_own_model(run, tmp_path, factory):
     assert example["psnr"] > 100
 
 
+def test_new_running_statistics_are_sent_in_training_mode(run, tmp_path):
+    words = ("--model", "cli_nets:batch_norm", *SMALL[2:], "--train")
+    report = json.loads(run("invert", *words, "--out", tmp_path / "sent", "--json").stdout)
+    (example,) = report["examples"]
+    assert example["psnr"] > 100
+    assert example["certificate"]["status"] == "exact"
+    sent = {}
+    for option in ((), ("--no-buffers",), ("--local-steps", "2", "--learning-rate", "0.1")):
+        assert run("capture", *words, *option, "--out", tmp_path / "kept").exit_code == 0
+        with np.load(tmp_path / "kept" / "capture.npz") as arrays:
+            sent[option[:1]] = sorted(name for name in arrays.files if name.startswith("new_buffers/"))
+    assert sent == {
+        (): ["new_buffers/norm/mean", "new_buffers/norm/var"],
+        ("--no-buffers",): [],
+        ("--local-steps",): [],
+    }
+
+
 def test_a_factory_gets_seed_and_activation(run, tmp_path):
     result = run("capture", *SMALL, "--activation", "elu:0.5", "--seed", "11", "--out", tmp_path)
     assert result.exit_code == 0
@@ -439,6 +457,9 @@ def test_help(run, command):
         (("invert", *SMALL, "--model", "cli_nets:net", "--layout", "HWC"), "--layout"),
         (("invert", "--call", "train=False"), "model of your own"),
         (("invert", "--layout", "NCHW"), "model of your own"),
+        (("invert", "--train"), "model of your own"),
+        (("invert", *SMALL, "--model", "cli_nets:batch_norm", "--no-buffers"), "goes with --train"),
+        (("invert", *SMALL, "--model", "cli_nets:function_pair", "--eval"), "takes no argument train"),
         (("invert", "--loss", "hubr_loss:delta=1"), "huber_loss"),
         (("invert", *SMALL, "--model", "cli_nets:function_pair", "--activation", "relu"), "--activation"),
         (("invert", "--out", "file/below"), "--out"),

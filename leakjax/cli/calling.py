@@ -1,4 +1,4 @@
-"""How a model of one's own is called, as typed: `--call`, `--rngs`, `--output` and `--layout`."""
+"""How a model of one's own is called, as typed: `--call`, `--rngs`, `--output`, `--layout` and `--train`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +19,7 @@ def calling(options: ModelOptions) -> dict[str, Any]:
         "rngs": rngs and {name: _whole("--rngs", seed) for name, seed in rngs},
         "output": None if options.output is None else [_value(part, (int,)) for part in options.output.split(".")],
         "layout": options.layout,
+        "train": options.train,
     }
 
 

@@ -57,6 +57,10 @@ class ModelOptions:
     layout: Annotated[Literal["NHWC", "NCHW"], _model("--layout", None, "Order of axes that your model takes.")] = (
         "NHWC"
     )
+    train: Annotated[
+        bool | None,
+        _model("--train/--eval", None, "Whether your model runs in training mode.", show_default="as it is"),
+    ] = None
     init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
     weights: Annotated[Path | None, _model("--weights", "FILE.npz", "Weights of `leakjax train`.")] = None
     seed: Annotated[int, _model("--seed", None, "Seed of the initialization, a defense's noise and random starts.")] = 0
@@ -109,6 +113,9 @@ class ClientOptions:
     weight_decay: Annotated[
         float | None, _client("--weight-decay", "LAMBDA", "Sent beside the gradient: LAMBDA times the weights.")
     ] = None
+    no_buffers: Annotated[
+        bool, _client("--no-buffers", None, "Keep the new running statistics, sent with --train, to the client.")
+    ] = False
 
 
 Dtype = Annotated[

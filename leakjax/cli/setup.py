@@ -30,7 +30,8 @@ _OPTIONS = ("--input-mean", "--input-std")
 class Setup:
     """A model with the input shape (None where only a capture can say), input range and loss that go with it.
 
-    `own_loss`: the model's, which a client takes where the server does not know its `loss`.
+    `own_loss`: the model's, which a client takes where the server does not know its `loss`. `train`: whether the model
+    was set to training mode.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Setup:
     input_mean: Numbers | None = None
     input_std: Numbers | None = None
     own_loss: str = "softmax_cross_entropy"
+    train: bool = False
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Setup":
@@ -80,12 +82,15 @@ class Setup:
                 input_shape=shape,
                 input_range=limits or (0.0, 1.0),
                 loss=loss or "softmax_cross_entropy",
+                train=bool(options.train),
             )
         if name not in MODELS:
             raise unknown_name("model", name, MODELS)
         for option in ("call", "rngs", "output"):
             if getattr(options, option) is not None:
                 raise InputError(f"--{option} goes with a model of your own; those of the zoo need none")
+        if options.train is not None:
+            raise InputError("--train, --eval: these go with a model of your own; those of the zoo have no modes")
         if options.layout != "NHWC":
             raise InputError("--layout goes with a model of your own; those of the zoo take NHWC")
         spec = MODELS[name]
@@ -128,9 +133,17 @@ class Setup:
             local_steps=client.local_steps,
             learning_rate=client.learning_rate,
             weight_decay=client.weight_decay or 0.0,
+            buffers=self._sends_buffers(client),
         )
         told = dataclasses.replace(observation, loss=UNKNOWN) if self.loss == UNKNOWN else observation
         return told, pictures.images / 255.0
+
+    def _sends_buffers(self, client: ClientOptions) -> bool | None:
+        """Whether clients send their new running statistics; None where they have none to send."""
+        if client.no_buffers and not self.train:
+            raise InputError("--no-buffers goes with --train: without it no running statistics are sent")
+        one_step = self.model.step is not None and client.local_steps == 1
+        return not client.no_buffers if self.train and one_step else None
 
     def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""

@@ -151,13 +151,16 @@ def loss_of(
     rngs: Mapping[str, int] | int | None = None,
     output: Path | None = None,
     layout: str = "NHWC",
+    train: bool | None = None,
 ) -> LossFunction:
     """(params, images, labels) -> the mean of `loss` over the batch, for whatever `leakjax.read_model` takes.
 
-    `call`, `rngs`, `output` and `layout` say how it is called and which output counts; see `leakjax.read_model`.
+    `call`, `rngs`, `output`, `layout` and `train` say how it is called and which output counts; see
+    `leakjax.read_model`.
     `params` are those of the optimizer: `leakjax.read_model(model).params`, arrays by path; buffers stay as they are.
     """
-    function, read = known_loss(loss), read_model(model, call=call, rngs=rngs, output=output, layout=layout)
+    function = known_loss(loss)
+    read = read_model(model, call=call, rngs=rngs, output=output, layout=layout, train=train)
 
     def mean_loss(params: Any, images: Any, labels: Any) -> Any:
         logits = read.apply({**read.buffers, **params}, images)

@@ -50,12 +50,14 @@ def audit(
     rngs: Mapping[str, int] | int | None = None,
     output: Path | None = None,
     layout: str = "NHWC",
+    train: bool | None = None,
 ) -> Audit:
     """Audit a model, its layers and its gradient at a batch of images.
 
     Arguments:
     - `model`: anything that `read_model` takes; `input_shape` (H, W, C), of one example;
-    - `call`, `rngs`, `output`, `layout`: how the model is called and which output counts; see `read_model`;
+    - `call`, `rngs`, `output`, `layout`, `train`: how the model is called and which output counts; see `read_model`;
+      of a model in training mode the gradient is audited, not the new running statistics that may be sent beside it;
     - `images` (B, H, W, C) in `input_range` with `labels` (B, ...), classes or whatever the `loss` compares outputs
       with (see `observe`): the B examples of one gradient; without them a random smooth image drawn with
       `seed`; "input" for labels says that an autoencoder's images are compared with themselves;
@@ -69,7 +71,7 @@ def audit(
     listener("progress", progress)
     if dp_sgd is not None:
         instance("dp_sgd", dp_sgd, DPSGD, "a DPSGD of clip and noise_multipliers")
-    read = read_model(model, call=call, rngs=rngs, output=output, layout=layout)
+    read = read_model(model, call=call, rngs=rngs, output=output, layout=layout, train=train)
     shape = check_shape(input_shape)
     limits, sigmas = check_options(loss, input_range, noise)
     if shapes_only and dp_sgd is not None:
