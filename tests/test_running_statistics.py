@@ -22,14 +22,14 @@ IMAGES, LABELS = DRAW.uniform(size=(2, *SHAPE)), np.array([2, 0])
 
 class Net(nnx.Module):
     def __init__(self, activation=nnx.tanh, momentum=0.99):
-        rngs = nnx.Rngs(1)
+        rngs, draw = nnx.Rngs(1), np.random.default_rng(4)
         self.activation = activation
         self.conv1 = nnx.Conv(2, 8, (3, 3), rngs=rngs, use_bias=False)
         self.bn1 = nnx.BatchNorm(8, rngs=rngs, momentum=momentum)
         self.conv2 = nnx.Conv(8, 8, (3, 3), strides=2, rngs=rngs)
         self.bn2 = nnx.BatchNorm(8, rngs=rngs, momentum=momentum)
-        self.bn2.scale[...] = jnp.asarray(DRAW.uniform(0.5, 1.5, 8), jnp.float32)
-        self.bn2.bias[...] = jnp.asarray(DRAW.normal(size=8), jnp.float32)
+        self.bn2.scale[...] = jnp.asarray(draw.uniform(0.5, 1.5, 8), jnp.float32)
+        self.bn2.bias[...] = jnp.asarray(draw.normal(size=8), jnp.float32)
         self.head = nnx.Linear(8 * 16, 4, rngs=rngs)
 
     def __call__(self, x):

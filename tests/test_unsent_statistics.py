@@ -27,13 +27,13 @@ class Net(nnx.Module):
     """Two convolutions, each with a norm; the first of them of any stride."""
 
     def __init__(self, norm, activation, stride=1, widths=(8, 8)):
-        rngs = nnx.Rngs(1)
+        rngs, draw = nnx.Rngs(1), np.random.default_rng(4)
         self.activation = activation
         self.conv1 = nnx.Conv(2, widths[0], (3, 3), strides=stride, padding=1, use_bias=False, rngs=rngs)
         self.norm1 = NORMS[norm](widths[0], rngs)
         self.conv2 = nnx.Conv(widths[0], widths[1], (3, 3), rngs=rngs)
         self.norm2 = NORMS[norm](widths[1], rngs)
-        self.norm2.scale[...] = jnp.asarray(DRAW.uniform(0.5, 1.5, widths[1]), jnp.float32)
+        self.norm2.scale[...] = jnp.asarray(draw.uniform(0.5, 1.5, widths[1]), jnp.float32)
         self.head = nnx.Linear(widths[1] * (8 // stride) ** 2, 4, rngs=rngs)
 
     def __call__(self, x):
