@@ -354,6 +354,7 @@ def test_values_as_typed():
         "rngs": {"dropout": 3},
         "output": [0, "logits"],
         "layout": "NHWC",
+        "train": None,
     }
 
 

@@ -46,7 +46,10 @@ class Call(NamedTuple):
         """
         if self.train is None:
             return self
-        names = inspect.signature(function).parameters
+        try:
+            names = inspect.signature(function).parameters
+        except ValueError:  # a callable that does not say what it takes
+            names = {}
         asked = {name: self.train != inverted for name, inverted in _MODES.items() if name in names}
         if not asked:
             raise InputError(

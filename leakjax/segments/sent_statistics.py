@@ -25,6 +25,9 @@ from leakjax.segments.tracing.statistics import reductions
 _STEPS = 50
 """Of Newton's method: a mean and a mean of squares take three."""
 
+_SMALL = 1e-6
+"""Of the largest sum of a module at noise: what one that is 0 there is measured in."""
+
 _RESIDUE = 1e3
 """Roundings of the client's, relative to a buffer's own size, that may remain."""
 
@@ -156,7 +159,7 @@ def _solve(
 
     def step_from(t: np.ndarray) -> np.ndarray | None:
         """Newton's step; None where the sums are not determined there."""
-        scale = np.maximum(np.abs(t), np.finfo(t.dtype).tiny)
+        scale = np.maximum(np.abs(t), typical)
         jacobian = np.asarray(module.jacobian(variables, t, sent)) * scale
         step, _, rank, _ = np.linalg.lstsq(jacobian, -left(t), rcond=None)
         return scale * step if rank == len(t) else None
@@ -172,6 +175,7 @@ def _solve(
                 return there, after
         return t, None
 
+    typical = np.maximum(np.abs(begin), _SMALL * np.max(np.abs(begin), initial=np.finfo(begin.dtype).tiny))
     target = np.concatenate([sent[path].ravel() for path in sorted(sent)])
     t, size = begin, np.maximum(np.abs(target) + np.abs(target + left(begin)), np.finfo(begin.dtype).tiny)
     step = step_from(t)

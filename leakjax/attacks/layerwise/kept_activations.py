@@ -63,6 +63,13 @@ def _kept(segment: Segment) -> Segment:
     through = Activation("identity", lambda variables, z: z, identity)
     output = jax.ShapeDtypeStruct(segment.output.shape, dtype)
     words = f"its activation {activation.name} has no inverse"
+    statistics = segment.statistics and segment.statistics._replace(normalization=False)  # of what is inside alone
     return dataclasses.replace(
-        segment, function=function, activation=through, output=output, nonlinearity=words, stages=()
+        segment,
+        function=function,
+        activation=through,
+        output=output,
+        nonlinearity=words,
+        stages=(),
+        statistics=statistics,
     )

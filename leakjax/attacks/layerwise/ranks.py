@@ -65,15 +65,18 @@ def layer_null_space(
 
 def pulled_rank(
     problem: Problem, segments: Sequence[Segment], given: Known, x: Float[np.ndarray, "*input"]
-) -> tuple[int | None, Float[np.ndarray, "*input"] | None]:
-    """Rank of the pulled-back Jacobian at x and each entry's share in its row space; None where it is too large."""
+) -> tuple[int | None, Float[np.ndarray, "*input"] | None, float]:
+    """Rank of the pulled-back Jacobian at x, each entry's share in its row space, and its condition on that rank; None,
+    None and 1 where it is too large."""
     single = np.dtype(problem.dtype) != np.float64  # squares of small singular values drown in its rounding
     if single or x.size > DENSE_SIDE or not fits_in_memory(4 * 8 * x.size**2):
-        return None, None
+        return None, None, 1.0
     rows = sum(matrix_shape(problem, segment)[0] for segment in segments)
     product, forward = products(problem, segments, given, x)
     space = row_space(product, rows, x.size, forward=forward)
-    return space.rank, space.share.reshape(x.shape)
+    least = float(space.values[x.size - space.rank]) if space.rank else 0.0
+    condition = float(np.sqrt(space.values[-1] / least)) if least > 0 else np.inf
+    return space.rank, space.share.reshape(x.shape), condition
 
 
 def matrix_shape(problem: Problem, segment: Segment) -> tuple[int, int]:

@@ -44,7 +44,13 @@ def undo_unsent(problem: Problem, position: int, path: Path) -> Path:
     path = dataclasses.replace(path, x=np.asarray(found.x), dx=np.asarray(found.dx))
     path = undo(problem, position, path, {name: np.asarray(t) for name, t in found.values.items()})
     condition = lsmr_condition(found.probe) / float(found.weakness)
-    info = dataclasses.replace(path.layers[0], solver="lsmr", steps=int(found.steps), condition=condition)
+    info = dataclasses.replace(
+        path.layers[0],
+        solver="lsmr",
+        steps=int(found.steps),
+        condition=condition,
+        residual=max(path.layers[0].residual, float(found.residual)),
+    )
     weak = Weak(position - 2, np.asarray(found.weak_x), np.asarray(found.weak_dx))
     return dataclasses.replace(path, layers=(info, *path.layers[1:]), weak=weak)
 

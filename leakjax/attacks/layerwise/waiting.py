@@ -83,11 +83,13 @@ class StillOpen(NamedTuple):
 
 
 class Determined(NamedTuple):
-    """The input is found: the only one near, or, for the image, with the `rank` and row-space shares that there are."""
+    """The input is found: the only one near, or, for the image, with the `rank`, row-space shares and `condition` of
+    the whole Jacobian, which a solve may never have looked at."""
 
     found: PullBack
     rank: int | None
     seen: Float[np.ndarray, "..."] | None
+    condition: float = 1.0
 
 
 class Failed(NamedTuple):
@@ -207,7 +209,7 @@ def _ended(waiting: Waiting, state: Determined | StillOpen | Failed) -> Path:
         return _wait_on(waiting.path, state)
     found, matched = state.found, isinstance(state, Determined)
     x, residual, depth = np.asarray(found.x), float(found.residual), len(waiting.segments) - 1
-    condition = lsmr_condition(found.probe)
+    condition = max(lsmr_condition(found.probe), state.condition if isinstance(state, Determined) else 1.0)
     first, *later = [
         _pulled_info(info, k, condition, residual, matched) if k <= depth else info
         for k, info in enumerate(waiting.path.layers)
