@@ -64,6 +64,27 @@ def test_images_come_back_without_buffers(norm, activation, examples):
     assert next(layer for layer in found.layers[0] if layer.name == "norm2").solver == "lsmr"
 
 
+class Unpinned(nnx.Module):
+    """A norm whose epsilon is so small that rounding hides the size of what it normalizes."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(1)
+        self.conv = nnx.Conv(2, 12, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(12, epsilon=1e-12, use_scale=False, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(12 * 64, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.norm(self.conv(x))).reshape(len(x), -1))
+
+
+def test_a_size_that_rounding_hides_is_not_called_exact():
+    found, decibels = inverted(Unpinned(), 1)
+    (certificate,) = found.certificates
+    assert decibels.max() < 150  # else the claim would be true
+    assert certificate.status != "exact"
+    assert found.layers[0][0].condition > 1e9
+
+
 def test_what_no_window_at_the_border_sees_is_named():
     """Of the positions that a kernel of 3 by 3 with stride 2 and padding 1 sees by its center alone, the mean."""
     net = Net("batch", nnx.tanh, stride=2, widths=(12, 8))

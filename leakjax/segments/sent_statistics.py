@@ -7,6 +7,7 @@ buffers is solved for the sums by Newton's method, module by module. Conventions
 variances and of how a variance is computed need no code of their own.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from leakjax.runtime.programs import keep
 from leakjax.segments.tracing import evaluation, jaxprs
 from leakjax.segments.tracing.statistics import reductions
 
-_STEPS = 50
+_STEPS = 20
 """Of Newton's method: a mean and a mean of squares take three."""
 
 _SMALL = 1e-6
@@ -32,8 +33,20 @@ _RESIDUE = 1e3
 """Roundings of the client's, relative to a buffer's own size, that may remain."""
 
 
-_RULES = {"stop_gradient": lambda a, **_: a}
+def _unclipped(a: Any, b: Any) -> Any:
+    """max(a, b), where neither is the number 0; else the other."""
+    for bound, other in ((a, b), (b, a)):
+        if isinstance(bound, np.ndarray | np.generic | float) and not np.any(bound):
+            return other
+    return jnp.maximum(a, b)
+
+
+_AS_IT_IS = {"stop_gradient": lambda a, **_: a}
 """Running statistics take no part in the client's gradient, and are differentiated here all the same."""
+
+_UNCLIPPED = {**_AS_IT_IS, "max": _unclipped}
+"""For Newton's method: beyond a clip at 0, as of a variance, nothing would lead back. The answer is held against the
+model as it is."""
 
 
 class _Module(NamedTuple):
@@ -44,11 +57,12 @@ class _Module(NamedTuple):
 
 
 class _Solvable(NamedTuple):
-    """Compiled, for one module, `left(variables, t, sent)`, what the buffers of the sums t miss of those `sent`, and
-    its `jacobian` in t; `names`, and `unravel(t)`, the sums by name."""
+    """Compiled, for one module, `left(variables, t, sent)`, what the buffers of the sums t miss of those `sent`; the
+    same `unclipped`, with its `jacobian` in t; `paths` of the buffers, and `unravel(t)`, the sums by name."""
 
     paths: tuple[str, ...]
     left: Callable[..., Any]
+    unclipped: Callable[..., Any]
     jacobian: Callable[..., Any]
     unravel: Callable[[Any], dict[str, Any]]
 
@@ -139,14 +153,21 @@ def _solvable(graph: jaxprs.Graph, paths: Sequence[str], module: _Module) -> _So
     _, unravel = ravel_pytree(structs)
     parts = {p: graph.needed(v, module.sums) for p, v in module.buffers.items()}
 
-    def left(variables: Arrays, t: Any, sent: Any) -> Any:
+    def left(rules: Mapping[str, Callable[..., Any]], variables: Arrays, t: Any, sent: Any) -> Any:
         sums = unravel(t)
         env = {v: variables[path] for v, path in zip(graph.variables, paths, strict=True)}
         env |= {v: sums[name] for v, name in module.sums.items()}
-        made = {p: evaluation.evaluate(parts[p], env, v, _RULES) for p, v in module.buffers.items()}
+        made = {p: evaluation.evaluate(parts[p], env, v, rules) for p, v in module.buffers.items()}
         return ravel_pytree(jax.tree.map(jnp.subtract, made, sent))[0]
 
-    return _Solvable(tuple(module.buffers), jax.jit(left), jax.jit(jax.jacfwd(left, 1)), unravel)
+    clipped, unclipped = (functools.partial(left, rules) for rules in (_AS_IT_IS, _UNCLIPPED))
+    return _Solvable(
+        paths=tuple(module.buffers),
+        left=jax.jit(clipped),
+        unclipped=jax.jit(unclipped),
+        jacobian=jax.jit(jax.jacfwd(unclipped, 1)),
+        unravel=unravel,
+    )
 
 
 def _solve(
@@ -155,7 +176,7 @@ def _solve(
     """The sums of one module, by name, where its buffers determine them; nothing where they do not."""
 
     def left(t: np.ndarray) -> np.ndarray:
-        return np.asarray(module.left(variables, t, sent))
+        return np.asarray(module.unclipped(variables, t, sent))
 
     def step_from(t: np.ndarray) -> np.ndarray | None:
         """Newton's step; None where the sums are not determined there."""
@@ -164,28 +185,17 @@ def _solve(
         step, _, rank, _ = np.linalg.lstsq(jacobian, -left(t), rcond=None)
         return scale * step if rank == len(t) else None
 
-    def damped(t: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """(t after as much of a `step` as brings it nearer and leaves the sums determined, the step from there): a
-        whole step from a mean far away may end at a variance below 0, which models clip."""
-        before = np.max(np.abs(left(t)) / size)
-        for halvings in range(_STEPS):
-            there = t + 0.5**halvings * step
-            after = step_from(there) if np.max(np.abs(left(there)) / size) < before else None
-            if after is not None:
-                return there, after
-        return t, None
-
     typical = np.maximum(np.abs(begin), _SMALL * np.max(np.abs(begin), initial=np.finfo(begin.dtype).tiny))
     target = np.concatenate([sent[path].ravel() for path in sorted(sent)])
     t, size = begin, np.maximum(np.abs(target) + np.abs(target + left(begin)), np.finfo(begin.dtype).tiny)
-    step = step_from(t)
-    if step is None:
-        return {}
     for _ in range(_STEPS):
-        if step is None or np.all(np.abs(left(t)) <= 4 * np.finfo(t.dtype).eps * size):
+        if np.all(np.abs(left(t)) <= 4 * np.finfo(t.dtype).eps * size):
             break
-        t, step = damped(t, step)
-    off = np.abs(left(t)) > _RESIDUE * rounding * size
+        step = step_from(t)
+        if step is None:
+            return {}
+        t = t + step
+    off = np.abs(np.asarray(module.left(variables, t, sent))) > _RESIDUE * rounding * size
     if np.any(off):
         ends = dict(zip(np.cumsum([sent[p].size for p in sorted(sent)]), sorted(sent), strict=True))
         path = next(p for end, p in ends.items() if int(np.argmax(off)) < end)
