@@ -8,7 +8,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
-from leakjax.attacks.layerwise.fiber import Fiber, State, fiber_of
+from leakjax.attacks.layerwise.fiber import State
+from leakjax.attacks.layerwise.joint_solution import Programs, programs_of
 from leakjax.attacks.layerwise.normalized import undo
 from leakjax.attacks.layerwise.path import Path, Weak
 from leakjax.attacks.layerwise.waiting import wait
@@ -32,13 +33,13 @@ def undo_unsent(problem: Problem, position: int, path: Path) -> Path:
     if path.anchor is not None or not _applies(problem, position):
         return wait(problem, position, path)
     before, segment = problem.segments[position - 1 : position + 1]
-    fiber, variables = fiber_of(before, segment), dict(problem.variables)
+    programs, variables = programs_of(before, segment), dict(problem.variables)
     state = _state(position, path)
-    if not fiber.known(variables, state):
+    if not programs.known(variables, state):
         return wait(problem, position, path)
     gradient = {p: to_device(problem.gradients[p][path.victim]) for s in (before, segment) for p in s.paths}
-    begin = _begin(fiber, variables, state, _typical(problem, position))
-    found = fiber.solve(variables, state, gradient, to_device(begin))
+    begin = _begin(programs, variables, state, _typical(problem, position))
+    found = programs.solve(variables, state, gradient, to_device(begin))
     if not (found.residual <= problem.tolerances.matched and found.probe.lost <= problem.tolerances.probe):
         return wait(problem, position, path)
     path = dataclasses.replace(path, x=np.asarray(found.x), dx=np.asarray(found.dx))
@@ -89,13 +90,15 @@ def _typical(problem: Problem, position: int) -> Float[np.ndarray, " t"]:
     return np.asarray(measure(jnp.asarray(noise, problem.dtype)))
 
 
-def _begin(fiber: Fiber, variables: Arrays, state: State, typical: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
+def _begin(
+    programs: Programs, variables: Arrays, state: State, typical: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, " n"]:
     """(t, c): the statistics that are those of the x that they give, as near to the `typical` ones as that leaves
     open; these themselves where rounding left none."""
     tc = np.concatenate([typical, np.zeros(len(state.weak_x), typical.dtype)])
     count, best, least = len(typical), tc, np.inf
     for _ in range(_STEPS):
-        left, jacobian = map(np.asarray, fiber.missed(variables, state, to_device(tc)))
+        left, jacobian = map(np.asarray, programs.missed(variables, state, to_device(tc)))
         sizes = np.maximum(np.abs(tc[:count]), np.finfo(tc.dtype).tiny)
         missing = float(np.linalg.norm(left / sizes))
         if not missing < least:
