@@ -170,7 +170,8 @@ def read_ray(
     return direction[0], *ray_of(segment, variables, loss, solution.x[0])
 
 
-def _unknown_output(segment: Segment, dtype: Any) -> Preimage:
+def unknown_output(segment: Segment, dtype: Any) -> Preimage:
+    """Of an output of which nothing is known: no forward row counts."""
     zeros = jnp.zeros(segment.output.shape, dtype)
     return Preimage(zeros, zeros.astype(bool), zeros, jnp.ones_like(zeros, bool))
 
@@ -182,7 +183,7 @@ def _input_from_gradient(
     gradient: Mapping[str, Float[Array, "..."]],
     tolerance: float,
 ) -> LsmrSolution:
-    system = layer_system(segment, variables, _unknown_output(segment, dz.dtype), dz, gradient)
+    system = layer_system(segment, variables, unknown_output(segment, dz.dtype), dz, gradient)
     return solve_lsmr(system.operator, system.vector, tolerance=tolerance, max_steps=500)
 
 

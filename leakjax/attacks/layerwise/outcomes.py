@@ -48,10 +48,12 @@ def _proof(problem: Problem, path: Path) -> Proof | None:
     """ "global" where every layer is one linear system in its input alone, and all but the first determine theirs.
 
     Then, from the head backward, each layer's input is the only one there is for the candidate of the head: the image
-    is the only one, or the first layer's null space holds all the others. A batch's head is separated by a search, a
+    is the only one, or the first layer's null space holds all the others. A walk that came in at a layer whose dL/dz
+    a gradient shows needs nothing of the later ones. A batch's head is separated by a search, a
     pulled-back or nonlinear layer solved by one: these prove less.
     """
-    linear = all(segment.linear for segment in problem.segments)
+    used = problem.segments if path.entry is None else problem.segments[: path.entry + 1]
+    linear = all(segment.linear for segment in used)
     first, *later = path.layers
     own = all(info.pull_back_depth == 0 for info in path.layers)
     determined = all(info.status == "determined" for info in later) and first.rank is not None

@@ -43,7 +43,8 @@ class Path:
     `seen`: share of each entry of x that the last solved layer determines; None where that is not known. `source`:
     whose constraints gave the image itself. `weights` (B,): of the examples in what was sent, where it is no mean.
     `row`: its place in a sweep of several layers (see `sweep`). `weak`: the direction that the last unsent statistics
-    left.
+    left. `entry`: position of the segment that it came in at, without anything of the later ones (see `entry`); None
+    for the head.
     """
 
     victim: int
@@ -58,6 +59,11 @@ class Path:
     weights: Float[np.ndarray, " B"] | None = None
     row: int = 0
     weak: Weak | None = None
+    entry: int | None = None
+
+    def labeled(self, labels: Labels) -> "Path":
+        """The same candidate of an image, with other labels."""
+        return dataclasses.replace(self, labels=labels)
 
     @property
     def certain(self) -> bool:

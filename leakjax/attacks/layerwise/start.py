@@ -23,18 +23,19 @@ _COUNT = (
 _FEWER = " (its rank is {shown}: the gradient holds {shown} examples that differ, or fewer outputs than examples)"
 
 
-def start(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
+def start(problem: Problem, monitor: Monitor, head: Segment, *, ranked: bool = True) -> list[Path]:
     """All paths of all victims; raises `InputError` where a batch's head does not separate its examples.
 
+    Unless `ranked`, the rank of a head with a null space is not asked for: where labels alone are wanted of it.
     Where a head's gradient is of another number of examples than was told, the monitor hears of it.
     """
-    return _of_one(problem, monitor, head) if problem.examples == 1 else _of_batches(problem, monitor, head)
+    return _of_one(problem, monitor, head, ranked) if problem.examples == 1 else _of_batches(problem, monitor, head)
 
 
-def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
+def _of_one(problem: Problem, monitor: Monitor, head: Segment, ranked: bool) -> list[Path]:
     """Victims are read `chunk` at a time, as their layers are: what a victim gives does not depend on its company."""
     size = solved_together(problem.victims, problem.chunk, ())
-    paths = [path for first in range(0, problem.victims, size) for path in _of_some(problem, head, first, size)]
+    paths = [path for first in range(0, problem.victims, size) for path in _of_some(problem, head, first, size, ranked)]
     misfits = sorted({path.victim for path in paths if path.layers[0].status == "failed"})
     dense = read_dense_head(head, problem.variables, problem.loss) if misfits else None
     for victim in misfits if dense else []:
@@ -48,7 +49,7 @@ def _of_one(problem: Problem, monitor: Monitor, head: Segment) -> list[Path]:
     return paths
 
 
-def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Path]:
+def _of_some(problem: Problem, head: Segment, first: int, size: int, ranked: bool) -> list[Path]:
     victims = np.minimum(np.arange(first, first + size), problem.victims - 1)
     wanted = Wanted.of(problem, list(victims))
     reading = read_head(
@@ -70,7 +71,7 @@ def _of_some(problem: Problem, head: Segment, first: int, size: int) -> list[Pat
         lost, residual = float(reading.solution.lost[v]), float(reading.solution.residual[v])
         condition, rank, seen = lsmr_condition(reading.solution, v), candidate.x.size, np.ones(candidate.x.shape)
         if lost > problem.tolerances.probe:
-            rank, seen = head_rank(problem, head, candidate.dz)
+            rank, seen = head_rank(problem, head, candidate.dz) if ranked else (None, None)
         info = layer_info(
             problem, head.name, candidate.x.size, rank, condition, residual, int(reading.solution.steps[v])
         )
