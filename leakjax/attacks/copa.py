@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from leakjax.attacks.heads.single import bias_path
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.recursion import recurse
 from leakjax.attacks.matching.match import match
@@ -15,9 +16,12 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """As `rgap`, but a layer whose system leaves directions open is solved together with the layers before it.
 
     Its constraints are pulled back segment by segment until they determine the unknown, or the input is reached. Where
-    the recursion has no start (behind global pooling the head knows its input by means alone), or meets an activation
-    that no output inverts and fails there, the gradient is matched as a whole instead: `match`.
+    the recursion has no start (behind global pooling the head knows its input by means alone; one that all positions
+    share, by sums), or meets an activation that no output inverts and fails there, the gradient is matched as a whole
+    instead: `match`.
     """
+    if _shares_its_head(problem):
+        return match(problem, monitor)
     try:
         found = recurse(problem, monitor, pulling=True)
     except UnreadableModelError:
@@ -30,6 +34,13 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
         if _has_no_start(problem, found[group]):
             found[group] = _matched_instead(problem, monitor, victim, found[group])
     return found
+
+
+def _shares_its_head(problem: Problem) -> bool:
+    """Whether the head is one for all positions of a label map: its gradient is a sum over them."""
+    head = problem.segments[-1]
+    shown = not (head.linear and head.paths) or bias_path(head, problem.variables) is not None
+    return problem.target_kind == "classes" and not shown
 
 
 def _has_no_start(problem: Problem, group: list[Outcome]) -> bool:

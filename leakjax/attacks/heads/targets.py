@@ -43,7 +43,7 @@ def freed(problem: Problem) -> Problem:
     if not (head.linear and head.paths):
         return problem
     biased = bias_path(head, problem.variables) is not None
-    if problem.several and not biased:
+    if (problem.several or problem.target_kind == "classes") and not biased:
         return problem
     targets = tuple(_pull_of(problem, head, victim) for victim in range(problem.victims)) if biased else ()
     return dataclasses.replace(

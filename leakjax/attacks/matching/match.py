@@ -19,6 +19,7 @@ from jaxtyping import Float
 from leakjax.attacks.adaptive import Told, tell
 from leakjax.attacks.heads.labelings import labelings
 from leakjax.attacks.layerwise.recursion import follow, recurse
+from leakjax.attacks.matching.label_maps import can_relax, relaxed_maps
 from leakjax.attacks.matching.outcome import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.matching.residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
@@ -30,6 +31,7 @@ from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
+MAP_TRIALS = 2  # starts of an image whose label map is unknown: dense steps, beside which its match costs little
 AGAIN, AGAIN_LARGE = 3, 1  # starts beyond the first that matches, where another answer may be as good
 FEW = 1000  # unknowns, above which such starts cost too much for more than one
 FINE = 1e-8  # forcing where noise keeps the rows from falling
@@ -85,7 +87,8 @@ def _trials(problem: Problem, monitor: Monitor, told: Told, victim: int) -> list
                 break
         if images and start.layerwise and not misfit(problem, told, start.labels, start.xs[0]) <= near:
             continue
-        monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
+        shown = f"labels {start.labels.tolist()}" if start.labels.ndim == 1 else "its targets"
+        monitor.tell(f"matching gradient {victim} from {start.name}, {shown}")
         solve = _solve_densely if problem.solver == "dense" else _solve
         trials.append(solve(problem, monitor, told, start))
         monitor.tell(f"{start.name}: relative residual {trials[-1].residual:.1e} after {int(trials[-1].steps)} steps")
@@ -137,6 +140,9 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
     rounded = problem.defense is not None and not problem.defense.server.layers
     kinked, layers = problem.network.has_kinks, problem.chain is not None and not rounded
+    if can_relax(problem):
+        yield from _with_maps(problem, monitor, victim)
+        return
     first = kinked or problem.examples > 1
     if layers and first:
         yield from _layerwise(problem, monitor, victim)
@@ -146,6 +152,13 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
         yield _Start(_noise(problem, attempt), choices[choice], kinked, f"noise {attempt}")
         if turn == 1 and layers and not first:
             yield from _layerwise(problem, monitor, victim)
+
+
+def _with_maps(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
+    """Images with the label maps that were found beside them, rounded."""
+    starts = (_noise(problem, attempt) for attempt in range(MAP_TRIALS))
+    for found in relaxed_maps(problem, monitor, tell(problem, victim), starts):
+        yield _Start(found.x[None], found.classes[None], False, "a relaxed label map")
 
 
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
