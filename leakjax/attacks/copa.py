@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from leakjax.attacks.heads.single import bias_path
+from leakjax.attacks.heads.targets import shares_positions
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.recursion import recurse
 from leakjax.attacks.matching.match import match
@@ -20,7 +20,7 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
     share, by sums), or meets an activation that no output inverts and fails there, the gradient is matched as a whole
     instead: `match`.
     """
-    if _shares_its_head(problem):
+    if shares_positions(problem):
         return match(problem, monitor)
     try:
         found = recurse(problem, monitor, pulling=True)
@@ -34,13 +34,6 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
         if _has_no_start(problem, found[group]):
             found[group] = _matched_instead(problem, monitor, victim, found[group])
     return found
-
-
-def _shares_its_head(problem: Problem) -> bool:
-    """Whether the head is one for all positions of a label map: its gradient is a sum over them."""
-    head = problem.segments[-1]
-    shown = not (head.linear and head.paths) or bias_path(head, problem.variables) is not None
-    return problem.target_kind == "classes" and not shown
 
 
 def _has_no_start(problem: Problem, group: list[Outcome]) -> bool:

@@ -59,7 +59,7 @@ def _checked(problem: Problem, monitor: Monitor, outcome: Outcome) -> Outcome:
 
 
 def joint_rank(
-    problem: Problem, image: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
+    problem: Problem, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
 ) -> tuple[int | None, int]:
     """(rank of d g / d (x, y), unknowns) at an image with its map; y (*space, K) moves within sum_k y_k = 1.
 
@@ -68,11 +68,11 @@ def joint_rank(
     """
     columns = problem.outputs // classes.size
     free = labels_of(columns) - 1
-    unknowns = image.size + classes.size * free
+    unknowns = x.size + classes.size * free
     if np.dtype(problem.dtype) != np.float64 or not fits_in_memory(6 * 8 * unknowns**2):
         return None, unknowns
     products = _joint(predicted(problem), columns)
-    given = dict(problem.variables), to_device(image[None], problem.dtype), to_device(classes[None])
+    given = dict(problem.variables), to_device(x[None], problem.dtype), to_device(classes[None])
     rows = sum(g[0].size for g in problem.gradients.values())
     return row_space(lambda v: products(*given, to_device(v)), rows, unknowns).rank, unknowns
 
@@ -104,29 +104,27 @@ def _joint(gradient: Gradient, columns: int) -> Callable[..., Float[Array, "k n"
     return jax.jit(products)
 
 
-def _joint_moves(
-    problem: Problem, image: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
-) -> list[str]:
+def _joint_moves(problem: Problem, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]) -> list[str]:
     """Names of the moves that change the image or its map, and leave the gradient as it is when they move both."""
-    if image.shape[:-1] != classes.shape:
+    if x.shape[:-1] != classes.shape:
         return []  # a map of another size: what moves an image says nothing of it
-    tried = [m for m in moves(image.shape, problem.input_range) if not m.name.startswith(_VALUES)]
-    tried = [move for move in tried if _differs(problem, move, image, classes)]
+    tried = [m for m in moves(x.shape, problem.input_range) if not m.name.startswith(_VALUES)]
+    tried = [move for move in tried if _differs(problem, move, x, classes)]
     measure = _norms(predicted(problem))
     variables = dict(problem.variables)
-    stacks = [np.stack([move.apply(a) for move in tried]) for a in (image, classes[..., None])] if tried else []
+    stacks = [np.stack([move.apply(a) for move in tried]) for a in (x, classes[..., None])] if tried else []
     if not stacks:
         return []
-    here = to_device(image[None], problem.dtype), to_device(classes[None])
+    here = to_device(x[None], problem.dtype), to_device(classes[None])
     away = measure(variables, *here, to_device(stacks[0], problem.dtype), to_device(stacks[1][..., 0]))
     same = np.asarray(away) <= problem.tolerances.same_at_most
     return list(dict.fromkeys(move.name for move, kept in zip(tried, same, strict=True) if kept))
 
 
 def _differs(
-    problem: Problem, move: Move, image: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
+    problem: Problem, move: Move, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
 ) -> bool:
-    away = np.max(np.abs(move.apply(image) - image)) > problem.gap
+    away = np.max(np.abs(move.apply(x) - x)) > problem.gap
     return bool(away or np.any(move.apply(classes[..., None]) != classes[..., None]))
 
 

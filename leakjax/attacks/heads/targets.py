@@ -51,6 +51,15 @@ def freed(problem: Problem) -> Problem:
     )
 
 
+def shares_positions(problem: Problem) -> bool:
+    """Whether the head is one for all positions of a label map: its gradient is a sum over them, and shows neither its
+    input nor dL/dz."""
+    if problem.target_kind != "classes" or problem.chain is None:
+        return False
+    head = problem.segments[-1]
+    return not (head.linear and head.paths) or bias_path(head, problem.variables) is None
+
+
 def _pull_of(problem: Problem, head: Segment, victim: int) -> Float[np.ndarray, " K"]:
     """t with act'(z) t = dz, dL/dz as it was sent."""
     gradient = {p: problem.gradients[p][victim] for p in head.paths}
