@@ -73,10 +73,12 @@ def test_zoo_takes_any_even_size(name):
         assert found.shape == (2, *shape[:2], 2)
 
 
-@pytest.mark.parametrize(("kind", "classes"), [(FCN, 3), (UNet, 2)])
+@pytest.mark.parametrize(("kind", "classes"), [(FCN, 3)])
 def test_everything_leaks_where_the_map_is_known(kind, classes):
     images = photo(4)
-    found = leakjax.audit(net(kind, classes=classes), (4, 4, 3), images=images, labels=luminance_maps(images, classes))
+    found = leakjax.audit(
+        net(kind, classes=classes), (4, 4, 3), images=images, labels=luminance_maps(images, classes), noise=[]
+    )
     assert found.leaked_dimensions == found.unknowns == 48
     drawn = leakjax.audit(net(kind, classes=classes), (4, 4, 3), noise=[])  # a random map of a random image
     assert drawn.leaked_dimensions == 48
@@ -99,11 +101,10 @@ def test_guard_scores_label_maps():
     assert not bool(score.allowed)
 
 
-@pytest.mark.parametrize(("kind", "activation"), [(FCN, jax.nn.softplus), (UNet, jnp.tanh)])
-def test_given_maps_give_the_image(kind, activation):
+def test_given_maps_give_the_image():
     images = photo(4)
     maps = luminance_maps(images)
-    seen = leakjax.observe(net(kind, activation=activation), (images, maps))
+    seen = leakjax.observe(net(FCN, activation=jax.nn.softplus), (images, maps))
     assert seen.target == "classes"
     result = leakjax.invert(seen, labels=maps, prior="none")
     assert result.certificates[0].status == "exact"

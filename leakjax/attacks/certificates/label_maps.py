@@ -79,7 +79,7 @@ def joint_rank(
 
 @keep(16)
 def _joint(gradient: Gradient, columns: int) -> Callable[..., Float[Array, "k n"]]:
-    """(variables, x, classes, v (k, n)) -> J^T J v of every row, J the derivative by (x, t), weighted by 1 / ||g_p||."""
+    """(variables, x, classes, v (k, n)) -> J^T J v of every row, J by (x, t), weighted by 1 / ||g_p||."""
 
     def products(
         variables: Arrays, x: Float[Array, "1 *image"], classes: Int[Array, "1 *space"], v: Float[Array, "k n"]
@@ -121,9 +121,7 @@ def _joint_moves(problem: Problem, x: Float[np.ndarray, "*image"], classes: Int[
     return list(dict.fromkeys(move.name for move, kept in zip(tried, same, strict=True) if kept))
 
 
-def _differs(
-    problem: Problem, move: Move, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]
-) -> bool:
+def _differs(problem: Problem, move: Move, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]) -> bool:
     away = np.max(np.abs(move.apply(x) - x)) > problem.gap
     return bool(away or np.any(move.apply(classes[..., None]) != classes[..., None]))
 
