@@ -112,9 +112,8 @@ def test_range_activation_and_loss_are_the_papers(name):
     }
     assert spec.activation == activation.get(name, "tanh")
     assert spec.loss == ("sigmoid_binary_cross_entropy" if name in RGAP else "softmax_cross_entropy")
-    assert spec.outputs == (
-        2 if name in PIXELWISE else 1 if name in RGAP else 100 if name in RCONV and spec.outputs == 100 else 10
-    )
+    outputs = 1 if name in RGAP else 100 if name in RCONV and spec.outputs == 100 else 10
+    assert spec.outputs == (2 if name in PIXELWISE else outputs)
     assert spec.init == ("uniform" if name in RCONV else "torch")
 
 

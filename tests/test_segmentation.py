@@ -73,14 +73,11 @@ def test_zoo_takes_any_even_size(name):
         assert found.shape == (2, *shape[:2], 2)
 
 
-@pytest.mark.parametrize(("kind", "classes"), [(FCN, 3)])
-def test_everything_leaks_where_the_map_is_known(kind, classes):
-    images = photo(4)
-    found = leakjax.audit(
-        net(kind, classes=classes), (4, 4, 3), images=images, labels=luminance_maps(images, classes), noise=[]
-    )
+def test_everything_leaks_where_the_map_is_known():
+    images, model = photo(4), net(FCN, classes=3)
+    found = leakjax.audit(model, (4, 4, 3), images=images, labels=luminance_maps(images, 3), noise=[])
     assert found.leaked_dimensions == found.unknowns == 48
-    drawn = leakjax.audit(net(kind, classes=classes), (4, 4, 3), noise=[])  # a random map of a random image
+    drawn = leakjax.audit(model, (4, 4, 3), noise=[])  # a random map of a random image
     assert drawn.leaked_dimensions == 48
 
 
@@ -188,7 +185,7 @@ def test_a_loss_of_integers_alone_asks_for_the_maps():
     images = photo(4)
     maps = luminance_maps(images)
     seen = leakjax.observe(net(UNet), (images, maps), loss=strict)
-    with pytest.raises(InputError, match="labels=..."):
+    with pytest.raises(InputError, match="give them"):
         leakjax.invert(seen, attack="match")
 
 
