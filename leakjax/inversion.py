@@ -12,6 +12,7 @@ from leakjax.arguments import instance
 from leakjax.assembly import assemble
 from leakjax.attacks import ATTACKS, DEFAULT_ATTACK
 from leakjax.attacks.certificates.free_targets import with_fitted_pulls, with_targets
+from leakjax.attacks.certificates.label_maps import with_open_maps
 from leakjax.attacks.certificates.multiples import with_multiples
 from leakjax.attacks.certificates.other_images import seek_others
 from leakjax.attacks.heads.scales import read_scales, rescaled, unscaled, withheld
@@ -120,7 +121,7 @@ def _solve(observation: Observation, asked: Asked, problem: Problem, monitor: Mo
         problem = dataclasses.replace(problem, defense=build_defense(f"gaussian:{noise / abs(factor)!r}"))
     told, problem = problem, freed(problem)
     outcomes = with_fitted_pulls(told, problem, attack.run(problem, monitor))
-    outcomes = seek_others(problem, monitor, outcomes)
+    outcomes = with_open_maps(problem, monitor, seek_others(problem, monitor, outcomes))
     outcomes = rescaled(outcomes, scalings)
     if attack.polished and problem.pull_back == "auto":  # another solver was asked for: its own answer is
         sigma = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well

@@ -17,6 +17,7 @@ from leakjax.segments.chain import read_segments
 RGAP = ("fcn3", "cnn6", "cnn6d")
 RESNETS = ("resnet8", "resnet20", "resnet8_gap")
 RCONV = tuple(name for name in MODELS if name.startswith("rconv"))
+PIXELWISE = ("fcn", "unet")
 HYBRID = ("lenet2", *(name for name in MODELS if name.startswith("cnn") and name not in RGAP))
 TANH_LOGITS = ("cnn2_c0", "cnn2_c4", "cnn2_c5")
 CONVOLUTIONS = {
@@ -46,7 +47,7 @@ def layers_of(params):
     return [(k.rpartition("/")[0], params[k]) for k in order]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*RESNETS, "lenet_max")])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in (*RESNETS, *PIXELWISE, "lenet_max")])
 def test_every_model_is_read_layer_by_layer(name):
     spec = MODELS[name]
     model = model_of(name)
@@ -86,7 +87,7 @@ def test_outputs_and_biases(name):
     shape = jax.eval_shape(
         model.apply, model.variables, jax.ShapeDtypeStruct((2, *spec.input_shape), jnp.float32)
     ).shape
-    assert shape == (2, spec.outputs)
+    assert shape == (2, *(spec.input_shape[:2] if name in PIXELWISE else ()), spec.outputs)
     biases = {path.rpartition("/")[0] for path in model.params if path.endswith("bias")}
     everywhere = {module for module, _ in layers_of(model.params)}
     if name in RGAP:
@@ -102,7 +103,7 @@ def test_outputs_and_biases(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_range_activation_and_loss_are_the_papers(name):
     spec = MODELS[name]
-    assert spec.input_shape == ((28, 28, 1) if name == "fcn3" else (32, 32, 3))
+    assert spec.input_shape == ((28, 28, 1) if name == "fcn3" else (16, 16, 3) if name in PIXELWISE else (32, 32, 3))
     assert spec.input_range == ((-0.5, 0.5) if name in (*HYBRID, "lenet") else (0.0, 1.0))
     activation = {
         "lenet": "leaky_relu:0.01",
@@ -111,7 +112,8 @@ def test_range_activation_and_loss_are_the_papers(name):
     }
     assert spec.activation == activation.get(name, "tanh")
     assert spec.loss == ("sigmoid_binary_cross_entropy" if name in RGAP else "softmax_cross_entropy")
-    assert spec.outputs == (1 if name in RGAP else 100 if name in RCONV and spec.outputs == 100 else 10)
+    outputs = 1 if name in RGAP else 100 if name in RCONV and spec.outputs == 100 else 10
+    assert spec.outputs == (2 if name in PIXELWISE else outputs)
     assert spec.init == ("uniform" if name in RCONV else "torch")
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from leakjax.attacks.heads.targets import shares_positions
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.recursion import recurse
 from leakjax.attacks.matching.match import match
@@ -15,9 +16,12 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
     """As `rgap`, but a layer whose system leaves directions open is solved together with the layers before it.
 
     Its constraints are pulled back segment by segment until they determine the unknown, or the input is reached. Where
-    the recursion has no start (behind global pooling the head knows its input by means alone), or meets an activation
-    that no output inverts and fails there, the gradient is matched as a whole instead: `match`.
+    the recursion has no start (behind global pooling the head knows its input by means alone; one that all positions
+    share, by sums), or meets an activation that no output inverts and fails there, the gradient is matched as a whole
+    instead: `match`.
     """
+    if shares_positions(problem):
+        return match(problem, monitor)
     try:
         found = recurse(problem, monitor, pulling=True)
     except UnreadableModelError:

@@ -102,6 +102,11 @@ class Problem:
         )
 
     @property
+    def maps_unknown(self) -> bool:
+        """Whether the target is a class at every position, and not given."""
+        return self.labels is None and self.target_kind == "classes" and self.loss != UNKNOWN
+
+    @property
     def several(self) -> bool:
         """Whether the target is 0 or 1 for every output, and not given."""
         return self.labels is None and self.target_kind == "several" and self.loss != UNKNOWN
@@ -189,6 +194,7 @@ class Outcome:
     - `multiples`: whether other images, its multiples or others, have the same gradient times a factor that is not
       known; `refuted`: whether the answer stands for nothing, for the `reason` given;
     - `curved`: whether the open directions hold near the answer only;
+    - `open_map`: None, or why another label map with another image may have the same gradient;
     - `scale`, `target`: as `Reconstruction` has them; `reason`: why there is no answer, where the attack knows;
     - `psnr_estimate`: in dB, where noise or rounding remains and the answer is as good as they allow, with the standard
       deviation `psnr_spread` of what chance does to one image.
@@ -204,6 +210,7 @@ class Outcome:
     multiples: bool = False
     refuted: bool = False
     curved: bool = False
+    open_map: str | None = None
     scale: float = 1.0
     target: Float[np.ndarray, "..."] | None = None
     reason: str | None = None

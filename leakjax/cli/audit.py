@@ -108,13 +108,13 @@ def audit(
         if setup.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
         index = integers("--index", "0" if data.index is None else data.index)
-        batch = (None, None) if data.drawn else setup.batch(data.dataset, index, data.images)
+        batch = (None, None) if data.drawn else setup.batch(data.dataset, index, data.images, data.target)
         with progress(console) as tell:
             result = run(
                 setup.model,
                 setup.input_shape,
                 images=batch[0],
-                labels=data.target if data.target == "input" else batch[1],
+                labels="input" if data.target == "input" else batch[1],
                 loss=setup.loss,
                 input_range=setup.input_range,
                 noise=sigmas,

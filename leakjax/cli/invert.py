@@ -61,7 +61,9 @@ class AttackOptions:
     """Which attack, what it is told, and how it goes about it."""
 
     attack: Annotated[str | None, option("--attack", "NAME", "See `leakjax list attacks`.")] = None
-    labels: Annotated[str | None, _of_client("--labels", "L[,M..]", "Labels, where known.")] = None
+    labels: Annotated[
+        str | None, _of_client("--labels", "L[,M..]|map", "Labels, where known; `map`: the label maps.")
+    ] = None
     gradient_noise: Annotated[
         float | None, _of_client("--gradient-noise", "SIGMA", "Standard deviation of noise known in every entry.")
     ] = None
@@ -112,7 +114,7 @@ def invert(
             _agree_with(model, setup, observation)
         else:
             observation, shown = setup.observe(data, client, dtype, model.seed)
-        given = None if how.labels is None else integers("--labels", how.labels)
+        given = None if how.labels is None else _labels(how.labels, setup, data, captured)
         if plan:
             _plan(console, observation, attack, dtype, how.solver, as_json=output.json_output)
             return
@@ -145,6 +147,15 @@ def invert(
         else:
             print_report(console, report)
             console.print(f"wrote {directory}/report.json, reconstruction.npz, figure.png", highlight=False)
+
+
+def _labels(typed: str, setup: "Setup", data: DataOptions, captured: CaptureOptions) -> Any:
+    """The labels that the attack is given: integers, or the label maps of the images."""
+    if typed != "map":
+        return integers("--labels", typed)
+    if captured.given:
+        raise InputError("--labels map: a capture holds no label maps; give them in Python, invert(..., labels=maps)")
+    return setup.maps_of(data)
 
 
 def _plan(

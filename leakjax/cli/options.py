@@ -81,7 +81,8 @@ ImagesFile = Annotated[Path | None, _data("--images", "FILE.npz", "Your own imag
 
 
 Target = Annotated[
-    Literal["class", "input"], _data("--target", None, "What the loss compares with: labels, or the images themselves.")
+    Literal["class", "input", "map"],
+    _data("--target", None, "What the loss compares with: labels, the images themselves, or maps of their luminance."),
 ]
 
 

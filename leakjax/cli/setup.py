@@ -13,13 +13,13 @@ from leakjax.captures.weights import read_weights
 from leakjax.cli.calling import calling
 from leakjax.cli.options import ClientOptions, DataOptions, ModelOptions, NormalizedModelOptions, integers
 from leakjax.client.observation import Observation, observe
-from leakjax.datasets import Images, load_dataset, load_npz, to_range, train_and_test
+from leakjax.datasets import Images, load_dataset, load_npz, luminance_maps, to_range, train_and_test
 from leakjax.errors import InputError, unknown_name
 from leakjax.interop.torch import read_torch_capture
 from leakjax.models import MODELS, build_model, load_factory
-from leakjax.models.losses import LOSSES, UNKNOWN, LossSpec, read_loss
+from leakjax.models.losses import LOSSES, UNKNOWN, LossSpec, labels_of, read_loss
 from leakjax.models.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
-from leakjax.models.reader import Model, output_count, read_model
+from leakjax.models.reader import Model, output_count, output_shape, read_model
 from leakjax.models.zoo import load_function
 from leakjax.runtime.memory import fits_on_host
 
@@ -31,7 +31,7 @@ class Setup:
     """A model with the input shape (None where only a capture can say), input range and loss that go with it.
 
     `own_loss`: the model's, which a client takes where the server does not know its `loss`. `train`: whether the model
-    was set to training mode.
+    was set to training mode; `maps`: whether it is one of the zoo that gives every pixel a class.
     """
 
     model: Model
@@ -43,6 +43,7 @@ class Setup:
     input_std: Numbers | None = None
     own_loss: str = "softmax_cross_entropy"
     train: bool = False
+    maps: bool = False
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Setup":
@@ -94,16 +95,17 @@ class Setup:
         if options.layout != "NHWC":
             raise InputError("--layout goes with a model of your own; those of the zoo take NHWC")
         spec = MODELS[name]
-        if shape not in (None, spec.input_shape):
+        if shape not in (None, spec.input_shape) and not spec.maps:
             raise InputError(f"--input-shape: model {name!r} takes {','.join(map(str, spec.input_shape))}")
         module = build_model(name, seed=seed, activation=activation, init=options.init)
         return cls(
             model=read_model(module),
             activation=activation or spec.activation,
-            input_shape=spec.input_shape,
+            input_shape=shape or spec.input_shape,
             input_range=limits or spec.input_range,
             loss=loss or spec.loss,
             own_loss=spec.loss,
+            maps=spec.maps,
         )
 
     @property
@@ -121,7 +123,7 @@ class Setup:
         inputs = to_range(pictures.images, self.limits)
         observation = observe(
             self.model,
-            (inputs, inputs if data.target == "input" else pictures.labels),
+            (inputs, self._targets(data.target, pictures, inputs)),
             loss=self.own_loss if self.loss == UNKNOWN else self.loss,
             input_range=self.input_range if self.input_mean is None else (0.0, 1.0),
             input_mean=self.input_mean,
@@ -145,15 +147,42 @@ class Setup:
         one_step = self.model.step is not None and client.local_steps == 1
         return not client.no_buffers if self.train and one_step else None
 
-    def batch(self, dataset: str | None, index: Sequence[int], images: Path | None) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, H, W, C) in the model's input range and their labels, of a file or a data set."""
+    def batch(
+        self, dataset: str | None, index: Sequence[int], images: Path | None, target: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images (N, H, W, C) in the model's input range and their targets, of a file or a data set."""
         data = self._pictures(dataset or "samples", index, images)
-        return to_range(data.images, self.limits), data.labels
+        inputs = to_range(data.images, self.limits)
+        return inputs, self._targets(target, data, inputs)
+
+    def maps_of(self, data: DataOptions) -> np.ndarray:
+        """The label maps of the images, for an attack that is given them."""
+        if not (data.target == "map" or self.maps):
+            raise InputError("--labels map goes with --target map")
+        pictures = self._pictures(data.dataset, integers("--index", data.index), data.images)
+        return self._targets("map", pictures, np.empty(0))
+
+    def _targets(self, kind: str, pictures: Images, inputs: np.ndarray) -> np.ndarray:
+        """What the loss compares outputs with: labels, the inputs themselves, or maps of the pictures' luminance."""
+        if kind == "input":
+            return inputs
+        if kind != "map" and not self.maps:
+            return pictures.labels
+        assert self.input_shape is not None
+        outputs = output_shape(self.model, self.input_shape)
+        if len(outputs) != 3 or outputs[:2] != self.input_shape[:2]:
+            raise InputError(
+                f"--target map: the model must return logits at every pixel, {self.input_shape[:2]} and the classes, "
+                f"got outputs of shape {outputs}"
+            )
+        return luminance_maps(pictures.images, labels_of(outputs[-1]))
 
     def train_and_test(self, dataset: str, limit: int | None) -> tuple[Images, Images]:
         """Pictures to train on and to test by, at most `limit` of each."""
         if self.input_shape is None:
             raise InputError("--input-shape H,W,C is needed with a model of your own")
+        if self.maps:
+            raise InputError("--model: this one is compared with label maps, and data sets have one label an image")
         data, test = train_and_test(dataset, self.input_shape, limit)
         return self._relabeled(data), self._relabeled(test)
 

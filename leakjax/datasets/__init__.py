@@ -14,9 +14,10 @@ from leakjax.datasets.loading import (
     to_range,
     train_and_test,
 )
+from leakjax.datasets.maps import luminance_maps
 
 DATASETS: Mapping[str, str] = {
-    "samples": "10 embedded photos, CC0 or public domain, 32x32x3 and 64x64x3",
+    "samples": "10 embedded photos, CC0 or public domain, 16x16x3, 32x32x3 and 64x64x3",
     **{f"foolbox/{name}": summary for name, summary in SETS.items()},
     "digits": digits.SUMMARY,
 }
@@ -28,6 +29,7 @@ __all__ = [
     "load_dataset",
     "load_npz",
     "load_split",
+    "luminance_maps",
     "stack",
     "to_range",
     "train_and_test",

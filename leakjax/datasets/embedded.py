@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from leakjax.errors import InputError
@@ -65,19 +66,39 @@ class Samples(tfds.core.GeneratorBasedBuilder):
         return int(self.builder_config.name)
 
 
+class _Halved(Sequence[Any]):
+    """Records {"image", "label"} with images of half the sides: means of 2x2 pixels, rounded."""
+
+    def __init__(self, records: Sequence[Any]):
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: Any) -> Any:
+        record = self.records[index]
+        image = np.asarray(record["image"], float)
+        height, width, channels = image.shape
+        means = image.reshape(height // 2, 2, width // 2, 2, channels).mean(axis=(1, 3))
+        return {**record, "image": np.rint(means).astype(np.uint8)}
+
+
 def source(input_shape: tuple[int, ...]) -> Sequence[Any]:
-    """The sample set of `input_shape`, (32, 32, 3) or (64, 64, 3), as a data source; prepared on the first use.
+    """The sample set of `input_shape`, (16, 16, 3), (32, 32, 3) or (64, 64, 3), as a data source; prepared on the first
+    use. The smallest are those of 32x32, halved.
 
     Raises `InputError` for any other shape.
     """
-    shapes: dict[tuple[int, ...], int] = {(size, size, 3): size for size in SIZES}
+    shapes: dict[tuple[int, ...], int] = {(size, size, 3): size for size in (SIZES[0] // 2, *SIZES)}
     if input_shape not in shapes:
         raise InputError(
             f"data set 'samples' has images of shape {' and '.join(map(str, shapes))}, the model takes {input_shape}; "
             "choose another model or data set, or give --images"
         )
-    builder: Any = tfds.builder_from_directory(prepared(shapes[input_shape]))
-    return builder.as_data_source(split="train")
+    size = shapes[input_shape]
+    builder: Any = tfds.builder_from_directory(prepared(max(size, SIZES[0])))
+    records = builder.as_data_source(split="train")
+    return records if size in SIZES else _Halved(records)
 
 
 def prepared(size: int) -> Path:

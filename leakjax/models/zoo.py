@@ -17,6 +17,7 @@ from leakjax.models.activations import parse_activation
 from leakjax.models.initialization import INITIALIZATIONS
 from leakjax.models.networks import Conv, ConvNet, DenseNet
 from leakjax.models.residual import ResNet
+from leakjax.models.segmentation import FCN, UNet
 
 Build = Callable[[nnx.Rngs, str, str], Any]
 
@@ -27,7 +28,8 @@ class ModelSpec:
 
     - `build(rngs, activation, init)`: the nnx module;
     - `activation`: the default, as `NAME[:PARAMETER]`; `init`: the paper's initialization;
-    - `input_shape` (H, W, C), `input_range`, `loss`: as in the paper; `outputs`: number of logits.
+    - `input_shape` (H, W, C), `input_range`, `loss`: as in the paper; `outputs`: number of logits;
+    - `maps`: whether these are logits of every pixel, to be compared with a label map; images may have any size then.
     """
 
     build: Build
@@ -38,6 +40,7 @@ class ModelSpec:
     loss: str = "softmax_cross_entropy"
     outputs: int = 10
     init: str = "torch"
+    maps: bool = False
 
 
 def _convolutions(
@@ -95,6 +98,13 @@ def _resnet(blocks: int, summary: str, *, pooled: bool = False) -> ModelSpec:
 def _fcn3(rngs: nnx.Rngs, activation: str, init: str) -> DenseNet:
     logits = parse_activation("leaky_relu:0.2")
     return DenseNet((784, 1000, 100, 1), rngs=rngs, activation=parse_activation(activation), logits=logits, init=init)
+
+
+def _pixelwise(network: type[FCN] | type[UNet], classes: int, summary: str) -> ModelSpec:
+    def build(rngs: nnx.Rngs, activation: str, init: str) -> Any:
+        return network(classes, rngs=rngs, activation=parse_activation(activation), init=init)
+
+    return ModelSpec(build, summary, "tanh", input_shape=(16, 16, 3), outputs=classes, maps=True)
 
 
 def _cnn6(second: int) -> list[tuple[int, int, int, int]]:
@@ -161,6 +171,8 @@ MODELS: Mapping[str, ModelSpec] = {
     "rconv_relu": _rconv(
         (77, 5, 2, 2), (22, 5, 2, 2), (3, 5, 1, 2), (3, 5, 1, 2), leaky=0, outputs=100, summary="LeNet, ReLU throughout"
     ),
+    "fcn": _pixelwise(FCN, 2, "Long et al.: three convolutions of 24 filters, two classes a pixel"),
+    "unet": _pixelwise(UNet, 2, "Ronneberger et al.: a small U-Net, one level, two classes a pixel"),
 }
 """The zoo by name. `activation` replaces every activation but the logits' and, in R-CONV's nets, their first
 LeakyReLUs."""

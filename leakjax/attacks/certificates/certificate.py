@@ -94,6 +94,7 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
         return Certificate.failure(unknowns, condition, layer, outcome.reason or reason)
     whole = layers[0].status in SOLVED
     several = len(outcome.candidates) > 1 or outcome.symmetry is not None or outcome.curved
+    several = several or outcome.open_map is not None
     proof = outcome.proof or "local"
     if problem.tolerances.coarse:
         return Certificate.failure(unknowns, condition, layers[0].name, _COARSE)
@@ -192,7 +193,7 @@ def _ray(problem: Problem) -> str:
 def _open_words(problem: Problem, outcome: Outcome, whole: bool) -> str:
     info, count = outcome.layers[0], max(len(outcome.candidates), outcome.count)
     free = "some" if info.rank is None else str(info.unknowns - info.rank)
-    parts = []
+    parts = [] if outcome.open_map is None else [outcome.open_map]
     if outcome.multiples:
         parts.append(_ray(problem) if MULTIPLES in (outcome.symmetry or "") else _TIED)
     if not whole:

@@ -43,12 +43,21 @@ def freed(problem: Problem) -> Problem:
     if not (head.linear and head.paths):
         return problem
     biased = bias_path(head, problem.variables) is not None
-    if problem.several and not biased:
+    if (problem.several or problem.target_kind == "classes") and not biased:
         return problem
     targets = tuple(_pull_of(problem, head, victim) for victim in range(problem.victims)) if biased else ()
     return dataclasses.replace(
         problem, loss=UNKNOWN, target_kind="values", target_shape=(problem.outputs,), targets=targets
     )
+
+
+def shares_positions(problem: Problem) -> bool:
+    """Whether the head is one for all positions of a label map: its gradient is a sum over them, and shows neither its
+    input nor dL/dz."""
+    if problem.target_kind != "classes" or problem.chain is None:
+        return False
+    head = problem.segments[-1]
+    return not (head.linear and head.paths) or bias_path(head, problem.variables) is None
 
 
 def _pull_of(problem: Problem, head: Segment, victim: int) -> Float[np.ndarray, " K"]:

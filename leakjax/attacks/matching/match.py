@@ -18,7 +18,9 @@ from jaxtyping import Float
 
 from leakjax.attacks.adaptive import Told, tell
 from leakjax.attacks.heads.labelings import labelings
+from leakjax.attacks.heads.targets import shares_positions
 from leakjax.attacks.layerwise.recursion import follow, recurse
+from leakjax.attacks.matching.label_maps import can_relax, relaxed_maps
 from leakjax.attacks.matching.outcome import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.matching.residual import OUTER, dense_rows, match_programs
 from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
@@ -30,6 +32,7 @@ from leakjax.solvers.dense_newton import Rows, dense_levenberg_marquardt
 
 TRIALS, KINKED_TRIALS = 8, 2  # labelings and fresh starts of each, tried until one matches; smoothing takes long
 NEAR = 1e-2  # ||r|| / size of a layer-wise answer that may be another candidate
+MAP_TRIALS = 2  # starts of an image whose label map is unknown: dense steps, beside which its match costs little
 AGAIN, AGAIN_LARGE = 3, 1  # starts beyond the first that matches, where another answer may be as good
 FEW = 1000  # unknowns, above which such starts cost too much for more than one
 FINE = 1e-8  # forcing where noise keeps the rows from falling
@@ -39,13 +42,14 @@ SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
 
 class _Start(NamedTuple):
     """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name; whether
-    it is an answer of the layers already."""
+    it is an answer of the layers already; whether its labels are a map that was found beside it."""
 
     xs: Float[np.ndarray, "S B ..."]
     labels: Labels
     smoothed: bool
     name: str
     layerwise: bool = False
+    mapped: bool = False
 
 
 def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
@@ -85,9 +89,14 @@ def _trials(problem: Problem, monitor: Monitor, told: Told, victim: int) -> list
                 break
         if images and start.layerwise and not misfit(problem, told, start.labels, start.xs[0]) <= near:
             continue
-        monitor.tell(f"matching gradient {victim} from {start.name}, labels {start.labels.tolist()}")
+        shown = f"labels {start.labels.tolist()}" if start.labels.ndim == 1 else "its targets"
+        monitor.tell(f"matching gradient {victim} from {start.name}, {shown}")
         solve = _solve_densely if problem.solver == "dense" else _solve
-        trials.append(solve(problem, monitor, told, start))
+        trial = solve(problem, monitor, told, start)
+        if start.mapped and not trial.residual <= told.matched:  # beside a wrong map the image moves away
+            left = misfit(problem, told, start.labels, start.xs[0])
+            trial = Found(start.xs[0], start.labels, left, trial.steps)
+        trials.append(trial)
         monitor.tell(f"{start.name}: relative residual {trials[-1].residual:.1e} after {int(trials[-1].steps)} steps")
     return trials
 
@@ -110,7 +119,7 @@ def _proved(problem: Problem, monitor: Monitor, victim: int, trial: Found) -> bo
     Layer by layer, as R-GAP does; where its proof is global it is of the gradient, not of the attack.
     """
     plain = problem.chain is not None and problem.examples == 1 and problem.local_steps == 1 and not problem.defense
-    if not plain or problem.target(victim) is not None:
+    if not plain or problem.target(victim) is not None or shares_positions(problem):
         return False
     try:
         (outcome,) = recurse(problem.alone(victim), monitor, pulling=False)
@@ -137,6 +146,10 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     """All starts of one victim in the order in which they are tried; made when they are asked for."""
     rounded = problem.defense is not None and not problem.defense.server.layers
     kinked, layers = problem.network.has_kinks, problem.chain is not None and not rounded
+    layers = layers and not shares_positions(problem)
+    if can_relax(problem):
+        yield from _with_maps(problem, monitor, victim)
+        return
     first = kinked or problem.examples > 1
     if layers and first:
         yield from _layerwise(problem, monitor, victim)
@@ -146,6 +159,13 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
         yield _Start(_noise(problem, attempt), choices[choice], kinked, f"noise {attempt}")
         if turn == 1 and layers and not first:
             yield from _layerwise(problem, monitor, victim)
+
+
+def _with_maps(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
+    """Images with the label maps that were found beside them, rounded."""
+    starts = (_noise(problem, attempt) for attempt in range(MAP_TRIALS))
+    for found in relaxed_maps(problem, monitor, tell(problem, victim), starts):
+        yield _Start(found.x[None], found.classes[None], False, "a relaxed label map", mapped=True)
 
 
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
