@@ -3,7 +3,7 @@
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,12 +30,12 @@ def torch() -> Any:
 def environment() -> Any:
     """The one `torchax.tensor.Environment` in which modules run; the caller's own is left as it is.
 
-    torchax 0.0.13 names overloads of named tensors, which torch 2.13 and later no longer have. Nobody calls them, so
-    that each stands as a placeholder while torchax fills its tables.
+    torchax 0.0.13 lists operations that later torches no longer have: overloads of named tensors (2.13), a second
+    cholesky (2.14). Nobody calls them, so that each stands as a placeholder while torchax fills its tables.
     """
     attention = torch().backends.mha
     fast = attention.get_fastpath_enabled()
-    with LOCK, _named_tensor_overloads():
+    with LOCK, _absent_operations():
         try:
             found = importlib.import_module("torchax.tensor").Environment()
         except ImportError as error:
@@ -67,27 +67,37 @@ def running() -> Iterator[Any]:
 
 
 class _Absent:
-    """In place of an overload that this torch does not have."""
+    """In place of an operation, or an overload of one, that this torch does not have."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Absent()
 
 
 @contextmanager
-def _named_tensor_overloads() -> Iterator[None]:
-    packet = torch()._ops.OpOverloadPacket
-    known = packet.__getattr__
+def _absent_operations() -> Iterator[None]:
+    ops = torch()._ops
+    known = {kind: kind.__getattr__ for kind in (ops._OpNamespace, ops.OpOverloadPacket)}
 
-    def found(self: Any, name: str) -> Any:
-        try:
-            return known(self, name)
-        except AttributeError:
-            if "imname" in name or "names" in name.split("_"):
+    def tolerant(getter: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def found(self: Any, name: str) -> Any:
+            try:
+                return getter(self, name)
+            except AttributeError:
+                if name.startswith("__"):
+                    raise
                 return _Absent()
-            raise
 
-    packet.__getattr__ = found
+        return found
+
+    for kind, getter in known.items():
+        kind.__getattr__ = tolerant(getter)
     try:
         yield
     finally:
-        packet.__getattr__ = known
+        for kind, getter in known.items():
+            kind.__getattr__ = getter
 
 
 def _batch_norm(
