@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-all shapes lint bench docs notebooks clean
+.PHONY: setup torch demo test test-all shapes lint bench docs notebooks clean
 
 setup: $(STAMP)
 
@@ -12,6 +12,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	touch $(STAMP)
+
+torch: $(STAMP)  # a wheel of some 200 MB where there is one for CPUs, else of some GB
+	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable .[torch] --group dev
 
 demo: $(STAMP)
 	$(BIN)/leakjax invert --model cnn6 --index 0,1,2,3 --out demo
@@ -24,7 +27,7 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-all: lint
+test-all: lint torch
 	$(BIN)/python -m pytest -n auto
 
 shapes: $(STAMP)

@@ -121,14 +121,14 @@ def audit(
                 dp_sgd=dp_sgd,
                 shapes_only=data.shapes_only,
                 seed=model.seed,
-                name=model.model if setup.activation is None else f"{model.model} ({setup.activation})",
+                name=model.name if setup.activation is None else f"{model.name} ({setup.activation})",
                 progress=tell,
             )
         looked_at = result.data
         if not data.drawn:
             source = data.dataset if data.images is None else file_and_hash(data.images)
             looked_at = f"{source}, index {data.index or '0'}"
-        initialized = f"initialized with seed {model.seed}" if ":" not in model.model else f"those of {model.model}"
+        initialized = f"initialized with seed {model.seed}" if ":" not in model.name else f"those of {model.name}"
         used = initialized if model.weights is None else file_and_hash(model.weights)
         result = dataclasses.replace(result, data=looked_at, weights=used)
         summary = result.to_json()

@@ -25,7 +25,7 @@ def capture(
         path = directory / "capture.npz"
         write_capture(observation, path)
         if output.json_output:
-            summary = {"capture": str(path), "model": model.model, "activation": setup.activation, "dtype": dtype}
+            summary = {"capture": str(path), "model": model.name, "activation": setup.activation, "dtype": dtype}
             answer(json.dumps({**summary, "victims": observation.victims, "examples": observation.examples}))
         else:
-            console.print(f"wrote {path}: {observation.victims} gradient(s) of {model.model}", highlight=False)
+            console.print(f"wrote {path}: {observation.victims} gradient(s) of {model.name}", highlight=False)

@@ -50,6 +50,11 @@ _SOLVED = ("out", "labels", "prior", "pull_back", "optimizer", "starts", "steps"
 _WEIGHTS = Idle(("init",), lambda v: v["weights"] is not None, "beside --weights, which replace the initialization")
 _IMAGES = Idle(("dataset",), lambda v: v["images"] is not None, "beside --images")
 _RATE = Idle(("learning_rate",), lambda v: v["local_steps"] == 1, "without --local-steps of 2 or more")
+_TORCH = Idle(
+    ("model", "layout", "rngs", "activation"),
+    lambda v: v["torch"] is not None,
+    "beside --torch, whose module says that itself",
+)
 _DP = "without --clip and --noise-multiplier"
 
 IDLE: Mapping[str, tuple[Idle, ...]] = {
@@ -66,15 +71,17 @@ IDLE: Mapping[str, tuple[Idle, ...]] = {
         Idle(("optimizer",), _undriven, "with --prior none, unless --pull-back optax descends by it"),
         _IMAGES,
         _WEIGHTS,
+        _TORCH,
         Idle(_RATE.options, lambda v: not _captured(v) and _RATE.where(v), _RATE.why),
     ),
-    "capture": (_IMAGES, _WEIGHTS, _RATE),
+    "capture": (_IMAGES, _WEIGHTS, _TORCH, _RATE),
     "audit": (
         Idle(("sampling_rate", "steps", "delta"), lambda v: v["clip"] is None and v["noise_multiplier"] is None, _DP),
         Idle(("init", "input_range"), lambda v: v["shapes_only"], "with --shapes-only, which looks at no number"),
         _WEIGHTS,
+        _TORCH,
     ),
-    "train": (_WEIGHTS,),
+    "train": (_WEIGHTS, _TORCH),
     "prepare": (Idle(("download",), lambda v: v["source"] is not None, "beside --from"),),
 }
 """By command, what has no effect when."""

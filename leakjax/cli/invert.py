@@ -138,7 +138,7 @@ def invert(
         pictures = unit_scale(result.images, observation.limits)
         if shown is not None:
             shown = pair_with_truth(shown, pictures, observation.examples)
-        info = RunInfo(model.model, setup.activation, model.seed, how.gradient_noise)
+        info = RunInfo(model.name, setup.activation, model.seed, how.gradient_noise)
         report = build_report(info, observation, result, shown)
         write_report(directory, report, result)
         draw_figure(directory / "figure.png", report, pictures, shown, result.determined)

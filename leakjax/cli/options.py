@@ -32,6 +32,9 @@ class ModelOptions:
     """Which model, with which weights, and what its inputs can be."""
 
     model: Annotated[str, _model("--model -m", "NAME|package.module:factory", "Model to use.")] = "cnn6"
+    torch: Annotated[
+        str | None, _model("--torch", "package.module:factory", "PyTorch module of your own, in place of --model.")
+    ] = None
     activation: Annotated[
         str | None, _model("--activation", "NAME[:PARAMETER]", "Activation, in place of the model's own.")
     ] = None
@@ -64,6 +67,11 @@ class ModelOptions:
     init: Annotated[str | None, _model("--init", "NAME", "Initialization: torch or uniform.")] = None
     weights: Annotated[Path | None, _model("--weights", "FILE.npz", "Weights of `leakjax train`.")] = None
     seed: Annotated[int, _model("--seed", None, "Seed of the initialization, a defense's noise and random starts.")] = 0
+
+    @property
+    def name(self) -> str:
+        """What reports call the model: as it was typed."""
+        return self.torch or self.model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from leakjax.cli.options import ClientOptions, DataOptions, ModelOptions, Normal
 from leakjax.client.observation import Observation, observe
 from leakjax.datasets import Images, load_dataset, load_npz, luminance_maps, to_range, train_and_test
 from leakjax.errors import InputError, unknown_name
-from leakjax.interop.torch import read_torch_capture
+from leakjax.interop.torch import from_module, read_torch_capture
 from leakjax.models import MODELS, build_model, load_factory
 from leakjax.models.losses import LOSSES, UNKNOWN, LossSpec, labels_of, read_loss
 from leakjax.models.normalization import Limits, Numbers, channel_limits, check_normalization, hull, spread
@@ -67,16 +67,16 @@ class Setup:
 
     @classmethod
     def _initialized(cls, options: ModelOptions) -> "Setup":
-        name, loss, seed, activation = options.model, options.loss, options.seed, options.activation
+        name, loss, seed, activation = options.name, options.loss, options.seed, options.activation
         loss = None if loss is None else _loss(loss)
         if not 0 <= seed < 2**32:
             raise InputError(f"--seed: expected 0..{2**32 - 1}, got {seed}")
         shape = None if options.input_shape is None else _shape(options.input_shape)
         limits = None if options.input_range is None else _limits(options.input_range)
-        if ":" in name:
+        if ":" in name or options.torch is not None:
             if options.init is not None:
                 raise InputError("--init goes with the models of the zoo; your factory initializes its own")
-            read = read_model(load_factory(name, seed=seed, activation=activation), **calling(options))
+            read = _own_model(options)
             return cls(
                 model=read,
                 activation=activation,
@@ -226,6 +226,15 @@ class Setup:
             return observation, None
         expected = (observation.victims * observation.examples, *observation.input_shape)
         return observation, load_npz(truth, "--truth", expected).images / 255.0
+
+
+def _own_model(options: ModelOptions) -> Model:
+    """What the user's factory makes: a model as published, or a PyTorch module."""
+    if options.torch is None:
+        found = load_factory(options.model, seed=options.seed, activation=options.activation)
+        return read_model(found, **calling(options))
+    how = {name: value for name, value in calling(options).items() if name in ("call", "output", "train")}
+    return from_module(load_factory(options.torch, "--torch", seed=options.seed, activation=None), **how)
 
 
 def _loss(typed: str) -> LossSpec:

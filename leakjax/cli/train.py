@@ -82,7 +82,7 @@ def train(model: ModelOptions, training: TrainingOptions, output: OutputOptions,
             write_weights(result.at(epoch), directory / file)
         own = ("epochs", "batch_size", "clients", "optimizer", "learning_rate", "clip", "noise")
         summary = {
-            "model": model.model,
+            "model": model.name,
             "activation": setup.activation,
             "dataset": dataset,
             "train_examples": len(data.labels),

@@ -13,10 +13,14 @@ from leakjax.captures.capture import observation_from, read_meta
 from leakjax.client.observation import Observation
 from leakjax.errors import InputError
 from leakjax.files.npz import Entry, Npz, open_npz
+from leakjax.interop.by_name import named_after_a_module, read_by_name
 from leakjax.interop.layout import Layout
+from leakjax.interop.modules import from_module
 from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Model, output_count
 from leakjax.segments.chain import Chain, read_segments
+
+__all__ = ["from_module", "read_torch_capture"]
 
 _ARGUMENT = "--torch-capture"
 _STATISTICS = {"running_mean": "mean", "running_var": "var"}  # of a batch norm: buffers, without gradients
@@ -36,11 +40,17 @@ def read_torch_capture(path: str | Path, model: Model, *, loss: LossSpec | None 
     Convolution kernels OIHW become HWIO; dense weights (out, in) over a channel-first flatten become (in, out) in the
     order in which the model flattens. A batch norm's running statistics are parameters without `grad/`. `loss`, where
     it is given, stands in place of the one that the capture names.
-    Raises `InputError` naming the first layer that differs from the model's.
+
+    A `model` of `from_module` takes the arrays by their names, as they are, and `new_buffers/<name>`, the running
+    statistics that the client sent with its gradient.
+
+    Raises `InputError` naming the first layer, or the first name, that differs from the model's.
     """
     instance("model", model, Model, "from read_model")
     with open_npz(path, _ARGUMENT) as file:
         meta = read_meta(file, _ARGUMENT, loss)
+        if named_after_a_module(file, model):
+            return read_by_name(file, meta, model, _ARGUMENT)
         names = _names(file)
         shape = tuple(meta["input_shape"])
         model = model.astype(np.float32)

@@ -45,12 +45,19 @@ def take_apart(model: Any, params: Any, call: Call) -> Parts:
         return _of_equinox(model, params, call)
     if callable(model):
         if params is None:
+            if _is_torch(model):
+                raise InputError("model is a PyTorch module: pass leakjax.interop.torch.from_module(module) (--torch)")
             raise InputError("apply_fn needs its parameters: pass (apply_fn, params)")
         return _of_function(model, params, call)
     raise InputError(
         "model must be an nnx module, (linen module, variables), an Equinox module, (Haiku transform, params) or "
         f"(apply_fn, params), got {type(model).__name__}"
     )
+
+
+def _is_torch(model: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
 
 
 def _of_nnx(model: nnx.Module, call: Call) -> Parts:

@@ -92,10 +92,11 @@ def read_model(
         return model
     if isinstance(model, tuple) and type(model) is tuple and len(model) == 2 and params is None:
         model, params = model
-    return _from_trees(take_apart(model, params, how), known_keys=how.known_keys)
+    return from_parts(take_apart(model, params, how), known_keys=how.known_keys)
 
 
-def _from_trees(parts: Parts, *, known_keys: bool) -> Model:
+def from_parts(parts: Parts, *, known_keys: bool) -> Model:
+    """The model of a function of trees, as one of arrays by path; see `Model`."""
     flat_params, params_tree = _flatten(parts.params)
     flat_buffers, buffers_tree = _flatten(parts.buffers)
     if not flat_params:

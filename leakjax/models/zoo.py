@@ -216,18 +216,18 @@ def load_function(path: str, option: str) -> tuple[Callable[..., Any], str]:
     return found, name
 
 
-def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
+def load_factory(path: str, option: str = "--model", *, seed: int, activation: str | None) -> Any:
     """Call the user's `package.module:factory`, with `seed` and `activation` where its signature has them.
 
     The current directory is importable. `activation` reaches the factory as a function, or None where none was asked
-    for. Raises `InputError` where the module or the factory cannot be found, or the factory raises.
+    for. Raises `InputError`, naming the `option`, where module or factory cannot be found, or the factory raises.
     """
-    factory, name = load_function(path, "--model")
+    factory, name = load_function(path, option)
     offered = {"seed": seed, "activation": None if activation is None else parse_activation(activation)}
     try:
         wanted = inspect.signature(factory).parameters
     except (TypeError, ValueError) as error:
-        raise InputError(f"--model {path}: {name!r} has no signature to read ({error})") from error
+        raise InputError(f"{option} {path}: {name!r} has no signature to read ({error})") from error
     if activation is not None and "activation" not in wanted:
         raise InputError(f"--activation: {path} takes no argument named activation")
     try:
@@ -235,4 +235,4 @@ def load_factory(path: str, *, seed: int, activation: str | None) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # the factory's own code
-        raise InputError(f"--model {path}: the factory raised {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{option} {path}: the factory raised {type(error).__name__}: {first_line(error)}") from error

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.models.activations import Activation, build_activation
+from leakjax.models.paths import owner, separator
 from leakjax.models.reader import Arrays, Model
 from leakjax.runtime.programs import Shelf, keep
 from leakjax.segments.geometry import Geometry, read_geometry
@@ -257,7 +258,8 @@ def _on_any_shape(function: Callable[[Arrays, Any], Any], shape: tuple[int, ...]
 
 def _name(paths: Sequence[str], group: Group) -> str:
     """The modules that own `paths`: "conv1", or "conv1+bn1" where one map holds several, or what a block's share."""
-    owners = list(dict.fromkeys(path.rpartition("/")[0] or path for path in paths))
-    parts = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*(o.split("/") for o in owners), strict=False))
-    shared = "/".join(names[0] for names in parts)
+    owners = list(dict.fromkeys(owner(path) or path for path in paths))
+    mark = separator("".join(paths))
+    parts = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*(o.split(mark) for o in owners), strict=False))
+    shared = mark.join(names[0] for names in parts)
     return shared if group.nonlinearity and shared else "+".join(owners)

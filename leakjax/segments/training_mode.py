@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from leakjax.errors import InputError
+from leakjax.models.paths import leaf, owner
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
 from leakjax.segments.pieces import meeting_random
@@ -28,7 +29,7 @@ _RANDOM = (
     "random numbers meet the data in `{name}` at {location} (dropout in train mode?): they are taken from the model's "
     "own state, and an answer holds for a client that drew the same; call model.eval() if it ran in evaluation mode"
 )
-_STATISTICS = ("mean", "var")
+_STATISTICS = ("mean", "var", "running_mean", "running_var")
 
 
 def training_remarks(
@@ -71,11 +72,10 @@ def _idle_statistics(model: Model, graph: jaxprs.Graph) -> list[str]:
 
     def called(path: str) -> bool:
         """Whether the module runs, as far as parameters of its own show that."""
-        owner = path.rpartition("/")[0]
-        own = [other for other in model.params if other.rpartition("/")[0] == owner]
+        own = [other for other in model.params if owner(other) == owner(path)]
         return not own or any(ids[other] in read for other in own)
 
-    buffers = [path for path in model.buffers if path.rpartition("/")[2] in _STATISTICS]
+    buffers = [path for path in model.buffers if leaf(path) in _STATISTICS]
     return [path for path in buffers if ids[path] not in read and called(path)]
 
 
