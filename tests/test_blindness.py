@@ -243,6 +243,22 @@ def test_one_rule_of_rank_below_what_a_gram_matrix_resolves(small, count):
         np.testing.assert_allclose(np.sqrt(found.values[:count]), small, rtol=1e-3)
 
 
+def test_columns_of_zeros_are_open_and_change_nothing_else():
+    rng, values = np.random.default_rng(1), np.r_[np.geomspace(1, 1e-3, 40), np.full(10, 1e-10)]
+    matrix, hidden = np.zeros((90, 120)), rng.permutation(120)[:70]
+    seen = np.setdiff1d(np.arange(120), hidden)
+    matrix[:, seen] = spectrum(90, 50, values)
+    found = row_space(lambda v: (v @ matrix.T) @ matrix, *matrix.shape)
+    assert found.rank == 50
+    assert np.all(found.share[hidden] == 0)
+    np.testing.assert_allclose(found.share[seen], 1, rtol=1e-9)
+    np.testing.assert_allclose(np.sqrt(np.sort(found.values[70:80])), 1e-10, rtol=1e-3)
+    np.testing.assert_allclose(found.vectors.T @ found.vectors, np.eye(120), atol=1e-9)
+    nothing = row_space(np.zeros_like, 90, 120)
+    assert nothing.rank == 0
+    assert not np.any(nothing.share)
+
+
 @pytest.mark.parametrize(
     ("share", "words"),
     [(0, "0 %"), (1e-9, "< 0.1 %"), (0.3014, "30.1 %"), (0.99999, "> 99.9 %"), (1 - 1e-12, "100 %"), (1.0, "100 %")],

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from leakjax.runtime.programs import keep
 
@@ -102,24 +102,45 @@ def row_space(
         return image.T
 
     gram = gram_of(np.eye(columns))
-    values, vectors = np.linalg.eigh(0.5 * (gram + gram.T))
-    largest = max(float(values[-1]), 0.0)
-    if largest == 0.0:
-        return RowSpace(np.zeros(columns), vectors, 0)
+    seen = np.diagonal(gram) != 0  # J e_i = 0 elsewhere: behind a max-pool three of four entries
     tolerance = rank_tolerance(rows, columns, dtype)
-    resolved = max(64 * columns * float(jnp.finfo(dtype).eps), tolerance**2)
-    small = values <= resolved * largest
+    values, vectors = np.zeros(columns), np.zeros((columns, columns))
+    hidden = columns - int(np.count_nonzero(seen))
+    vectors[np.flatnonzero(~seen), np.arange(hidden)] = 1.0
+    if hidden < columns:
+        found = _diagonalized(gram[np.ix_(seen, seen)], seen, gram_of, forward, tolerance, dtype)
+        values[hidden:], vectors[seen, hidden:] = found
+    rank = int(np.sum(values > tolerance**2 * values[-1]))
+    return RowSpace(values, vectors, rank)
+
+
+def _diagonalized(
+    gram: Float[np.ndarray, "s s"],
+    seen: Bool[np.ndarray, " n"],
+    gram_of: Callable[[Float[np.ndarray, "n k"]], Float[np.ndarray, "n k"]],
+    forward: Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k m"]] | None,
+    tolerance: float,
+    dtype: Any,
+) -> tuple[Float[np.ndarray, " s"], Float[np.ndarray, "s s"]]:
+    """Eigenvalues, ascending up to those that were refined, and vectors of the columns of J that are `seen`."""
+
+    def among_all(basis: Float[np.ndarray, "s k"]) -> Float[np.ndarray, "n k"]:
+        whole = np.zeros((len(seen), basis.shape[1]))
+        whole[seen] = basis
+        return whole
+
+    values, vectors = np.linalg.eigh(0.5 * (gram + gram.T))
+    resolved = max(64 * len(seen) * float(jnp.finfo(dtype).eps), tolerance**2)
+    small = values <= resolved * values[-1]
     if np.any(small):
         kept, rest = vectors[:, ~small], vectors[:, small]
-        rest = rest - kept @ ((kept.T @ gram_of(rest)) / values[~small][:, None])
+        rest = rest - kept @ ((kept.T @ gram_of(among_all(rest))[seen]) / values[~small][:, None])
         rest = np.linalg.qr(rest)[0]
         if forward is None:
-            inner = rest.T @ gram_of(rest)
+            inner = rest.T @ gram_of(among_all(rest))[seen]
         else:
-            images = np.asarray(forward(np.ascontiguousarray(rest.T)), np.float64)
+            images = np.asarray(forward(np.ascontiguousarray(among_all(rest).T)), np.float64)
             inner = images @ images.T
         found, rotation = np.linalg.eigh(0.5 * (inner + inner.T))
         values[small], vectors[:, small] = found, rest @ rotation
-    values = np.maximum(values, 0.0)
-    rank = int(np.sum(values > tolerance**2 * largest))
-    return RowSpace(values, vectors, rank)
+    return np.maximum(values, 0.0), vectors
