@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.linalg
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from leakjax.runtime.programs import keep
@@ -135,7 +136,8 @@ def _diagonalized(
     if np.any(small):
         kept, rest = vectors[:, ~small], vectors[:, small]
         rest = rest - kept @ ((kept.T @ gram_of(among_all(rest))[seen]) / values[~small][:, None])
-        rest = np.linalg.qr(rest)[0]
+        factor = np.linalg.cholesky(rest.T @ rest)  # I + C^T C, C what was subtracted: well-conditioned
+        rest = scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
         if forward is None:
             inner = rest.T @ gram_of(among_all(rest))[seen]
         else:
