@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 torch: $(STAMP)  # a wheel of some 200 MB where there is one for CPUs, else of some GB
 	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable .[torch] --group dev
 
-federated: $(STAMP)  # holds typer, rich and protobuf at older versions
+federated: $(STAMP)  # Flower holds typer, rich and protobuf at older versions
 	$(BIN)/python -m pip install --quiet --editable .[flower,nvflare] --group dev
 
 demo: $(STAMP)
