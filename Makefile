@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup torch demo test test-all shapes lint bench docs notebooks clean
+.PHONY: setup torch federated demo test test-all shapes lint bench docs notebooks clean
 
 setup: $(STAMP)
 
@@ -16,6 +16,9 @@ $(STAMP): pyproject.toml
 torch: $(STAMP)  # a wheel of some 200 MB where there is one for CPUs, else of some GB
 	$(BIN)/python -m pip install --quiet torch==2.13.0 --editable .[torch] --group dev
 
+federated: $(STAMP)  # Flower holds typer, rich and protobuf at older versions
+	$(BIN)/python -m pip install --quiet --editable .[flower,nvflare] --group dev
+
 demo: $(STAMP)
 	$(BIN)/leakjax invert --model cnn6 --index 0,1,2,3 --out demo
 
@@ -27,7 +30,7 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-all: lint torch
+test-all: lint torch federated
 	$(BIN)/python -m pytest -n auto
 
 shapes: $(STAMP)

@@ -35,8 +35,9 @@ BLOCKS = [
     for page, text in PAGES.items()
     for _, language, title, code in FENCE.findall(text)
 ]
-EXTRA = "pytorch.md"  # which needs the extra `torch`: `tests/test_torch_modules.py` runs its blocks
-PYTHON = [(page, title, code) for page, language, title, code in BLOCKS if language == "python" and page != EXTRA]
+# Pages that need extras: `tests/test_torch_modules.py` and `tests/test_federated.py` run their blocks.
+EXTRAS = {"pytorch.md", "flower.md"}
+PYTHON = [(page, title, code) for page, language, title, code in BLOCKS if language == "python" and page not in EXTRAS]
 EXECUTED = "first-steps.md"  # whose commands are run, and not only parsed
 
 
