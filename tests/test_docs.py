@@ -38,6 +38,7 @@ BLOCKS = [
 # Pages that need extras: `tests/test_torch_modules.py` and `tests/test_federated.py` run their blocks.
 EXTRAS = {"pytorch.md", "flower.md"}
 PYTHON = [(page, title, code) for page, language, title, code in BLOCKS if language == "python" and page not in EXTRAS]
+OWN_NETWORKS = {"segmentation.md", "transformers.md"}
 EXECUTED = "first-steps.md"  # whose commands are run, and not only parsed
 
 
@@ -74,11 +75,16 @@ def test_the_navigation_lists_every_page_once():
     assert len(listed) > 20
 
 
-def test_python_blocks_run(tmp_path):
-    """Page by page, in one process with JAX as it is by default; a page's blocks share their names."""
-    assert len({page for page, *_ in PYTHON}) >= 6
+@pytest.mark.parametrize("alone", [True, False])
+def test_python_blocks_run(tmp_path, alone):
+    """Page by page, in one process with JAX as it is by default; a page's blocks share their names.
+
+    Pages whose networks no other page has gain nothing from the others' company.
+    """
+    blocks = [block for block in PYTHON if (block[0] in OWN_NETWORKS) == alone]
+    assert len({page for page, *_ in blocks}) >= (2 if alone else 6)
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps(PYTHON))
+    plan.write_text(json.dumps(blocks))
     run = [sys.executable, str(ROOT / "tests" / "run_pages.py"), str(plan)]
     kept = {  # pages with the same network share what is compiled
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
@@ -89,7 +95,7 @@ def test_python_blocks_run(tmp_path):
         run, capture_output=True, text=True, cwd=tmp_path, timeout=280, env={**os.environ, **kept}, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("ran ") == len(PYTHON)
+    assert done.stdout.count("ran ") == len(blocks)
 
 
 def test_commands_of_the_first_steps_run(run, folder):
