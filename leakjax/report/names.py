@@ -3,12 +3,14 @@
 import itertools
 from collections.abc import Sequence
 
+from leakjax.models.paths import separator
+
 WIDTH = 36
 
 
 def shortened(names: Sequence[str], width: int = WIDTH) -> list[str]:
     """The names without the modules that enclose all of them, none longer than `width`, as "..last/part"."""
-    mark = "/" if any("/" in name for name in names) else "."
+    mark = separator("".join(names))
     modules = [part.split(mark) for name in names for part in name.split("+")]
     shared = itertools.takewhile(
         lambda level: len(set(level)) == 1, zip(*(each[:-1] for each in modules), strict=False)

@@ -6,6 +6,7 @@ Whatever lies behind that layer is needed for the label alone. A patch embedding
 hand: dW = sum_p dz_p x_p^T has one solution wherever there are no more patches than channels.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from leakjax.attacks.heads.single import unknown_output
 from leakjax.attacks.layerwise.iterative import max_steps
 from leakjax.attacks.layerwise.path import Path, layer_info, noise_level
 from leakjax.attacks.layerwise.system import pull_back_cotangent
-from leakjax.attacks.problem import Labels, Monitor, Problem
+from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.layer import layer_system
 from leakjax.models.reader import Arrays
 from leakjax.runtime.cores import side_by_side
@@ -51,15 +52,10 @@ def read_entries(problem: Problem) -> list[Entry]:
     return [Entry(k, path) for k, path in found if path is not None]
 
 
-def enter(problem: Problem, monitor: Monitor, entries: Sequence[Entry], paths: list[Path]) -> list[Path]:
-    """The `paths` of the head with their labels, at the input of the first entry whose gradient rows leave nothing
-    open; as they are where there is none."""
-    labels: dict[int, list[Labels]] = {}
-    for path in paths:
-        tried = labels.setdefault(path.victim, [])
-        if not any(np.array_equal(path.labels, other) for other in tried):
-            tried.append(path.labels)
-    for entry in entries:
+def enter(problem: Problem, monitor: Monitor) -> dict[int, Path]:
+    """By victim a path without a label, at the input of the first entry whose gradient rows leave nothing open for any
+    victim; {} where there is none."""
+    for entry in read_entries(problem):
         segment = problem.segments[entry.position]
         monitor.tell(f"reading {segment.name} by the gradient of {entry.path}")
 
@@ -67,10 +63,20 @@ def enter(problem: Problem, monitor: Monitor, entries: Sequence[Entry], paths: l
             with compute_in(str(problem.dtype)):
                 return _read(problem, segment, entry, victim)
 
-        found = dict(zip(labels, side_by_side(read, list(labels)), strict=True))
-        if found and all(whole for _, whole in found.values()):
-            return [found[v][0].labeled(tags) for v, all_tags in labels.items() for tags in all_tags]
-    return paths
+        found = side_by_side(read, list(range(problem.victims)))
+        if all(whole for _, whole in found):
+            return {path.victim: path for path, _ in found}
+    return {}
+
+
+def labeled(entered: Mapping[int, Path], heads: Sequence[Path]) -> list[Path]:
+    """The entered paths, one for each of the labels that the head's paths have for their victim."""
+    found: list[Path] = []
+    for head in heads:
+        path = dataclasses.replace(entered[head.victim], labels=head.labels)
+        if not any(p.victim == path.victim and np.array_equal(p.labels, path.labels) for p in found):
+            found.append(path)
+    return found
 
 
 def _read(problem: Problem, segment: Segment, entry: Entry, victim: int) -> tuple[Path, bool]:

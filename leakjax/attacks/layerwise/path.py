@@ -61,10 +61,6 @@ class Path:
     weak: Weak | None = None
     entry: int | None = None
 
-    def labeled(self, labels: Labels) -> "Path":
-        """The same candidate of an image, with other labels."""
-        return dataclasses.replace(self, labels=labels)
-
     @property
     def certain(self) -> bool:
         """Whether every layer so far is determined."""

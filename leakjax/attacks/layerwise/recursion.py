@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from leakjax.attacks.layerwise.chunks import workers
 from leakjax.attacks.layerwise.closing import Nulls, close
-from leakjax.attacks.layerwise.entry import enter, read_entries
+from leakjax.attacks.layerwise.entry import enter, labeled
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.kinks import Solved, mend_kinks
 from leakjax.attacks.layerwise.layer_step import Step, compile_steps
@@ -63,9 +63,11 @@ def follow(problem: Problem, monitor: Monitor, *, pulling: bool) -> list[Path]:
     problem, size = checked_chain(problem, pulling=pulling)
     *segments, head = problem.segments
     monitor.tell("reading the head")
-    entries = read_entries(problem)
-    paths = enter(problem, monitor, entries, start(problem, monitor, head, ranked=not entries))
-    segments = segments[: paths[0].entry] if paths else []
+    entered = enter(problem, monitor)
+    paths = start(problem, monitor, head, ranked=not entered)
+    if entered:
+        paths = labeled(entered, paths)
+        segments = segments[: entered[0].entry]
     linear = [segment for segment in segments if segment.linear and not segment.normalizes]
     monitor.tell(f"compiling {len(linear)} layers")
     together = swept_together(problem, segments, size)

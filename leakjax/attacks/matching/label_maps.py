@@ -9,7 +9,7 @@ rounding changes little the image is matched with it, which alone says whether t
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from leakjax.attacks.adaptive import Sent, Told
 from leakjax.attacks.matching.outcome import compare, given
-from leakjax.attacks.matching.residual import Compare, residual_of
+from leakjax.attacks.matching.residual import Compare, DenseRows, residual_of, with_derivatives
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.constraints.priors import from_natural, to_natural
 from leakjax.errors import InputError
@@ -130,9 +130,7 @@ def _shares(t: Float[Array, "... k"], linear: bool = False) -> Float[Array, "...
 
 
 @keep(16)
-def _map_rows(
-    compare: Compare, space: tuple[int, ...], free: int, columns: int, linear: bool
-) -> tuple[Callable[..., Array | tuple[Array, Array]], ...]:
+def _map_rows(compare: Compare, space: tuple[int, ...], free: int, columns: int, linear: bool) -> DenseRows:
     """Compiled, of (variables, sent, middle, ridge, u): r, (r, J^T), and with a direction d r''(d, d); u = (x, t).
 
     The loss takes the shares of the last `columns` classes: all, or with one logit that of class 1.
@@ -146,21 +144,4 @@ def _map_rows(
         found = residual_of(compare, variables, sent, shares[..., -columns:])(x)
         return jnp.concatenate([ravel_pytree(found)[0], ridge * u])
 
-    def jacobian(
-        variables: Arrays, sent: Sent, middle: Float[Array, "B ..."], ridge: Float[Array, ""], u: Float[Array, " n"]
-    ) -> tuple[Float[Array, " m"], Float[Array, "n m"]]:
-        r, tangent = jax.linearize(functools.partial(row, variables, sent, middle, ridge), u)
-        return r, jax.lax.map(tangent, jnp.eye(u.size, dtype=u.dtype), batch_size=32)
-
-    def curvature(
-        variables: Arrays,
-        sent: Sent,
-        middle: Float[Array, "B ..."],
-        ridge: Float[Array, ""],
-        u: Float[Array, " n"],
-        d: Float[Array, " n"],
-    ) -> Float[Array, " m"]:
-        function = functools.partial(row, variables, sent, middle, ridge)
-        return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
-
-    return tuple(map(jax.jit, (row, jacobian, curvature)))
+    return with_derivatives(row)

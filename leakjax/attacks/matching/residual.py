@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,22 @@ class DenseRows(NamedTuple):
     curvature: Callable[..., Float[Array, " m"]]
 
 
+def with_derivatives(row: Callable[..., Float[Array, " m"]]) -> DenseRows:
+    """A residual `row(*given, u (n,))`, compiled with its derivatives by u; d follows u."""
+
+    def jacobian(*given: Any) -> tuple[Float[Array, " m"], Float[Array, "n m"]]:
+        *known, u = given
+        r, tangent = jax.linearize(functools.partial(row, *known), u)
+        return r, jax.lax.map(tangent, jnp.eye(u.size, dtype=u.dtype), batch_size=32)
+
+    def curvature(*given: Any) -> Float[Array, " m"]:
+        *known, u, d = given
+        function = functools.partial(row, *known)
+        return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
+
+    return DenseRows(*map(jax.jit, (row, jacobian, curvature)))
+
+
 @keep(16)
 def dense_rows(compare: Compare) -> DenseRows:
     """Compiled, of (variables, sent, labels, start, u (n,)): r, (r, J^T), and with a direction d r''(d, d), all in the
@@ -145,21 +161,4 @@ def dense_rows(compare: Compare) -> DenseRows:
         x = start + from_natural(u.reshape(start.shape))
         return ravel_pytree(residual_of(compare, variables, sent, labels)(x))[0]
 
-    def jacobian(
-        variables: Arrays, sent: Sent, labels: DeviceLabels, start: Float[Array, "B ..."], u: Float[Array, " n"]
-    ) -> tuple[Float[Array, " m"], Float[Array, "n m"]]:
-        r, tangent = jax.linearize(functools.partial(row, variables, sent, labels, start), u)
-        return r, jax.lax.map(tangent, jnp.eye(u.size, dtype=u.dtype), batch_size=32)
-
-    def curvature(
-        variables: Arrays,
-        sent: Sent,
-        labels: DeviceLabels,
-        start: Float[Array, "B ..."],
-        u: Float[Array, " n"],
-        d: Float[Array, " n"],
-    ) -> Float[Array, " m"]:
-        function = functools.partial(row, variables, sent, labels, start)
-        return jax.jvp(lambda u: jax.jvp(function, (u,), (d,))[1], (u,), (d,))[1]
-
-    return DenseRows(*map(jax.jit, (row, jacobian, curvature)))
+    return with_derivatives(row)
