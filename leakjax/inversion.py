@@ -121,14 +121,14 @@ def _solve(observation: Observation, asked: Asked, problem: Problem, monitor: Mo
         problem = dataclasses.replace(problem, defense=build_defense(f"gaussian:{noise / abs(factor)!r}"))
     told, problem = problem, freed(problem)
     outcomes = with_fitted_pulls(told, problem, attack.run(problem, monitor))
-    outcomes = with_open_maps(problem, monitor, seek_others(problem, monitor, outcomes))
-    outcomes = rescaled(outcomes, scalings)
+    outcomes = rescaled(seek_others(problem, monitor, outcomes), scalings)
     if attack.polished and problem.pull_back == "auto":  # another solver was asked for: its own answer is
         sigma = _sigma_of(observation)  # of a client's own noise, which a factor multiplies as well
         sigmas: list[float | None] = [sigma] * problem.victims
         if sigma is None and noise is not None:
             sigmas = [noise / abs(scaling.factor) for scaling in scalings]
         outcomes = with_noise(problem, monitor, outcomes, sigmas)
+    outcomes = with_open_maps(problem, monitor, outcomes)
     outcomes = with_targets(told, problem, with_multiples(problem, monitor, outcomes))
     outcomes = withheld(outcomes, scalings)
     outcomes = [_with_reason(o, monitor.reasons.get(k // problem.examples)) for k, o in enumerate(outcomes)]

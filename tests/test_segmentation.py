@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import leakjax
+from leakjax.attacks.certificates.certificate import agreed, certify, certify_together
 from leakjax.attacks.certificates.label_maps import joint_rank, with_open_maps
 from leakjax.attacks.problem import Monitor, Outcome
 from leakjax.datasets import load_dataset, luminance_maps
@@ -127,7 +128,7 @@ def test_what_is_not_found_is_not_claimed():
     assert result.certificates[0].status in ("failed", "ambiguous")
 
 
-def truth_as_outcome(seen, images, maps):
+def truth_as_outcome(seen, images, maps, gradient_residual=0.0, **more):
     problem = problem_of(seen)
     layer = LayerInfo(
         name="network",
@@ -141,27 +142,68 @@ def truth_as_outcome(seen, images, maps):
         status="determined",
         solver="match",
     )
-    outcome = Outcome((Candidate(images[0], -1, 0.0, maps[0]),), (layer,), np.ones(images.shape[1:]))
+    candidate = Candidate(images[0], -1, gradient_residual, maps[0])
+    outcome = Outcome((candidate,), (layer,), np.ones(images.shape[1:]), **more)
     with compute_in("float64"):
         return with_open_maps(problem, Monitor(), [outcome])[0], joint_rank(problem, images[0], maps[0])
 
 
-def test_an_image_that_moves_with_its_map_is_not_exact():
+class Circular(nnx.Module):
     """Circular convolutions see no position: shifts of image and map together leave the gradient as it is."""
 
-    class Circular(nnx.Module):
-        def __init__(self, rngs):
-            self.conv = nnx.Conv(3, 40, (3, 3), padding="CIRCULAR", rngs=rngs)
-            self.head = nnx.Conv(40, 2, (3, 3), padding="CIRCULAR", rngs=rngs)
+    def __init__(self, rngs, stride=1, bias=True):
+        options = {"padding": "CIRCULAR", "use_bias": bias, "rngs": rngs}
+        self.conv = nnx.Conv(3, 40, (3, 3), strides=stride, **options)
+        self.head = nnx.Conv(40, 2, (3, 3), **options)
 
-        def __call__(self, x):
-            return self.head(jnp.tanh(self.conv(x)))
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.conv(x)))
 
+
+def test_an_image_that_moves_with_its_map_is_not_exact():
     images = np.random.default_rng(0).uniform(size=(1, 6, 6, 3))
     maps = luminance_maps(images)
-    outcome, _ = truth_as_outcome(leakjax.observe(Circular(nnx.Rngs(0)), (images, maps)), images, maps)
+    seen = leakjax.observe(Circular(nnx.Rngs(0)), (images, maps))
+    outcome, _ = truth_as_outcome(seen, images, maps)
     assert outcome.open_map is not None
     assert "shift" in outcome.open_map
+    problem = problem_of(seen)
+    (certificate,) = certify_together([certify(problem, outcome, images.size)], [outcome], 1)
+    assert certificate.status == "ambiguous"
+    assert "shift" in certificate.reason
+    assert agreed(outcome, problem.gap) is None
+
+
+def test_noise_does_not_hide_that_an_image_moves_with_its_map():
+    images = np.random.default_rng(0).uniform(size=(1, 6, 6, 3))
+    maps = luminance_maps(images)
+    seen = leakjax.observe(Circular(nnx.Rngs(0)), (images, maps))
+    outcome, _ = truth_as_outcome(seen, images, maps, gradient_residual=1e-3, psnr_estimate=60.0)
+    assert "shift" in outcome.open_map
+    (certificate,) = certify_together([certify(problem_of(seen), outcome, images.size)], [outcome], 1)
+    assert certificate.status == "ambiguous"
+    assert certificate.psnr_estimate is None
+
+
+def test_maps_of_another_size_move_with_the_image():
+    """By one entry where the image moves by two."""
+    rng = np.random.default_rng(0)
+    images, maps = rng.uniform(size=(1, 8, 8, 3)), rng.integers(0, 2, (1, 4, 4))
+    seen = leakjax.observe(Circular(nnx.Rngs(0), stride=2), (images, maps))
+    outcome, _ = truth_as_outcome(seen, images, maps)
+    assert "shift" in outcome.open_map
+
+
+def test_an_odd_network_exchanges_two_classes():
+    """Logits -z of -x: with the classes exchanged the gradient of even parameters is the same."""
+    rng = np.random.default_rng(0)
+    images, maps = rng.uniform(-1, 1, size=(1, 4, 4, 3)), rng.integers(0, 2, (1, 4, 4))
+    module = Circular(nnx.Rngs(0), bias=False)
+    outcome, _ = truth_as_outcome(leakjax.observe(module, (images, maps), input_range=(-1.0, 1.0)), images, maps)
+    assert "sign" in outcome.open_map
+    bright = np.abs(images)  # within [0, 1] there is no -x
+    outcome, _ = truth_as_outcome(leakjax.observe(module, (bright, maps)), bright, maps)
+    assert "sign" not in outcome.open_map
 
 
 def test_rank_of_image_and_map_together():

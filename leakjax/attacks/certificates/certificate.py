@@ -84,11 +84,11 @@ def certify(problem: Problem, outcome: Outcome, unknowns: int) -> Certificate:
         return Certificate.failure(unknowns, condition, "network", outcome.reason)
     if outcome.psnr_estimate is not None and not _within(problem, outcome):
         return Certificate.failure(unknowns, condition, layers[0].name, _OUTSIDE)
-    if outcome.psnr_estimate is not None:
+    if outcome.psnr_estimate is not None and outcome.open_map is None:
         words = _APPROXIMATE.format(left=outcome.candidates[0].gradient_residual, spread=outcome.psnr_spread)
         estimate = outcome.psnr_estimate
         return Certificate("approximate", unknowns, unknowns, condition, psnr_estimate=estimate, reason=words)
-    found = _flaw(problem, outcome)
+    found = _flaw(problem, outcome) if outcome.psnr_estimate is None else None
     if found is not None:
         layer, reason = found
         return Certificate.failure(unknowns, condition, layer, outcome.reason or reason)
@@ -140,7 +140,7 @@ def certify_together(certificates: list[Certificate], outcomes: list[Outcome], e
 
 def _by_itself(certificate: Certificate, outcome: Outcome) -> Certificate:
     """`exact` for an example of an `ambiguous` gradient that all open directions leave alone."""
-    seen, alone = outcome.seen, len(outcome.candidates) == 1 and outcome.symmetry is None
+    seen, alone = outcome.seen, len(outcome.candidates) == 1 and outcome.symmetry is None and outcome.open_map is None
     if certificate.status != "ambiguous" or outcome.curved or seen is None or not alone or seen.min() < OWN:
         return certificate
     return dataclasses.replace(certificate, status="exact", proof="local", reason=None)
@@ -152,7 +152,7 @@ def agreed(outcome: Outcome, gap: float) -> Float[np.ndarray, "*image"] | None:
 
     `gap`: the difference up to which two entries are one.
     """
-    if outcome.seen is None or outcome.curved:
+    if outcome.seen is None or outcome.curved or outcome.open_map is not None:
         return None
     if outcome.proof != "global" and (len(outcome.candidates) > 1 or outcome.symmetry is not None):
         return None  # some of the images with this gradient: others may differ anywhere

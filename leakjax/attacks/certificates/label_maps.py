@@ -6,13 +6,13 @@ joint directions open may still have one map of whole classes alone, but no rank
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from leakjax.attacks.adaptive import predicted
 from leakjax.attacks.certificates.moves import Move, moves
@@ -31,8 +31,8 @@ _OPEN = (
 )
 _UNRANKED = "the image and its label map are too many unknowns for a rank: whether others have this gradient is open"
 _MOVED = "the image and its label map, moved together ({names}), have the same gradient"
-_VALUES = ("sign", "order of channels")
-"""Beginnings of the names of moves that change what a pixel is, not where."""
+_ANY_SIZE = ("sign", "sign about mid-range", "flip", "rotation", "transposition")
+"""Moves that are the same of an image and of a map of another size."""
 
 
 def with_open_maps(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) -> list[Outcome]:
@@ -44,7 +44,9 @@ def with_open_maps(problem: Problem, monitor: Monitor, outcomes: list[Outcome]) 
 
 def _checked(problem: Problem, monitor: Monitor, outcome: Outcome) -> Outcome:
     best = outcome.candidates[0] if outcome.candidates else None
-    if best is None or best.target is None or not best.gradient_residual <= problem.tolerances.matched:
+    if best is None or best.target is None:
+        return outcome
+    if outcome.psnr_estimate is None and not best.gradient_residual <= problem.tolerances.matched:
         return outcome
     monitor.tell("looking for other label maps")
     classes = np.asarray(best.target)
@@ -106,24 +108,56 @@ def _joint(gradient: Gradient, columns: int) -> Callable[..., Float[Array, "k n"
 
 def _joint_moves(problem: Problem, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]) -> list[str]:
     """Names of the moves that change the image or its map, and leave the gradient as it is when they move both."""
-    if x.shape[:-1] != classes.shape:
-        return []  # a map of another size: what moves an image says nothing of it
-    tried = [m for m in moves(x.shape, problem.input_range) if not m.name.startswith(_VALUES)]
-    tried = [move for move in tried if _differs(problem, move, x, classes)]
-    measure = _norms(predicted(problem))
-    variables = dict(problem.variables)
-    stacks = [np.stack([move.apply(a) for move in tried]) for a in (x, classes[..., None])] if tried else []
-    if not stacks:
+    two = labels_of(problem.outputs // classes.size) == 2
+    tried = [
+        (name, *pair)
+        for name, *pair in _moved_pairs(x, classes, problem.input_range, two=two)
+        if problem.in_range(pair[0]) and (np.max(np.abs(pair[0] - x)) > problem.gap or np.any(pair[1] != classes))
+    ]
+    if not tried:
         return []
+    names, images, maps = zip(*tried, strict=True)
     here = to_device(x[None], problem.dtype), to_device(classes[None])
-    away = measure(variables, *here, to_device(stacks[0], problem.dtype), to_device(stacks[1][..., 0]))
+    stacks = to_device(np.stack(images), problem.dtype), to_device(np.stack(maps))
+    away = _norms(predicted(problem))(dict(problem.variables), *here, *stacks)
     same = np.asarray(away) <= problem.tolerances.same_at_most
-    return list(dict.fromkeys(move.name for move, kept in zip(tried, same, strict=True) if kept))
+    return list(dict.fromkeys(name for name, kept in zip(names, same, strict=True) if kept))
 
 
-def _differs(problem: Problem, move: Move, x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"]) -> bool:
-    away = np.max(np.abs(move.apply(x) - x)) > problem.gap
-    return bool(away or np.any(move.apply(classes[..., None]) != classes[..., None]))
+def _moved_pairs(
+    x: Float[np.ndarray, "*image"], classes: Int[np.ndarray, "*space"], limits: tuple[float, float], *, two: bool
+) -> Iterator[tuple[str, Float[np.ndarray, "*image"], Int[np.ndarray, "*space"]]]:
+    """(name, image, map) of every move of both on the finer grid of the two, the coarser one's entries repeated there;
+    where neither grid divides the other, of those moves that every size has.
+
+    A sign turns the classes over where there are `two`: an odd network has logits -z of -x, and softmax(-z) is
+    softmax(z) with its classes exchanged.
+    """
+    space, coarse = x.shape[:-1], classes.shape
+    if len(space) != len(coarse):
+        return
+    grid = tuple(map(max, space, coarse))
+    fits = all(g % a == 0 for sizes in (space, coarse) for g, a in zip(grid, sizes, strict=True))
+    several = np.repeat(classes[..., None], x.shape[-1], axis=-1)
+    for move in moves((*(grid if fits else space), x.shape[-1]), limits):
+        if not fits and move.name not in _ANY_SIZE:
+            continue
+        image, moved, zeros, ones = (
+            _on_grid(move, a, grid if fits else a.shape[:-1])
+            for a in (x, several, np.zeros(several.shape), np.ones(several.shape))
+        )
+        turned = ones < zeros
+        moved = np.where(turned, 1 - several if two else several, moved)[..., 0].astype(classes.dtype)
+        if image.shape == x.shape and moved.shape == classes.shape:
+            yield move.name, image, moved
+
+
+def _on_grid(move: Move, a: Shaped[np.ndarray, "*space C"], grid: tuple[int, ...]) -> Shaped[np.ndarray, "*space C"]:
+    """An array moved on a finer grid, of which every step-th entry is kept."""
+    steps = [g // n for g, n in zip(grid, a.shape[:-1], strict=True)]
+    for axis, step in enumerate(steps):
+        a = np.repeat(a, step, axis=axis)
+    return move.apply(a)[tuple(slice(None, None, step) for step in steps)]
 
 
 @keep(16)
