@@ -112,6 +112,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     model = wide.model
     logits = run_model(model, jax.ShapeDtypeStruct((1, *observation.input_shape), floating))
     _check_target(observation, tuple(logits.shape[1:]), floating)
+    labels = _check_labels(asked.labels, observation, logits.shape[1:])
     remarks = training_remarks(model, observation.input_shape, floating, normalizes=bool(observation.buffers))
     for remark in remarks:
         monitor.tell(remark)
@@ -141,7 +142,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         loss=loss,
         input_shape=tuple(observation.input_shape),
         input_range=observation.input_range,
-        labels=_check_labels(asked.labels, observation, logits.shape[1:]),
+        labels=labels,
         dtype=floating,
         noise=float(np.max(amplified)) * max(own, stored),
         chunk=asked.chunk or (1 if jax.default_backend() == "cpu" else 64),

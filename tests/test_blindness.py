@@ -243,6 +243,17 @@ def test_one_rule_of_rank_below_what_a_gram_matrix_resolves(small, count):
         np.testing.assert_allclose(np.sqrt(found.values[:count]), small, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(30, 60), (200, 100)])
+@pytest.mark.parametrize("least", [-11, -16, -30])
+def test_one_rule_of_rank_where_values_fall_without_a_gap(rows, columns, least):
+    values = np.logspace(0, least, min(rows, columns))
+    matrix = spectrum(rows, columns, values)
+    found = row_space(lambda v: (v @ matrix.T) @ matrix, rows, columns)
+    truth = np.linalg.svd(matrix, compute_uv=False)
+    assert found.rank == np.sum(truth > rank_tolerance(rows, columns) * truth[0])
+    np.testing.assert_allclose(found.share.sum(), found.rank, rtol=1e-4)
+
+
 def test_columns_of_zeros_are_open_and_change_nothing_else():
     rng, values = np.random.default_rng(1), np.r_[np.geomspace(1, 1e-3, 40), np.full(10, 1e-10)]
     matrix, hidden = np.zeros((90, 120)), rng.permutation(120)[:70]

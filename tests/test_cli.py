@@ -405,6 +405,7 @@ def test_help(run, command):
         (("invert", "--index", "10"), "0..9"),
         (("invert", "--index", "-1"), "0..9"),
         (("invert", "--index", "one"), "integers separated by commas"),
+        (("invert", "--labels", "maps"), "integers separated by commas, or `map`"),
         (("invert", "--index", ""), "integers separated by commas"),
         (("invert", *SMALL, "--index", "3"), "3 images"),
         (("invert", *SMALL, "--index", "-1"), "3 images"),

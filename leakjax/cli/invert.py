@@ -152,7 +152,7 @@ def invert(
 def _labels(typed: str, setup: "Setup", data: DataOptions, captured: CaptureOptions) -> Any:
     """The labels that the attack is given: integers, or the label maps of the images."""
     if typed != "map":
-        return integers("--labels", typed)
+        return integers("--labels", typed, ", or `map`")
     if captured.given:
         raise InputError("--labels map: a capture holds no label maps; give them in Python, invert(..., labels=maps)")
     return setup.maps_of(data)

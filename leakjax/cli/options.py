@@ -187,9 +187,10 @@ def numbers(option: str, text: str) -> list[float]:
     return found
 
 
-def integers(option: str, text: str) -> list[int]:
-    """The integers of an option as typed, "0,3"; anything else raises `InputError`."""
+def integers(option: str, text: str, others: str = "") -> list[int]:
+    """The integers of an option as typed, "0,3"; anything else raises `InputError`, which names the `others` that the
+    option takes."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{option}: expected integers separated by commas, got {text!r}") from None
+        raise InputError(f"{option}: expected integers separated by commas{others}, got {text!r}") from None

@@ -10,6 +10,7 @@ import numpy as np
 from leakjax.guard.scoring import Score, explain
 
 _NUMBERS = ("leaked_dimensions", "leaked_fraction", "predicted_psnr", "worst_leaked_fraction", "worst_psnr")
+_FRACTIONS = ("leaked_fraction", "worst_leaked_fraction")
 
 _LOG = logging.getLogger(__name__)
 
@@ -17,9 +18,10 @@ _LOG = logging.getLogger(__name__)
 def refusal(score: Callable[[], Any]) -> str | None:
     """Why an update may not be sent, or None where it may: where `score()` returns a `Score` that is allowed.
 
-    It fails closed. Whatever else `score` returns, an exception, a number that is not finite, and an `allowed` that is
-    no boolean True are refusals. The reason names the leaked fraction. It never holds an exception's text, which may
-    quote values of the data: this process's log has it, at the level DEBUG.
+    It fails closed. Whatever else `score` returns, an exception, a number that is not finite, a fraction below 0 or
+    above 1, an `allowed` that is no boolean True and a `reason` that is no integer are refusals. The reason names
+    the leaked fraction. It never holds an exception's text, which may quote values of the data: this process's log
+    has it, at the level DEBUG.
     """
     try:
         return _refusal(score())
@@ -35,8 +37,11 @@ def _refusal(found: Any) -> str | None:
     broken = [name for name, value in numbers.items() if not math.isfinite(value)]
     if broken:
         return f"the score is not finite: {', '.join(broken)}"
-    allowed = np.asarray(found.allowed)
-    if allowed.dtype == bool and allowed.shape == () and allowed and int(found.reason) == 0:
+    outside = [name for name in _FRACTIONS if not 0 <= numbers[name] <= 1]
+    if outside:
+        return f"the score is no share of what there is: {', '.join(outside)}"
+    allowed, reason = np.asarray(found.allowed), np.asarray(found.reason)
+    if allowed.dtype == bool and allowed.shape == () and allowed and reason.dtype.kind in "iu" and int(reason) == 0:
         return None
     fractions = numbers["leaked_fraction"], numbers["worst_leaked_fraction"]
     return "{}: leaked fraction {:.3g}, worst image {:.3g}".format(_words(found), *fractions)

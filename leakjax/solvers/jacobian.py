@@ -91,7 +91,8 @@ def row_space(
     G = J^T J = V diag(l) V^T is formed and diagonalized. Its eigenvalues are good to some n eps l_1; what lies above
     counts. What lies below is a subspace V_0 that the larger directions still contaminate, to first order by
     L^-1 V_1^T G V_0. That is subtracted, with the product J^T (J V_0) formed anew, in which J V_0 is small before it is
-    squared; then V_0^T J^T J V_0, diagonalized, has the small singular values down to rounding of s_1 itself.
+    squared; then V_0^T J^T J V_0, diagonalized, has its larger singular values, and again a subspace below them, until
+    the small ones are known down to rounding of s_1 itself.
 
     Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes; `forward`, v -> J v of rows v,
     for what is small to be squared after it was summed: through a normalization J^T (J v) is rounded in units far above
@@ -132,10 +133,10 @@ def _diagonalized(
 
     values, vectors = np.linalg.eigh(0.5 * (gram + gram.T))
     resolved = max(64 * len(seen) * float(jnp.finfo(dtype).eps), tolerance**2)
-    small = values <= resolved * values[-1]
-    if np.any(small):
-        kept, rest = vectors[:, ~small], vectors[:, small]
-        rest = rest - kept @ ((kept.T @ gram_of(among_all(rest))[seen]) / values[~small][:, None])
+    open_ = int(np.sum(values <= resolved * values[-1]))
+    while open_:
+        kept, rest = vectors[:, open_:], vectors[:, :open_]
+        rest = rest - kept @ ((kept.T @ gram_of(among_all(rest))[seen]) / values[open_:, None])
         factor = np.linalg.cholesky(rest.T @ rest)  # I + C^T C, C what was subtracted: well-conditioned
         rest = scipy.linalg.solve_triangular(factor, rest.T, lower=True).T
         if forward is None:
@@ -144,5 +145,8 @@ def _diagonalized(
             images = np.asarray(forward(np.ascontiguousarray(among_all(rest).T)), np.float64)
             inner = images @ images.T
         found, rotation = np.linalg.eigh(0.5 * (inner + inner.T))
-        values[small], vectors[:, small] = found, rest @ rotation
+        values[:open_], vectors[:, :open_] = found, rest @ rotation
+        drowned = resolved * np.sqrt(max(found[-1], 0.0) * values[-1])  # J v has an error of eps s_1, whatever v
+        left = int(np.sum(found <= max(drowned, tolerance**2 * values[-1])))
+        open_ = left if forward is None and left < open_ else 0
     return np.maximum(values, 0.0), vectors
