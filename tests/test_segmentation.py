@@ -243,3 +243,16 @@ def test_command_line(tmp_path, run):
     assert example["certificate"]["status"] == "exact"
     assert example["psnr"] > 150
     assert example["target"] == luminance_maps(images)[0].tolist()
+
+
+def test_a_u_net_takes_even_sides():
+    with pytest.raises(InputError, match="must be even, got"):
+        net(UNet)(jnp.zeros((1, 6, 5, 3)))
+
+
+def test_labels_of_another_shape_are_refused_before_a_model_is_read(monkeypatch):
+    image = photo(8)
+    seen = leakjax.observe(net(UNet), (image, luminance_maps(image)))
+    monkeypatch.setattr("leakjax.preparation.read_chain", None)
+    with pytest.raises(InputError, match="labels must be 1 integers"):
+        leakjax.invert(seen, labels=[3])

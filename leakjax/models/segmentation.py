@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from leakjax.errors import InputError
 from leakjax.models.initialization import INITIALIZATIONS
 
 
@@ -79,6 +80,8 @@ class UNet(nnx.Module):
 
     def __call__(self, x: Any) -> Any:
         """Logits (N, H, W, classes) of images (N, H, W, channels)."""
+        if x.shape[1] % 2 or x.shape[2] % 2:
+            raise InputError(f"a U-Net halves and doubles its sides: they must be even, got {x.shape[1:3]}")
         act = self.activation
         skip = act(self.down1(x))
         inner = act(self.up(act(self.middle(act(self.down2(skip))))))
