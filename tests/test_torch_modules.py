@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -221,3 +222,11 @@ def test_the_command_line_takes_a_module(run, folder):
         refused = run(*words, *more)
         assert refused.exit_code == 2
         assert words_of in refused.stderr
+
+
+def test_the_default_integers_of_pytorch_are_read_without_a_warning(batch):
+    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = leakjax.audit(from_module(net), SHAPE, shapes_only=True)
+    assert found.verdict == "partial"

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,13 +49,16 @@ def environment() -> Any:
 
 @contextmanager
 def running() -> Iterator[Any]:
-    """The environment, entered by one thread at a time; random numbers drawn inside raise `InputError`."""
+    """The environment, entered by one thread at a time; random numbers drawn inside raise `InputError`.
+
+    Ranks are promoted, as PyTorch broadcasts.
+    """
     env, attention, key = environment(), torch().backends.mha, jax.random.key(0)
     with LOCK, torch().no_grad():
         fast = attention.get_fastpath_enabled()
         attention.set_fastpath_enabled(False)
         try:
-            with jax.numpy_rank_promotion("allow"), env.override_property(prng=key), env:  # as torch broadcasts
+            with _unwarned(), jax.numpy_rank_promotion("allow"), env.override_property(prng=key), env:
                 yield env
                 drawn = env.prng_key is not key
         finally:
@@ -64,6 +68,14 @@ def running() -> Iterator[Any]:
             "the module draws random numbers (dropout or stochastic depth in training mode), which JAX cannot repeat; "
             "call eval() on the parts that draw"
         )
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without JAX's warning that torchax asks for 64-bit integers, PyTorch's default, where JAX has 32 bits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Explicitly requested dtype int64", UserWarning)
+        yield
 
 
 class _Absent:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.constraints.priors import from_natural
+from leakjax.leakage.factored import factored
 from leakjax.runtime.programs import keep
 from leakjax.solvers.jacobian import row_space
 
@@ -84,7 +85,7 @@ def _gram_product(gradient: Any) -> Any:
     """(variables, x, labels, v (k, n)) -> rows J^T (J v), (k, n)."""
 
     def build(variables: Any, x: Any, labels: Any, v: Any) -> Any:
-        _, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
+        _, tangent = jax.linearize(factored(gradient, variables, x, labels), x)
         adjoint = jax.linear_transpose(tangent, x)
 
         def column(e: Array) -> Array:
