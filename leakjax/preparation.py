@@ -1,6 +1,7 @@
 """What was asked of an attack, checked, and an observation made a `Problem` by it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -164,6 +165,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         target_kind=observation.target,
         target_shape=tuple(observation.target_shape),
         statistics=statistics,
+        single=functools.partial(read_network, model, observation.input_shape, 1, asked.dtype),
     )
     return problem, remarks
 

@@ -28,6 +28,9 @@ MARGIN = 1.05  # of the noise's expected size
 NOTHING = 1e-8
 """Of the norm of what was sent: a block below it, as the gradient of a bias before a batch norm, is rounding (1e-16 in
 float64), which is then 1e-8 of a row at most and hides no match."""
+ROUNDINGS, MOST = 1e2, 1e-4
+"""The same in a client's own roundings: such a block (1e-9 of all, in float32) adds 1e-2 of them, `matched` is 1e3. No
+more than `MOST` of all, under which half precision has rounding alone."""
 HINT = 1e-3  # what the prior weighs beside entries that are known exactly, before it is let go
 
 
@@ -78,8 +81,8 @@ def sends_signs(problem: Problem) -> bool:
 
 def tell(problem: Problem, victim: int) -> Told:
     """What to compare for one victim."""
-    sent = all_sent(problem, victim)
-    plain = Told(Sent(sent, inverse_norms(sent, NOTHING)), problem.tolerances.matched)
+    sent, least = all_sent(problem, victim), _least(problem)
+    plain = Told(Sent(sent, inverse_norms(sent, least)), problem.tolerances.matched)
     if problem.defense is None:
         return plain
     server = problem.defense.server
@@ -91,6 +94,10 @@ def tell(problem: Problem, victim: int) -> Told:
         return plain._replace(sent=Sent(sent, weights, _prior(problem, HINT * _root(problem))))
     sigmas = noise_of(problem, victim)
     return plain if sigmas is None or not any(sigmas.values()) else _weighted(problem, sent, sigmas)
+
+
+def _least(problem: Problem) -> float:
+    return max(NOTHING, min(ROUNDINGS * problem.tolerances.rounding, MOST))
 
 
 def all_sent(problem: Problem, victim: int) -> dict[str, Float[Array, "..."]]:

@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 
 from leakjax.attacks.heads.targets import shares_positions
+from leakjax.attacks.layerwise.entry import read_entries
 from leakjax.attacks.layerwise.kept_activations import keep_activations
 from leakjax.attacks.layerwise.recursion import recurse
 from leakjax.attacks.matching.match import match
+from leakjax.attacks.matching.spans import can_span
 from leakjax.attacks.problem import Monitor, Outcome, Problem
 from leakjax.errors import UnreadableModelError
 
@@ -20,7 +22,7 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
     share, by sums), or meets an activation that no output inverts and fails there, the gradient is matched as a whole
     instead: `match`.
     """
-    if shares_positions(problem):
+    if shares_positions(problem) or (not read_entries(problem) and can_span(problem)):
         return match(problem, monitor)
     try:
         found = recurse(problem, monitor, pulling=True)

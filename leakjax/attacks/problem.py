@@ -48,12 +48,12 @@ class Problem:
 
     What the attack was told of the clients: their `defense`, None where it takes the gradients as they are, and the
     `local_steps` with `learning_rate` that each update sums. `targets`: by victim, where one was read; () for none.
-    `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`.
-    `factors`: by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none.
-    `outputs`: how many logits the model has. `target_kind`, `target_shape`: of what the loss compares an example's
-    outputs with (`models.targets`), unless the labels are given. `shared`: what is computed once for all victims, by
-    name and segment. `statistics`: sums over the data, by name (`segments.tracing.statistics`), that the clients' new
-    buffers showed.
+    `channel_limits`: (low, high), (C,) each, where channels have ranges of their own within `input_range`. `factors`:
+    by victim the factor that its gradient is known to be multiplied by, None where it is not; () for none. `outputs`:
+    how many logits the model has. `target_kind`, `target_shape`: of what the loss compares an example's outputs with
+    (`models.targets`), unless the labels are given. `shared`: what is computed once for all victims, by name and
+    segment. `single()`: the model for one example. `statistics`: sums over the data, by name
+    (`segments.tracing.statistics`), that the clients' new buffers showed.
     """
 
     chain: Chain | None
@@ -88,6 +88,7 @@ class Problem:
     target_shape: tuple[int, ...] = ()
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Float[np.ndarray, "V ..."]] = dataclasses.field(default_factory=dict)
+    single: Callable[[], Network] | None = None
 
     @property
     def classes(self) -> Sequence[int]:

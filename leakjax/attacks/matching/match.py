@@ -23,6 +23,7 @@ from leakjax.attacks.layerwise.recursion import follow, recurse
 from leakjax.attacks.matching.label_maps import can_relax, relaxed_maps
 from leakjax.attacks.matching.outcome import Found, compare, given, is_open, matched_outcomes, misfit
 from leakjax.attacks.matching.residual import OUTER, dense_rows, match_programs
+from leakjax.attacks.matching.spans import can_span, spanned
 from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
@@ -42,7 +43,8 @@ SMOOTH_SPREADS = (1e-3, 0.1)  # of smooth noise
 
 class _Start(NamedTuple):
     """Where a solve begins: starts (S, B, ...) with their labels (B,), whether smoothing may help it, a name; whether
-    it is an answer of the layers already; whether its labels are a map that was found beside it."""
+    it is an answer of the layers already; whether its labels are a map that was found beside it; the condition of a
+    system of its own that determines it, None where there is none."""
 
     xs: Float[np.ndarray, "S B ..."]
     labels: Labels
@@ -50,6 +52,7 @@ class _Start(NamedTuple):
     name: str
     layerwise: bool = False
     mapped: bool = False
+    condition: float | None = None
 
 
 def match(problem: Problem, monitor: Monitor) -> list[Outcome]:
@@ -92,13 +95,27 @@ def _trials(problem: Problem, monitor: Monitor, told: Told, victim: int) -> list
         shown = f"labels {start.labels.tolist()}" if start.labels.ndim == 1 else "its targets"
         monitor.tell(f"matching gradient {victim} from {start.name}, {shown}")
         solve = _solve_densely if problem.solver == "dense" else _solve
-        trial = solve(problem, monitor, told, start)
+        trial = _as_it_is(problem, told, start) or solve(problem, monitor, told, start)
         if start.mapped and not trial.residual <= told.matched:  # beside a wrong map the image moves away
             left = misfit(problem, told, start.labels, start.xs[0])
             trial = Found(start.xs[0], start.labels, left, trial.steps)
         trials.append(trial)
         monitor.tell(f"{start.name}: relative residual {trials[-1].residual:.1e} after {int(trials[-1].steps)} steps")
+        if trial.condition is not None:
+            break
     return trials
+
+
+def _as_it_is(problem: Problem, told: Told, start: _Start) -> Found | None:
+    """A start that a system of its own determines, where it matches already."""
+    if start.condition is None:
+        return None
+    left = misfit(problem, told, start.labels, start.xs[0])
+    return (
+        Found(x=start.xs[0], labels=start.labels, residual=left, steps=0, condition=start.condition)
+        if left <= told.matched
+        else None
+    )
 
 
 def _more_starts(problem: Problem, monitor: Monitor, told: Told, victim: int, trial: Found) -> int:
@@ -150,6 +167,8 @@ def _order(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
     if can_relax(problem):
         yield from _with_maps(problem, monitor, victim)
         return
+    if can_span(problem):
+        yield from _from_spans(problem, monitor, victim)
     first = kinked or problem.examples > 1
     if layers and first:
         yield from _layerwise(problem, monitor, victim)
@@ -166,6 +185,14 @@ def _with_maps(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Sta
     starts = (_noise(problem, attempt) for attempt in range(MAP_TRIALS))
     for found in relaxed_maps(problem, monitor, tell(problem, victim), starts):
         yield _Start(found.x[None], found.classes[None], False, "a relaxed label map", mapped=True)
+
+
+def _from_spans(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:
+    """The images that the spans of their tokens determine, one by one."""
+    found = spanned(problem, monitor, victim)
+    if found is not None:
+        how = {"layerwise": True, "condition": found.condition}
+        yield _Start(found.x[None], found.labels, False, "the spans of its tokens", **how)
 
 
 def _layerwise(problem: Problem, monitor: Monitor, victim: int) -> Iterator[_Start]:

@@ -26,12 +26,16 @@ more than this, which is 60 dB."""
 
 
 class Found(NamedTuple):
-    """x (B, ...), its labels, ||r|| / size, and the steps spent."""
+    """x (B, ...), its labels, ||r|| / size, and the steps spent.
+
+    `condition`: of a system of full rank that the gradient alone gives and x is a root of; None where there is none.
+    """
 
     x: Float[np.ndarray, "B ..."]
     labels: Labels
     residual: float
     steps: int
+    condition: float | None = None
 
 
 def compare(problem: Problem, told: Told) -> Compare:
@@ -109,6 +113,8 @@ def _local_rank(
     problem: Problem, told: Told, found: Found
 ) -> tuple[int | None, Float[np.ndarray, "B ..."] | None, float]:
     """Rank of d r / d x at x, each entry's share in its row space, and its condition."""
+    if found.condition is not None:
+        return found.x.size, np.ones(found.x.shape), found.condition
     programs = match_programs(compare(problem, told), problem.tolerances.solve)
     point = *given(problem, told, found.labels), to_device(found.x)
     probe: LsmrSolution = programs.look(*point)

@@ -16,6 +16,7 @@ from leakjax.segments.tracing import evaluation, jaxprs, kinds
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.smoothing import smoother
 from leakjax.segments.tracing.statistics import reductions
+from leakjax.segments.tracing.tokens import Tokens, read_tokens
 
 Logits = Callable[..., Float[Array, "B K"]]
 
@@ -25,6 +26,7 @@ class Network:
     """A model at one batch size: `logits`, the least floating precision of its own code, whether it has kinks.
 
     `logits(variables, x, smoothing=None)`; a smoothing s > 0 makes every kink smooth over s times what it acts on.
+    `tokens`: where weights meet the tokens of one example (`tracing.tokens`); none for batches.
     `measure(variables, x)`: the sums over the data that the logits depend on, by name (`statistics.reductions`).
     """
 
@@ -32,6 +34,7 @@ class Network:
     precision: Any
     has_kinks: bool
     measure: Callable[..., dict[str, Array]] = lambda variables, x: {}
+    tokens: Tokens | None = None
 
 
 Gradient = Callable[..., dict[str, Array]]
@@ -67,7 +70,13 @@ def _read(apply: Any, structs: Any, input_shape: tuple[int, ...], examples: int,
         return {name: values[v] for v, name in reductions(graph).items()}
 
     check_differentiable(logits, arrays, x)
-    return Network(logits, kinds.dtype_of_least_precision(graph), kinds.has_choices(graph), measure)
+    return Network(
+        logits=logits,
+        precision=kinds.dtype_of_least_precision(graph),
+        has_kinks=kinds.has_choices(graph),
+        measure=measure,
+        tokens=read_tokens(graph, paths) if examples == 1 else None,
+    )
 
 
 @keep(32)

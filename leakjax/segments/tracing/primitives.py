@@ -75,6 +75,10 @@ ELEMENTWISE = frozenset(
     ]
 )
 
+REARRANGING = frozenset(
+    ["broadcast_in_dim", "convert_element_type", "copy", "copy_p", "expand_dims", "reshape", "squeeze", "transpose"]
+)
+"""Primitives that move entries and change none, where the output has as many as the input."""
 PASSING = frozenset(
     [
         "add",
