@@ -40,6 +40,8 @@ STUDIES = {
     "test_segmentation.py::test_command_line": "test_cli; test_the_map_is_found_beside_the_image, test_given_maps_give_the_image",
     "test_segmentation.py::test_few_weights_leak_no_more_than_they_are": "test_everything_leaks_where_the_map_is_known",
     "test_vision_transformers.py::test_learned_positions_give_the_image[False-float32-70]": "[True-float64-230]",
+    "test_token_spans.py::test_every_image_comes_back_with_its_label[False-1]": "[True-3]",
+    "test_token_spans.py::test_given_labels_keep_their_order": "test_every_image_comes_back_with_its_label[True-3]",
     "test_noisy.py::test_behind_kinks_the_fit_begins_from_several_points": "test_models: a sign lost to rounding is found",
     "test_noisy.py::test_gradients_stored_in_half_precision[float16-copa]": "[float16-match]",
     "test_defenses.py::test_told_of_what_is_missing_the_attack_is_exact[clip:0.1]": "[soteria:0.5]",
