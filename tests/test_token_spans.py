@@ -11,6 +11,8 @@ from flax import nnx
 from test_segmentation import problem_of
 
 import leakjax
+from leakjax.attacks.adaptive import tell
+from leakjax.attacks.matching.outcome import misfit
 from leakjax.attacks.matching.spans import can_span
 from leakjax.metrics import psnr
 from leakjax.models.reader import read_model
@@ -123,3 +125,14 @@ def test_what_has_no_span_of_its_own_is_left_to_other_attacks(images):
         assert not can_span(prepared(Transformer(width=4), images))  # as many tokens as there are dimensions
         assert not can_span(prepared(Transformer(), images, local_steps=2, learning_rate=0.1))
         assert not can_span(prepared(nnx.Linear(SIDE, 4, rngs=nnx.Rngs(0)), images[:, 0, :, :1].reshape(3, SIDE)))
+
+
+def test_a_gradient_that_is_rounding_hides_no_match(images):
+    """Softmax does not see a key's bias: in float32 its gradient is 1e-9 of all, and nothing of it is right."""
+    labels = np.array([3])
+    observed = leakjax.observe(Transformer(), (images[:1], labels), dtype="float32")
+    with jax.enable_x64(True):
+        problem = problem_of(observed)
+        told = tell(problem, 0)
+        assert misfit(problem, told, labels, images[:1]) <= told.matched
+        assert misfit(problem, told, labels, images[1:2]) > 100 * told.matched

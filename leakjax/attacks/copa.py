@@ -20,7 +20,7 @@ def copa(problem: Problem, monitor: Monitor) -> list[Outcome]:
     Its constraints are pulled back segment by segment until they determine the unknown, or the input is reached. Where
     the recursion has no start (behind global pooling the head knows its input by means alone; one that all positions
     share, by sums), or meets an activation that no output inverts and fails there, the gradient is matched as a whole
-    instead: `match`.
+    instead: `match`. So it is where tokens lie in spans that the gradient shows, and no added parameter shows dL/dz.
     """
     if shares_positions(problem) or (not read_entries(problem) and can_span(problem)):
         return match(problem, monitor)
