@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from leakjax.leakage.directions import undetermined_directions
     from leakjax.models.reader import Model, read_model
     from leakjax.planning import plan
-    from leakjax.reconstruction import Certificate, Plan, Reconstruction
+    from leakjax.reconstruction import Certificate, Plan, Reconstruction, TokenReconstruction
     from leakjax.report.audit.audit import Audit
     from leakjax.runtime.programs import clear_caches
+    from leakjax.sequences import recover_tokens
 
 __all__ = [
     "Audit",
@@ -25,6 +26,7 @@ __all__ = [
     "Observation",
     "Plan",
     "Reconstruction",
+    "TokenReconstruction",
     "UnreadableModelError",
     "__version__",
     "audit",
@@ -33,6 +35,7 @@ __all__ = [
     "observe",
     "plan",
     "read_model",
+    "recover_tokens",
     "undetermined_directions",
 ]
 
@@ -44,6 +47,7 @@ _HOMES = {
     "Observation": "client.observation",
     "Plan": "reconstruction",
     "Reconstruction": "reconstruction",
+    "TokenReconstruction": "reconstruction",
     "UnreadableModelError": "errors",
     "audit": "leakage.audit",
     "clear_caches": "runtime.programs",
@@ -51,6 +55,7 @@ _HOMES = {
     "observe": "client.observation",
     "plan": "planning",
     "read_model": "models.reader",
+    "recover_tokens": "sequences",
     "undetermined_directions": "leakage.directions",
 }
 

@@ -108,6 +108,34 @@ class Certificate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TokenReconstruction:
+    """The ids of tokens behind a gradient of B sequences of T tokens each.
+
+    - `ids` (B, T): -1 where the gradient does not tell;
+    - `labels` (B,): of sequences that have one, None elsewhere, and where they do not come back;
+    - `status`: "exact" where the gradient is matched, and no other sequences have it, by the `proof`; "ambiguous" where
+      some of it is open; "failed" where the gradient shows no tokens; `reason` says why it is not exact;
+    - `proof`: "global" where every id but those found leaves the spans of the gradient, wherever it stands; "local"
+      where every sequence that differs in one token does;
+    - `candidates`: by position, the ids whose tokens lie in the first span; `touched`: the ids whose rows of the table
+      have a gradient, None where all have (a table that is also the output layer);
+    - `rank`: of the tokens, read off the gradient; `gap`: between the distances of what is and is not a candidate;
+    - `gradient_residual`: ||g(ids, labels) - g|| / ||g||, None where it was not computed.
+    """
+
+    ids: Int[np.ndarray, "B T"]
+    labels: Int[np.ndarray, " B"] | None
+    status: Status
+    proof: Proof | None
+    reason: str | None
+    candidates: tuple[Int[np.ndarray, " ids"], ...]
+    touched: Int[np.ndarray, " ids"] | None
+    rank: int | None
+    gap: float | None
+    gradient_residual: float | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Candidate:
     """One image that explains a gradient, with its label and ||g(x) - g|| / ||g||.
 

@@ -38,7 +38,7 @@ BLOCKS = [
 # Pages that need extras: `tests/test_torch_modules.py` and `tests/test_federated.py` run their blocks.
 EXTRAS = {"pytorch.md", "flower.md"}
 PYTHON = [(page, title, code) for page, language, title, code in BLOCKS if language == "python" and page not in EXTRAS]
-OWN_NETWORKS = {"segmentation.md", "transformers.md"}
+OWN_NETWORKS = {"segmentation.md", "text.md", "transformers.md"}
 EXECUTED = "first-steps.md"  # whose commands are run, and not only parsed
 
 

@@ -7,6 +7,7 @@ lies behind K: attention, normalizations, a loss that nobody knows.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,10 +35,11 @@ class TokenRead(NamedTuple):
 
 class Tokens(NamedTuple):
     """All reads of a network, first to last, and `values(variables, x, count)`: the tokens of x (1, ...) at the first
-    `count` of them, the rest of the network left out."""
+    `count` of them, the rest of the network left out. A fourth argument {value: array} stands for values of the graph
+    that are not computed then."""
 
     reads: tuple[TokenRead, ...]
-    values: Callable[[Mapping[str, Any], Any, int], tuple[Float[Array, "tokens width"], ...]]
+    values: Callable[..., tuple[Float[Array, "tokens width"], ...]]
 
 
 class _Operand(NamedTuple):
@@ -62,14 +64,21 @@ def read_tokens(graph: Graph, paths: Sequence[str]) -> Tokens:
     order = {v: k for k, e in enumerate(equations) for v in e.outputs}
     keys = [key for key in found if key[0] in order]
 
-    def values(variables: Mapping[str, Any], x: Any, count: int) -> tuple[Any, ...]:
+    def values(
+        variables: Mapping[str, Any], x: Any, count: int, given: Mapping[int, Any] | None = None
+    ) -> tuple[Any, ...]:
         wanted = keys[:count]
         last = max(order[v] for v, _ in wanted)
         env = {v: variables[path] for v, path in names.items()}
-        known = evaluation.evaluate_all(equations[: last + 1], {**env, graph.input: x}, RULES)
+        replaced = {v: functools.partial(_constant, array) for v, array in (given or {}).items()}
+        known = evaluation.evaluate_all(equations[: last + 1], {**env, graph.input: x}, RULES, replaced)
         return tuple(_rows(known[v], axes) for v, axes in wanted)
 
     return Tokens(tuple(_read(graph, key, found[key]) for key in keys), values)
+
+
+def _constant(array: Any, _: Mapping[int, Any]) -> Any:
+    return array
 
 
 def _operands(

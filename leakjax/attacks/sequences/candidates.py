@@ -1,0 +1,124 @@
+"""Which ids can stand where: those whose tokens lie in the span of a gradient's columns.
+
+    d(v, t) = ||(I - Q Q^T) u(v, t)|| / ||u(v, t)||,      span(Q) = columns of dL/dK
+
+for the first matrix K that reads tokens before they have met each other. Rank and candidates are split off where
+consecutive numbers break off most: singular values for the rank, distances of all ids at all positions for candidates.
+
+Reference: DAGER, Petrov et al., NeurIPS 2024, arXiv 2405.15586, which sets both thresholds by hand.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from leakjax.attacks.sequences.reading import Reads, TextModel, tokens_of
+from leakjax.models.reader import Arrays
+
+GAP = 30.0  # the least break that counts: noise of a defense leaves breaks of 2 to 3, rounding those of 1e3 and more
+_FLOOR = 1e-15  # below it numbers differ by nothing: the rounding of float64
+_CONTRAST = 512  # ids with rows of zeros that are tried besides, so that a break is seen where all others belong
+_BLOCK = 1 << 22  # numbers of tokens held at once
+
+
+class Span(NamedTuple):
+    """I - Q Q^T of read `read`, `away` (width, width), the `rank` of Q, and the break behind it."""
+
+    read: int
+    away: Float[np.ndarray, "width width"]
+    rank: int
+    gap: float
+
+
+class Candidates(NamedTuple):
+    """`allowed`: the ids that may stand at each position; `bound`: the distance that splits them from others; `gap`
+    around it; `touched`: the ids whose rows have a gradient, None where all have."""
+
+    allowed: tuple[Int[np.ndarray, " ids"], ...]
+    bound: float
+    gap: float
+    touched: Int[np.ndarray, " ids"] | None
+
+
+def read_span(model: TextModel, gradient: Mapping[str, Any], read: int, most: int) -> Span | None:
+    """None where no gradient of the read was sent, or its columns fill their space without a break after `most`."""
+    entry = model.tokens.reads[read]
+    parts = [np.asarray(m, np.float64) for m in entry.matrices(gradient)]
+    parts = [m / np.linalg.norm(m) for m in parts if np.any(m)]
+    if not parts:
+        return None
+    left, values, _ = np.linalg.svd(np.concatenate(parts, axis=1), full_matrices=False)
+    values = np.append(values, 0.0) if len(values) < entry.width else values
+    most = min(most, len(values) - 1)
+    if most < 1:
+        return None
+    low = np.maximum(values, _FLOOR * values[0])
+    ratios = low[:most] / low[1 : most + 1]
+    rank = int(np.argmax(ratios)) + 1
+    if not ratios[rank - 1] >= GAP:
+        return None
+    basis = left[:, :rank]
+    return Span(read, np.eye(entry.width) - basis @ basis.T, rank, float(ratios[rank - 1]))
+
+
+def distances(
+    model: TextModel, variables: Arrays, spans: Sequence[Span], ids: Int[np.ndarray, "n T"]
+) -> list[Float[np.ndarray, "n rows"]]:
+    """d of every row of sequences, one array a span."""
+    count = max(span.read for span in spans) + 1
+    width = max(read.tokens * read.width for read in model.tokens.reads[:count])
+    block = max(1, _BLOCK // width)
+    parts = []
+    for start in range(0, len(ids), block):
+        tokens = tokens_of(model, variables, ids[start : start + block], count)
+        parts.append([_distance(tokens[span.read], span.away) for span in spans])
+    return [np.concatenate([part[k] for part in parts]) for k in range(len(spans))]
+
+
+def _distance(u: Float[np.ndarray, "n rows width"], away: Any) -> Float[np.ndarray, "n rows"]:
+    return np.linalg.norm(u @ away, axis=-1) / np.maximum(np.linalg.norm(u, axis=-1), 1e-300)
+
+
+def touched_rows(model: TextModel, gradient: Mapping[str, Any], vocabulary: int) -> Int[np.ndarray, " ids"] | None:
+    """The ids whose rows have a gradient in every table that is used for nothing else; None without such a table."""
+    touched = None
+    for table in model.lookups.tables:
+        if table.alone and table.path in gradient:
+            rows = np.asarray(gradient[table.path]).reshape(table.rows, -1)
+            here = np.any(rows != 0, axis=1)[:vocabulary]
+            touched = here if touched is None else touched & here
+    return None if touched is None else np.flatnonzero(touched)
+
+
+def find_candidates(
+    model: TextModel,
+    variables: Arrays,
+    gradient: Mapping[str, Any],
+    reads: Reads,
+    spans: Sequence[Span],
+    vocabulary: int,
+) -> Candidates | None:
+    """By the local reads among `spans`; None where distances do not break off."""
+    touched = touched_rows(model, gradient, vocabulary)
+    tried = np.arange(vocabulary) if touched is None else touched
+    rest = np.setdiff1d(np.arange(vocabulary), tried)
+    generator = np.random.default_rng(0)
+    contrast = generator.choice(rest, min(_CONTRAST, len(rest)), replace=False)
+    ids = np.concatenate([tried, contrast])
+    whole = np.repeat(ids[:, None], model.length, axis=1)
+    found = np.full((len(ids), model.length), np.nan)
+    for span, each in zip(spans, distances(model, variables, spans, whole), strict=True):
+        own = reads.own(span.read)
+        for row in np.flatnonzero(own >= 0):
+            found[:, own[row]] = np.fmax(found[:, own[row]], each[:, row])
+    known = np.sort(np.maximum(found[np.isfinite(found)], _FLOOR))
+    ratios = known[1:] / known[:-1]
+    split = int(np.argmax(ratios)) + 1 if len(ratios) else 0
+    if not split or not ratios[split - 1] >= GAP:
+        return None
+    bound = float(np.sqrt(known[split - 1] * known[split]))
+    inside = np.where(np.isfinite(found), found, np.inf)[: len(tried)] <= bound
+    allowed = tuple(tried[inside[:, t]] for t in range(model.length))
+    return Candidates(allowed=allowed, bound=bound, gap=float(ratios[split - 1]), touched=touched)

@@ -1,0 +1,175 @@
+"""What a gradient says besides of sequences that are known: their labels, how often each stands in it, last ids.
+
+    g = (1/B) sum_b g(ids_b, y_b) = sum_(s, y) c_sy g(s, y),      sum c = 1
+
+is linear in the shares c >= 0 of every sequence s with every label y, and c B are whole numbers. (Without c >= 0 it
+would not tell: the cross-entropy's g(s, y), weighted by the model's own probabilities of y, add up to zero.) An id that
+no output is computed from is a target of the next-token loss alone, whose gradient is linear in the one-hot vector of
+that target.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+from scipy.optimize import nnls
+
+from leakjax.attacks.sequences.reading import TextModel
+from leakjax.models.losses import LossSpec, read_loss
+from leakjax.models.reader import Arrays
+from leakjax.runtime.arrays import to_device
+from leakjax.runtime.programs import keep
+
+_ROWS_EACH = 8  # equations for each unknown share: the rank of fewer may be short
+_ROWS = 100_000  # equations at least, where there are as many: those of biases alone, in float32, are badly conditioned
+
+
+class Explained(NamedTuple):
+    """`ids` (B, T), `labels` (B,) or None where there are none, and ||g(ids, labels) - g|| / ||g||."""
+
+    ids: Int[np.ndarray, "B T"]
+    labels: Int[np.ndarray, " B"] | None
+    residual: float
+
+
+@keep(16)
+def gradient_program(model: TextModel, loss: LossSpec, target: str, paths: tuple[str, ...]) -> Callable[..., Any]:
+    """Compiled: (variables, ids (1, T), label ()) -> the gradient of one sequence's loss by `paths`."""
+    one = read_loss(loss)
+
+    def loss_of(params: Arrays, variables: Arrays, ids: Array, label: Array) -> Array:
+        outputs = model.outputs({**variables, **params}, ids)[0]
+        if target == "class":
+            return one(outputs, label)
+        return jnp.mean(jax.vmap(one)(outputs[:-1], ids[0, 1:]))
+
+    def gradient(variables: Arrays, ids: Array, label: Array) -> dict[str, Array]:
+        return jax.grad(loss_of)({path: variables[path] for path in paths}, variables, ids, label)
+
+    return jax.jit(gradient)
+
+
+class Client(NamedTuple):
+    """How the gradient was computed: the model, its weights, the loss, what it compares outputs with, and the `paths`
+    of what was sent."""
+
+    model: TextModel
+    variables: Arrays
+    loss: LossSpec
+    target: str
+    paths: tuple[str, ...]
+
+    def gradient(self, ids: Any, label: int = 0) -> dict[str, np.ndarray]:
+        """Of one sequence (T,)."""
+        program = gradient_program(self.model, self.loss, self.target, self.paths)
+        given = to_device(np.asarray(ids, np.int32)[None]), to_device(np.int32(label))
+        return {p: np.asarray(a, np.float64) for p, a in program(dict(self.variables), *given).items()}
+
+    def mean(self, ids: Any, labels: Any) -> dict[str, np.ndarray]:
+        """Of a batch (B, T)."""
+        parts = [self.gradient(one, label) for one, label in zip(ids, labels, strict=True)]
+        return {p: np.mean([part[p] for part in parts], axis=0) for p in self.paths}
+
+
+def explain(
+    client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, examples: int, classes: int
+) -> Explained | None:
+    """The batch of `examples` that sequences `ids` (n, T) make up; None where no whole numbers of them do.
+
+    Ids that nothing tells, -1, are the last ones of each, and targets alone.
+    """
+    if not 0 < len(ids) <= examples:
+        return None
+    if client.target == "class":
+        return _with_labels(client, gradient, ids, examples, classes)
+    return _with_last(client, gradient, ids, examples)
+
+
+def _with_labels(
+    client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, examples: int, classes: int
+) -> Explained | None:
+    known = np.where(ids < 0, 0, ids)
+    pairs = [(s, y) for s in range(len(ids)) for y in range(classes)]
+    paths = _enough(gradient, max(_ROWS_EACH * len(pairs), _ROWS))
+    columns = np.stack([_flat(client.gradient(known[s], y), paths) for s, y in pairs], axis=1)
+    size = np.linalg.norm(columns)
+    if not size > 0:
+        return None
+    rows = np.concatenate([columns / size, np.ones((1, len(pairs)))])
+    shares = nnls(rows, np.append(_flat(gradient, paths) / size, 1.0))[0] * examples
+    counts = np.rint(shares).astype(int)
+    if counts.sum() != examples:
+        return None
+    chosen = [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
+    found, labels = ids[[s for s, _ in chosen]], np.array([y for _, y in chosen])
+    return Explained(found, labels, _residual(client, gradient, np.where(found < 0, 0, found), labels))
+
+
+def _enough(gradient: Mapping[str, np.ndarray], rows: int) -> list[str]:
+    """The smallest parameters that have so many entries together, or all."""
+    paths, entries = [], 0
+    for path in sorted((p for p in gradient if np.any(gradient[p])), key=lambda p: gradient[p].size):
+        paths, entries = [*paths, path], entries + gradient[path].size
+        if entries >= rows:
+            break
+    return paths
+
+
+def _flat(arrays: Mapping[str, np.ndarray], paths: Sequence[str]) -> np.ndarray:
+    return np.concatenate([np.ravel(arrays[p]) for p in paths])
+
+
+def _residual(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, labels: Any) -> float:
+    paths = list(gradient)
+    mean = client.mean(ids, labels)
+    return float(np.linalg.norm(_flat(mean, paths) - _flat(gradient, paths)) / np.linalg.norm(_flat(gradient, paths)))
+
+
+def _with_last(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, examples: int) -> Explained | None:
+    """The last id of each sequence is the row of the output layer that is missing from the gradient of all others."""
+    if len(ids) != examples or np.any(ids[:, :-1] < 0):
+        return None
+    labels = np.zeros(examples, int)
+    guess = np.where(ids < 0, 0, ids)
+    if np.any(ids[:, -1] < 0):
+        guess[:, -1] = np.where(ids[:, -1] < 0, _targets(client, gradient, guess, ids[:, -1] < 0), guess[:, -1])
+    return Explained(guess, None, _residual(client, gradient, guess, labels))
+
+
+def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+    """The last ids (B,) of sequences whose last ones are 0 where they are `unknown`.
+
+    The gradient of an output layer has the row sum_t (p_t - [id_(t+1) = v]) h_t for the id v, and h_(T-1) is what
+    another last id changes there. A table that is looked up as well changes in the rows of the sequence's ids besides.
+    """
+    other = ids.copy()
+    other[:, -1] = 1
+    paths = [p for p in gradient if _outputs(client) in gradient[p].shape]
+    zeros = [client.gradient(one) for one in ids]
+    ones = [client.gradient(one) for one in other]
+
+    def by_id(a: np.ndarray) -> np.ndarray:
+        axis = a.shape.index(_outputs(client))
+        return np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1)
+
+    def apart(p: str) -> tuple[float, int]:
+        """The share of what moved that stands in the rows of both ids, as in an output layer alone; and its size."""
+        moved = by_id(zeros[0][p] - ones[0][p])
+        return round(float(np.linalg.norm(moved[:2]) / (np.linalg.norm(moved) or np.inf)), 6), moved.size
+
+    path = max(paths, key=apart, default=None)
+    if path is None or not apart(path)[0] > 0:
+        return ids[:, -1]
+    hidden = np.stack([by_id(a[path] - b[path])[1] for a, b in zip(zeros, ones, strict=True)]) / len(ids)
+    rest = by_id(np.mean([a[path] for a in zeros], axis=0) - gradient[path])
+    shares = np.linalg.lstsq(hidden.T, rest.T, rcond=None)[0]
+    shares[:, 0] += unknown  # the zeros that stand for what is not known
+    return np.argmax(shares, axis=1)
+
+
+def _outputs(client: Client) -> int:
+    ids = jax.ShapeDtypeStruct((1, client.model.length), jnp.int32)
+    return jax.eval_shape(client.model.outputs, dict(client.variables), ids).shape[-1]

@@ -1,0 +1,80 @@
+"""Where integers look rows up: the tables of a network whose input are the ids of tokens.
+
+    e_t = E[id_t],  t = 1 ... T        =>        dL/dE[v] = sum over id_t = v of dL/de_t
+
+so that rows of E that no token has taken have a gradient of zeros, wherever E is used for nothing else.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from leakjax.segments.tracing import evaluation
+from leakjax.segments.tracing.jaxprs import Graph
+from leakjax.segments.tracing.primitives import REARRANGING
+from leakjax.segments.tracing.rules import RULES
+
+
+class Lookup(NamedTuple):
+    """The parameter at `path`, `rows` of which the ids take, one a token; `alone`: whether it has no other use.
+
+    `value`: that of the graph that holds what was looked up, for the fourth argument of `Tokens.values`.
+    """
+
+    path: str
+    rows: int
+    alone: bool
+    value: int
+
+
+class Lookups(NamedTuple):
+    """All tables, and `embedded(variables, ids (1, T))`: what is looked up in each, (1, T, width)."""
+
+    tables: tuple[Lookup, ...]
+    embedded: Callable[[Mapping[str, Any], Int[Any, "1 T"]], tuple[Float[Array, "1 T width"], ...]]
+
+
+def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
+    """The tables of a graph whose input are ids (1, T); `paths` of its variables, in their order."""
+    names = dict(zip(graph.variables, paths, strict=True))
+    live = graph.dependents([graph.input])
+    equations = graph.needed(graph.output, [*graph.variables, graph.input])
+    uses = collections.Counter(v for e in graph.needed(graph.output, []) for v in e.inputs if isinstance(v, int))
+    found = []
+    for equation in equations:
+        if equation.name != "gather" or not isinstance(equation.inputs[1], int) or equation.inputs[1] not in live:
+            continue
+        source, alone = _source(graph, names, uses, equation.inputs[0])
+        taken = graph.structs[equation.outputs[0]].shape
+        ids = graph.structs[graph.input].shape
+        if source is not None and taken[: len(ids)] == tuple(ids):
+            rows = graph.structs[source].shape[0]
+            found.append(Lookup(path=names[source], rows=rows, alone=alone, value=equation.outputs[0]))
+
+    def embedded(variables: Mapping[str, Any], ids: Any) -> tuple[Any, ...]:
+        env = {v: variables[path] for v, path in names.items()}
+        wanted = [table.value for table in found]
+        last = max(k for k, e in enumerate(equations) if e.outputs[0] in wanted)
+        known = evaluation.evaluate_all(equations[: last + 1], {**env, graph.input: ids}, RULES)
+        return tuple(known[v] for v in wanted)
+
+    return Lookups(tuple(found), embedded)
+
+
+def _source(graph: Graph, names: Mapping[int, str], uses: Mapping[int, int], value: Any) -> tuple[int | None, bool]:
+    """The parameter whose rows a value holds, and whether it is used nowhere else; None where it holds no such."""
+    if not isinstance(value, int):
+        return None, False
+    equations = graph.needed(value, graph.variables)
+    if any(e.name not in REARRANGING for e in equations):
+        return None, False
+    read = {v for e in equations for v in e.inputs if isinstance(v, int)} - {o for e in equations for o in e.outputs}
+    sources = (read or {value}) & set(names)
+    if len(sources) != 1:
+        return None, False
+    (source,) = sources
+    same_rows = graph.structs[source].shape[:1] == graph.structs[value].shape[:1]
+    alone = all(uses[v] <= 1 for v in (source, *(o for e in equations for o in e.outputs)))
+    return (source, alone) if same_rows else (None, False)
