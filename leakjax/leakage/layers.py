@@ -18,7 +18,7 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
-from leakjax.solvers.jacobian import row_space
+from leakjax.solvers.jacobian import in_lanes, in_one_shape, row_space
 from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, solve_side
 
 LARGEST = 6000
@@ -111,7 +111,11 @@ def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: 
         return None
     program = _gram_product(span)
     rows = sum(int(a.size) for a in jax.tree.leaves(_rows(span, variables, preimage, dz, x)))
-    return row_space(lambda v: program(variables, preimage, dz, x, v), rows, x.size, x.dtype).rank
+
+    def product(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
+        return in_one_shape(lambda v, count: program(variables, preimage, dz, x, v, count), v)
+
+    return row_space(product, rows, x.size, x.dtype).rank
 
 
 def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
@@ -121,7 +125,7 @@ def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: 
 
 @keep(64)
 def _gram_product(span: tuple[Segment, ...]) -> Any:
-    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array) -> Array:
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array, count: Any) -> Array:
         residual = _residual(span, variables, preimage, dz, x)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         adjoint = jax.linear_transpose(tangent, x)
@@ -129,6 +133,6 @@ def _gram_product(span: tuple[Segment, ...]) -> Any:
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        return jax.lax.map(column, v.astype(x.dtype), batch_size=16)
+        return in_lanes(column, v.astype(x.dtype), count)
 
     return jax.jit(build)
