@@ -23,6 +23,8 @@ from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, sol
 
 LARGEST = 6000
 MOST_STEPS = 6000
+QUICK = {"xla_backend_optimization_level": 1}
+"""A span's program runs once, for less time than it takes to compile."""
 
 
 class LayerLeakage(NamedTuple):
@@ -101,9 +103,10 @@ def _probe(span: tuple[Segment, ...]) -> Any:
         rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         steps = min(max(4 * x.size, 2000), MOST_STEPS)
-        return solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
+        found = solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
+        return found._replace(residual=jnp.zeros((), x.dtype))  # nobody asks for it, and it takes a product to compile
 
-    return jax.jit(probe)
+    return jax.jit(probe, compiler_options=QUICK)
 
 
 def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:

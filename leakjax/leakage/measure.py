@@ -62,7 +62,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     network = read_network(model, shape, len(x), jnp.float64)
     gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
     arrays = dict(model.variables), to_device(x), to_device(y)
-    sent = gradient(*arrays)
+    sent = jax.jit(gradient)(*arrays)
     _refuse_zero(sent)
     doubt = Doubt(silent=tuple(silent(sent)))
     spots = spots_of_model(model, asked.loss, *arrays[1:])
@@ -158,13 +158,13 @@ def measure_without(jacobian: Jacobian, asked: Asked, paths: Collection[str]) ->
 
 def _refuse_not_finite(model: Model) -> None:
     for path, array in model.variables.items():
-        if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.all(np.isfinite(np.asarray(array, np.float64))):
             raise InputError(f"the model's {path!r} holds numbers that are not finite; mend the weights")
 
 
 def _refuse_zero(gradient: dict[str, Array]) -> None:
     """A gradient that is zero everywhere says nothing of what leaks."""
-    if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
+    if not any(np.any(np.asarray(g) != 0) for g in gradient.values()):
         raise InputError(
             "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated "
             "weights, or a label that is met exactly), and says nothing of others. Use other weights or images, "
