@@ -129,9 +129,9 @@ def _examine(structure: Structure, batch: tuple[Any, Any] | None, asked: Asked) 
         return Examined(Measured(), 1, tuple(withheld))
     segments, (x, y) = structure.segments, batch
     found = measure(structure.model, segments, x, y, asked)
-    if chosen is not None and segments and found.leakage is not None and not found.doubt.spots:
+    if chosen is not None and segments and found.jacobian is not None:
         paths = {path for i in chosen[0] for path in segments[i].paths}
-        rank, remaining = measure_without(structure.model, x, y, asked, paths)
+        rank, remaining = measure_without(found.jacobian, asked, paths)
         withheld = [dataclasses.replace(withheld[0], measured_dimensions=rank, leakage_map=remaining)]
     pixels = (np.asarray(x, float) - asked.limits[0]) / asked.scale
     return Examined(found, len(x), tuple(withheld), pixels)

@@ -108,7 +108,7 @@ def unpredicted(
 
 def silent(gradient: Mapping[str, Any]) -> list[str]:
     """The weights (arrays of two axes or more) whose gradient is zero, or rounding beside the largest."""
-    sizes = {path: float(jnp.linalg.norm(jnp.ravel(g))) for path, g in gradient.items()}
+    sizes = {path: float(np.linalg.norm(np.ravel(g))) for path, g in gradient.items()}
     largest = max(sizes.values())
     return [p for p, size in sizes.items() if jnp.ndim(gradient[p]) >= 2 and size <= NOTHING * largest]
 

@@ -6,6 +6,8 @@ below s^2 G^-1 (Cramer-Rao); with a Gaussian prior of covariance S an estimate i
 g; van Trees' inequality bounds the mean over images).
 """
 
+import math
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from leakjax.constraints.priors import from_natural
-from leakjax.leakage.factored import factored
+from leakjax.leakage.factored import factored_by_parameter
+from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
-from leakjax.solvers.jacobian import row_space
+from leakjax.solvers.jacobian import LANES, in_lanes, in_one_shape, row_space
 
 PRIOR_DEVIATION = 0.25  # of pixels in [0, 1]
+
+
+WRITTEN = 8
+"""Up to so many rows for every column J is written down: J^T J and all products with it are then those of a matrix."""
 
 
 class Leakage(NamedTuple):
@@ -32,22 +39,66 @@ class Leakage(NamedTuple):
     map: Float[np.ndarray, "B ..."]
 
 
+class Jacobian(NamedTuple):
+    """J of a gradient at images x (B, *shape), parameter by parameter.
+
+    - `product`: (v (k, n), the paths of some parameters) -> J^T J v by rows, of these parameters' J alone;
+    - `rows`: how many numbers each parameter's gradient has.
+    """
+
+    product: Callable[[Float[np.ndarray, "k n"], Collection[str]], Float[np.ndarray, "k n"]]
+    rows: Mapping[str, int]
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def leakage(self, scale: float, paths: Collection[str]) -> Leakage:
+        """What the gradients of the parameters `paths` say; `scale`: the width of the input range, one pixel's unit."""
+        rows = sum(self.rows[path] for path in paths)
+        found = row_space(lambda v: self.product(v, paths), rows, math.prod(self.shape), self.dtype)
+        values, vectors = scale**2 * found.values, found.vectors
+        return Leakage(
+            gram=(vectors * values) @ vectors.T,
+            values=values,
+            vectors=vectors,
+            rank=found.rank,
+            map=found.share.reshape(self.shape),
+        )
+
+
+def jacobian(gradient: Any, variables: Any, x: Any, labels: Any) -> Jacobian:
+    """J of a `network.batch_gradient` at images x (B, *shape)."""
+    point, n = (variables, x, labels), x.size
+    sizes = {path: int(a.size) for path, a in jax.eval_shape(gradient, *point).items()}
+    columns = _columns(gradient)
+    unit = np.eye(LANES * -(-n // LANES), n)
+    numbers = sum(int(a.shape[1]) for a in jax.tree.leaves(columns.trace(*point, unit, n).out_info))
+    if numbers <= WRITTEN * n and fits_in_memory(3 * 8 * numbers * n):
+        written = {path: np.asarray(a)[:n] for path, a in columns(*point, unit, n).items()}
+        return Jacobian(lambda v, paths: _with_matrices(written, v, paths), sizes, x.shape, x.dtype)
+    program = _gram_product(gradient)
+
+    def product(v: Float[np.ndarray, "k n"], paths: Collection[str]) -> Float[np.ndarray, "k n"]:
+        kept = {path: np.asarray(path in paths, x.dtype) for path in sizes}
+        return in_one_shape(lambda v, count: program(*point, kept, v, count), v)
+
+    return Jacobian(product, sizes, x.shape, x.dtype)
+
+
 def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: float) -> Leakage:
     """J^T J at images x (B, *shape) of a `network.batch_gradient`, and what follows from it.
 
     Arguments: `scale`, the width of the input range: one pixel's unit.
     """
-    program = _gram_product(gradient)
-    rows = sum(int(a.size) for a in jax.tree.leaves(jax.eval_shape(gradient, variables, x, labels)))
-    found = row_space(lambda v: program(variables, x, labels, v), rows, x.size, x.dtype)
-    values, vectors = scale**2 * found.values, found.vectors
-    return Leakage(
-        gram=(vectors * values) @ vectors.T,
-        values=values,
-        vectors=vectors,
-        rank=found.rank,
-        map=found.share.reshape(x.shape),
-    )
+    found = jacobian(gradient, variables, x, labels)
+    return found.leakage(scale, found.rows)
+
+
+def _with_matrices(
+    written: Mapping[str, Float[np.ndarray, "n m"]], v: Float[np.ndarray, "k n"], paths: Collection[str]
+) -> Float[np.ndarray, "k n"]:
+    """J^T J v by rows, from the transposed J of each parameter."""
+    transposed = np.concatenate([np.zeros((v.shape[1], 0)), *(written[path] for path in paths)], axis=1)
+    return (v @ transposed) @ transposed.T
 
 
 def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:
@@ -81,16 +132,33 @@ def variance_with_prior(prior: WithPrior, sigma: float) -> float:
 
 
 @keep(16)
-def _gram_product(gradient: Any) -> Any:
-    """(variables, x, labels, v (k, n)) -> rows J^T (J v), (k, n)."""
+def _columns(gradient: Any) -> Any:
+    """(variables, x, labels, v (k, n), j) -> rows J v, (k, m) for each parameter, of the first j of v."""
 
-    def build(variables: Any, x: Any, labels: Any, v: Any) -> Any:
-        _, tangent = jax.linearize(factored(gradient, variables, x, labels), x)
+    def build(variables: Any, x: Any, labels: Any, v: Any, count: Any) -> Any:
+        tangent = jax.linearize(factored_by_parameter(gradient, variables, x, labels), x)[1]
+
+        def column(e: Array) -> dict[str, Array]:
+            parts = tangent(e.reshape(x.shape))
+            return {path: jnp.concatenate([jnp.zeros(0, x.dtype), *map(jnp.ravel, p)]) for path, p in parts.items()}
+
+        return in_lanes(column, v.astype(x.dtype), count)
+
+    return jax.jit(build)
+
+
+@keep(16)
+def _gram_product(gradient: Any) -> Any:
+    """(variables, x, labels, weights by parameter, v (k, n), j) -> rows J^T W J v, (k, n), of the first j of v."""
+
+    def build(variables: Any, x: Any, labels: Any, weights: Any, v: Any, count: Any) -> Any:
+        tangent = jax.linearize(factored_by_parameter(gradient, variables, x, labels), x)[1]
         adjoint = jax.linear_transpose(tangent, x)
 
         def column(e: Array) -> Array:
-            return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
+            parts = tangent(e.reshape(x.shape))
+            return jnp.ravel(adjoint({path: [weights[path] * a for a in p] for path, p in parts.items()})[0])
 
-        return jax.lax.map(column, v.astype(x.dtype), batch_size=16)
+        return in_lanes(column, v.astype(x.dtype), count)
 
     return jax.jit(build)

@@ -16,14 +16,14 @@ from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.tracing.network import Gradient, Network, client_update, example_gradients, read_network
-from leakjax.solvers.jacobian import RowSpace, jacobian_product, row_space
+from leakjax.solvers.jacobian import RowSpace, in_one_shape, jacobian_product, row_space
 
 LARGEST = 6000
 
 
 def _space(gradient: Gradient, point: tuple[Any, ...], size: int, unknowns: int) -> RowSpace:
     product = jacobian_product(gradient)
-    return row_space(lambda v: product(*point, to_device(v)), size, unknowns)
+    return row_space(lambda v: in_one_shape(lambda v, count: product(*point, to_device(v), count), v), size, unknowns)
 
 
 def undetermined_directions(

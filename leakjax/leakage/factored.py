@@ -43,6 +43,12 @@ def factored(gradient: Gradient, variables: Any, x: Float[Array, "B ..."], label
 
     A parameter's gradient that is no product over few positions is in the list as it stands.
     """
+    function = factored_by_parameter(gradient, variables, x, labels)
+    return lambda u: jax.tree.leaves(function(u))
+
+
+def factored_by_parameter(gradient: Gradient, variables: Any, x: Float[Array, "B ..."], labels: Any) -> Any:
+    """The same, for each parameter a list of its own; it is empty where the gradient does not depend on the images."""
     arguments = (variables, x, labels)
     flat = jaxprs.flatten(lambda *given: gradient(*given), arguments)
     leaves, treedef = jax.tree.flatten(arguments)
@@ -51,17 +57,21 @@ def factored(gradient: Gradient, variables: Any, x: Float[Array, "B ..."], label
     equations = flat.needed()
     live = _live(equations, flat.inputs[of_x])
     makers = {o: equation for equation in equations for o in equation.outputs}
-    outputs = [v for v in flat.outputs if isinstance(v, int) and v in live]
-    products = {v: _product(v, makers, live, flat.structs) for v in outputs}
+    outputs = [v if isinstance(v, int) and v in live else None for v in flat.outputs]
+    products = {v: _product(v, makers, live, flat.structs) for v in outputs if v is not None}
     here = evaluation.evaluate_all(equations, known, RULES)
     frames = {v: _frames(p, here) for v, p in products.items() if p is not None}
 
-    def function(u: Float[Array, "B ..."]) -> list[Array]:
+    tree = jax.tree.structure(jax.eval_shape(gradient, *arguments))
+
+    def function(u: Float[Array, "B ..."]) -> Any:
         values = evaluation.evaluate_all(equations, {**known, flat.inputs[of_x]: u}, RULES)
-        found = []
-        for v, product in products.items():
-            found += [values[v]] if product is None else _parts(product, frames[v], values)
-        return found
+
+        def parts(v: int) -> list[Array]:
+            product = products[v]
+            return [values[v]] if product is None else _parts(product, frames[v], values)
+
+        return jax.tree.unflatten(tree, [[] if v is None else parts(v) for v in outputs])
 
     return function
 

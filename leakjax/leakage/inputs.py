@@ -99,7 +99,7 @@ def _given_or_drawn(
         if labels is not None and not (isinstance(labels, str) and labels == INPUT):
             raise InputError("labels go with images; without images both are drawn with seed")
         noise = jax.random.normal(key, (1, *shape))
-        drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(from_natural(noise)), 0.0, 1.0)
+        drawn = np.clip(0.5 + PRIOR_DEVIATION * np.asarray(jax.jit(from_natural)(noise)), 0.0, 1.0)
         x = low + (high - low) * drawn.astype(float)
         return x, x if labels is not None else np.asarray(jax.random.randint(other, (1, *places), 0, outputs))
     wanted = f"one array (B, {', '.join(map(str, shape))}) of numbers"

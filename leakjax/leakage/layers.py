@@ -18,11 +18,13 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
-from leakjax.solvers.jacobian import row_space
+from leakjax.solvers.jacobian import in_lanes, in_one_shape, row_space
 from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, solve_side
 
 LARGEST = 6000
 MOST_STEPS = 6000
+QUICK = {"xla_backend_optimization_level": 1}
+"""A span's program runs once, for less time than it takes to compile."""
 
 
 class LayerLeakage(NamedTuple):
@@ -101,9 +103,10 @@ def _probe(span: tuple[Segment, ...]) -> Any:
         rows, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(x.shape, x.dtype))
         steps = min(max(4 * x.size, 2000), MOST_STEPS)
-        return solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
+        found = solve_side(operator, rows, jnp.asarray(True), tolerance=1e-15, max_steps=steps)
+        return found._replace(residual=jnp.zeros((), x.dtype))  # nobody asks for it, and it takes a product to compile
 
-    return jax.jit(probe)
+    return jax.jit(probe, compiler_options=QUICK)
 
 
 def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:
@@ -111,7 +114,11 @@ def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: 
         return None
     program = _gram_product(span)
     rows = sum(int(a.size) for a in jax.tree.leaves(_rows(span, variables, preimage, dz, x)))
-    return row_space(lambda v: program(variables, preimage, dz, x, v), rows, x.size, x.dtype).rank
+
+    def product(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
+        return in_one_shape(lambda v, count: program(variables, preimage, dz, x, v, count), v)
+
+    return row_space(product, rows, x.size, x.dtype).rank
 
 
 def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
@@ -121,7 +128,7 @@ def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: 
 
 @keep(64)
 def _gram_product(span: tuple[Segment, ...]) -> Any:
-    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array) -> Array:
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array, count: Any) -> Array:
         residual = _residual(span, variables, preimage, dz, x)
         _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
         adjoint = jax.linear_transpose(tangent, x)
@@ -129,6 +136,6 @@ def _gram_product(span: tuple[Segment, ...]) -> Any:
         def column(e: Array) -> Array:
             return jnp.ravel(adjoint(tangent(e.reshape(x.shape)))[0])
 
-        return jax.lax.map(column, v.astype(x.dtype), batch_size=16)
+        return in_lanes(column, v.astype(x.dtype), count)
 
     return jax.jit(build)

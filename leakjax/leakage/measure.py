@@ -14,8 +14,10 @@ from leakjax.errors import InputError
 from leakjax.leakage.blind import data_gradient, looked_up, rounded_front, silent, spots_of, spots_of_model, unpredicted
 from leakjax.leakage.dense import (
     PRIOR_DEVIATION,
+    Jacobian,
     Leakage,
     dense_leakage,
+    jacobian,
     variance_with_prior,
     variances,
     with_natural_prior,
@@ -60,7 +62,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     network = read_network(model, shape, len(x), jnp.float64)
     gradient = batch_gradient(network.logits, asked.loss, tuple(model.params))
     arrays = dict(model.variables), to_device(x), to_device(y)
-    sent = gradient(*arrays)
+    sent = jax.jit(gradient)(*arrays)
     _refuse_zero(sent)
     doubt = Doubt(silent=tuple(silent(sent)))
     spots = spots_of_model(model, asked.loss, *arrays[1:])
@@ -76,7 +78,8 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     if not _fits(n):
         return estimate(gradient, clipped, arrays, layers, asked)._replace(doubt=doubt)
     asked.tell("building the Jacobian")
-    leakage = dense_leakage(gradient, *arrays, asked.scale)
+    found = jacobian(gradient, *arrays)
+    leakage = found.leakage(asked.scale, found.rows)
     pixels = (x - asked.limits[0]) / asked.scale
     points, shown = _under_noise(leakage, pixels, asked.noise, asked)
     points = tuple(dataclasses.replace(point, asked=asked.asked) for point in points)
@@ -95,6 +98,7 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
         map=leakage.map,
         doubt=doubt,
         pictures=shown,
+        jacobian=found,
     )
 
 
@@ -142,29 +146,25 @@ def _stops(model: Model, x: np.ndarray) -> bool:
     return "stop_gradient" in str(jax.make_jaxpr(model.apply)(*structs))
 
 
-def measure_without(
-    model: Model, x: np.ndarray, y: np.ndarray, asked: Asked, paths: Collection[str]
-) -> tuple[int, Float[np.ndarray, "B ..."]]:
+def measure_without(jacobian: Jacobian, asked: Asked, paths: Collection[str]) -> tuple[int, Float[np.ndarray, "B ..."]]:
     """(the rank of the Jacobian, its map) of what a client sends without the gradients of some parameter `paths`."""
-    asked.tell("building the Jacobian without the gradients to withhold")
-    kept = tuple(path for path in model.params if path not in paths)
+    asked.tell("measuring what leaks without the gradients to withhold")
+    kept = tuple(path for path in jacobian.rows if path not in paths)
     if not kept:
-        return 0, np.zeros(x.shape)
-    logits = read_network(model, x.shape[1:], len(x), jnp.float64).logits
-    arrays = dict(model.variables), to_device(x), to_device(y)
-    found = dense_leakage(data_gradient(batch_gradient(logits, asked.loss, kept)), *arrays, asked.scale)
+        return 0, np.zeros(jacobian.shape)
+    found = jacobian.leakage(asked.scale, kept)
     return found.rank, found.map
 
 
 def _refuse_not_finite(model: Model) -> None:
     for path, array in model.variables.items():
-        if jnp.issubdtype(array.dtype, jnp.floating) and not bool(jnp.all(jnp.isfinite(array))):
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.all(np.isfinite(np.asarray(array, np.float64))):
             raise InputError(f"the model's {path!r} holds numbers that are not finite; mend the weights")
 
 
 def _refuse_zero(gradient: dict[str, Array]) -> None:
     """A gradient that is zero everywhere says nothing of what leaks."""
-    if not any(bool(jnp.any(g != 0)) for g in gradient.values()):
+    if not any(np.any(np.asarray(g) != 0) for g in gradient.values()):
         raise InputError(
             "the gradient at this image is zero everywhere: this instance is degenerate (all-zero or saturated "
             "weights, or a label that is met exactly), and says nothing of others. Use other weights or images, "

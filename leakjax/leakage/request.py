@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.leakage.dense import Leakage
+from leakjax.leakage.dense import Jacobian, Leakage
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.verdict import Doubt
@@ -56,7 +56,7 @@ class Asked(NamedTuple):
 class Measured(NamedTuple):
     """By layer what its constraints tell, the Jacobian's `leakage`, noise `points`, singular values, the leakage `map`
     where it is an estimate, and `remarks`: None, or empty, where it was not asked for or is too large; what `doubt`
-    there is that derivatives say what the gradient does; `pictures` of what comes back."""
+    there is that derivatives say what the gradient does; `pictures` of what comes back; the `jacobian` of `leakage`."""
 
     layers: Sequence[LayerLeakage] = ()
     leakage: Leakage | None = None
@@ -66,3 +66,4 @@ class Measured(NamedTuple):
     remarks: tuple[str, ...] = ()
     doubt: Doubt = Doubt()
     pictures: tuple[Picture, ...] = ()
+    jacobian: Jacobian | None = None

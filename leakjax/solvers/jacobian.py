@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Shaped
 from leakjax.runtime.programs import keep
 
 ROUNDINGS = 32
+LANES = 16
 
 
 def inverse_norms(gradients: PyTree[Float[Array, "..."]], least: float = 0.0) -> PyTree[Float[Array, ""]]:
@@ -36,14 +37,15 @@ def inverse_norms(gradients: PyTree[Float[Array, "..."]], least: float = 0.0) ->
 
 @keep(16)
 def jacobian_product(gradient: Callable[..., PyTree[Float[Array, "..."]]]) -> Callable[..., Float[Array, "k n"]]:
-    """(variables, x, labels, v (k, n)) -> J^T J v by rows, J the Jacobian of the gradient's parameters, each divided by
-    its norm."""
+    """(variables, x, labels, v (k, n), j) -> J^T J v by rows, the first j of them, J the Jacobian of the gradient's
+    parameters, each divided by its norm; see `in_one_shape`."""
 
     def build(
         variables: PyTree[Shaped[Array, "..."]],
         x: Float[Array, "*shape"],
         labels: PyTree[Shaped[Array, "..."]],
         v: Float[Array, "k n"],
+        count: Any,
     ) -> Float[Array, "k n"]:
         at_x, tangent = jax.linearize(lambda x: gradient(variables, x, labels), x)
         over = inverse_norms(at_x)
@@ -52,9 +54,38 @@ def jacobian_product(gradient: Callable[..., PyTree[Float[Array, "..."]]]) -> Ca
             return jax.tree.map(jnp.multiply, over, tangent(d))
 
         adjoint = jax.linear_transpose(weighted, x)
-        return jax.lax.map(lambda d: jnp.ravel(adjoint(weighted(d.reshape(x.shape)))[0]), v, batch_size=16)
+        return in_lanes(lambda d: jnp.ravel(adjoint(weighted(d.reshape(x.shape)))[0]), v, count)
 
     return jax.jit(build)
+
+
+def in_lanes(
+    function: Callable[[Float[Array, " n"]], PyTree[Float[Array, " m"]]], v: Float[Array, "k n"], count: Any
+) -> PyTree[Float[Array, "k m"]]:
+    """`function` of the first `count` rows of `v`, `LANES` at a time, k a multiple of it; beyond them mostly zeros.
+
+    `count` may be an argument of the program that this stands in, which then serves every number of rows.
+    """
+
+    def some(i: Any, found: PyTree[Float[Array, "k m"]]) -> PyTree[Float[Array, "k m"]]:
+        rows = jax.vmap(function)(jax.lax.dynamic_slice_in_dim(v, LANES * i, LANES))
+        return jax.tree.map(lambda f, r: jax.lax.dynamic_update_slice_in_dim(f, r, LANES * i, 0), found, rows)
+
+    shapes = jax.eval_shape(function, jax.ShapeDtypeStruct(v.shape[1:], v.dtype))
+    start = jax.tree.map(lambda s: jnp.zeros((len(v), *s.shape), s.dtype), shapes)
+    return jax.lax.fori_loop(0, -(-count // LANES), some, start)
+
+
+def in_one_shape(
+    program: Callable[[Float[np.ndarray, "k n"], int], Float[Array, "k m"]], v: Float[np.ndarray, "j n"]
+) -> Float[np.ndarray, "j m"]:
+    """program(v, j), whose v has zeros below up to k >= n rows, k a multiple of `LANES`: for every j the same k.
+
+    A program is compiled for one shape, which takes longer than to run it; see `in_lanes`.
+    """
+    rows = LANES * -(-max(v.shape) // LANES)
+    padded = np.concatenate([v, np.zeros((rows - len(v), v.shape[1]), v.dtype)])
+    return np.asarray(program(padded, len(v)))[: len(v)]
 
 
 def rank_tolerance(rows: int, columns: int, dtype: Any = np.float64) -> float:
