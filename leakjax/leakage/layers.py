@@ -3,6 +3,7 @@
 The audit holds the images, so the systems are built at the truth: what they leave open, no attack determines.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from leakjax.constraints.pull_back import pull_gradients, pulled_back, push_forward
@@ -18,11 +20,15 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
+from leakjax.segments.tracing.smoothing import rms
 from leakjax.solvers.jacobian import row_space
 from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, solve_side
 
 LARGEST = 6000
 MOST_STEPS = 6000
+
+_ROUNDING = 1e3
+"""Units of the last place of the largest gradient of a span, up to which another one is rounding."""
 
 
 class LayerLeakage(NamedTuple):
@@ -40,24 +46,30 @@ class LayerLeakage(NamedTuple):
 def layer_leakage(
     segments: Sequence[Segment], variables: Arrays, x: Float[Array, "B ..."], dz: Float[Array, "B K"]
 ) -> list[LayerLeakage]:
-    """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone."""
+    """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone.
+
+    A layer with a train-mode normalization right behind it has the rows of both, its means and variances unknown; the
+    normalization itself is then not counted once more.
+    """
     xs, zs, _ = push_forward(segments, variables, x)
     cotangents = _cotangents(segments, variables, xs, zs, dz)
+    preimages = [_preimage(s, variables, z, head=s is segments[-1]) for s, z in zip(segments, zs, strict=True)]
     found = []
     for i, segment in enumerate(segments):
-        preimage = _preimage(segment, variables, zs[i], head=i == len(segments) - 1)
         known, passing = 1.0, 1.0
         if i < len(segments) - 1:
-            known = float(np.mean(np.asarray(preimage.known)))
+            known = float(np.mean(np.asarray(preimages[i].known)))
             passing = float(np.mean(np.asarray(segment.activation.slope(variables, zs[i])) != 0))
         depth, rank, condition = None, None, None
-        for back in range(i + 1):
-            span = tuple(segments[i - back : i + 1])
-            probe = _probe(span)(variables, preimage, cotangents[i], xs[i - back])
+        last = i + 1 if i + 1 < len(segments) and _joins(segments[i + 1]) else i
+        for back in () if _joins(segment) else range(i + 1):
+            span = tuple(segments[i - back : last + 1])
+            known_behind = preimages[last], cotangents[last]
+            probe = _probe(span)(variables, *known_behind, xs[i - back])
             full = float(probe.lost) <= PROBE_LOSS
             if back == 0:
                 condition = lsmr_condition(probe)
-                rank = xs[i].size if full else _rank(span, variables, preimage, cotangents[i], xs[i])
+                rank = xs[i].size if full else _rank(span, variables, *known_behind, xs[i])
                 full = rank == xs[i].size
             if full:
                 depth = back
@@ -68,6 +80,11 @@ def layer_leakage(
             )
         )
     return found
+
+
+def _joins(segment: Segment) -> bool:
+    """Whether a segment is a train-mode normalization whose rows go with those of the layer before it."""
+    return segment.geometry.normalization is not None and segment.geometry.normalization.direct
 
 
 def _preimage(segment: Segment, variables: Arrays, z: Array, *, head: bool) -> Preimage:
@@ -88,10 +105,19 @@ def _cotangents(
 
 
 def _residual(span: Sequence[Segment], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
-    """The pulled-back residual of `span` with what its own gradient blocks are at x."""
+    """The pulled-back residual of `span` with what its own gradient blocks are at x, but for those that are 0: rounding
+    of a bias before a norm, divided by the other gradients' sizes, would count as so many rows."""
     xs, _, slopes = push_forward(span, variables, x)
     gradients, _ = pull_gradients(span, variables, xs, slopes, dz)
-    return pulled_back(span, variables, preimage, dz, gradients)
+    residual = pulled_back(span, variables, preimage, dz, gradients)
+    sizes = {path: rms(g) for path, g in gradients.items()}
+    least = _ROUNDING * jnp.finfo(x.dtype).eps * jnp.max(jnp.stack([jnp.zeros((), x.dtype), *sizes.values()]))
+
+    def function(u: Array, smoothing: Any) -> Any:
+        forward, rows = residual.function(u, smoothing)
+        return forward, {path: jnp.where(sizes[path] > least, row, 0.0) for path, row in rows.items()}
+
+    return residual._replace(function=function)
 
 
 @keep(64)
@@ -109,14 +135,28 @@ def _probe(span: tuple[Segment, ...]) -> Any:
 def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:
     if x.size > LARGEST or not fits_in_memory(4 * 8 * x.size**2):
         return None
-    program = _gram_product(span)
+    program, forward = _gram_product(span), _product(span)
     rows = sum(int(a.size) for a in jax.tree.leaves(_rows(span, variables, preimage, dz, x)))
-    return row_space(lambda v: program(variables, preimage, dz, x, v), rows, x.size, x.dtype).rank
+    squared, image = (functools.partial(p, variables, preimage, dz, x) for p in (program, forward))
+    through = (lambda v: np.asarray(image(v))) if any(segment.normalizes for segment in span) else None
+    return row_space(squared, rows, x.size, x.dtype, through).rank
 
 
 def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
     """Shapes of the residual's blocks."""
     return jax.eval_shape(lambda u: _residual(span, variables, preimage, dz, x).function(u, None), x)
+
+
+@keep(64)
+def _product(span: tuple[Segment, ...]) -> Any:
+    """v -> J v of rows v, J the Jacobian of the residual's blocks."""
+
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array) -> Array:
+        residual = _residual(span, variables, preimage, dz, x)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        return jax.lax.map(lambda e: ravel_pytree(tangent(e.reshape(x.shape)))[0], v.astype(x.dtype), batch_size=16)
+
+    return jax.jit(build)
 
 
 @keep(64)
