@@ -2,6 +2,7 @@
 certificate."""
 
 import types
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def patterned(x, stride):
     return x + np.tile(added, (1, 8, 8, 1))[:, :7, :7]
 
 
-def problem_of(model, chain, told):
+def problem_of(model, chain, told) -> Any:
     """What a problem holds that the certificate's words are found from."""
     dtype = np.dtype("float32")
     return types.SimpleNamespace(chain=chain, variables=model.variables, dtype=dtype, told=lambda *_: told)
