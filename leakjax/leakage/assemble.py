@@ -8,10 +8,10 @@ import numpy as np
 from leakjax.files.provenance import provenance
 from leakjax.leakage.dense import variances
 from leakjax.leakage.request import Asked, Measured
-from leakjax.leakage.sentences import layer_sentence
+from leakjax.leakage.sentences import constants_remarks, layer_sentence
 from leakjax.leakage.structural.advice import best_changes, dead_pixels
-from leakjax.leakage.structural.counts import padded_count, structural_count
-from leakjax.leakage.structural.index import copa_index, layer_weights, structural_leaked
+from leakjax.leakage.structural.counts import padded_count
+from leakjax.leakage.structural.index import LayerCount, copa_index, layer_counts, layer_weights, structural_leaked
 from leakjax.leakage.verdict import Found, verdict
 from leakjax.models.losses import loss_name
 from leakjax.models.reader import Model
@@ -48,13 +48,14 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
     found, batch = examined.measured, examined.examples
     geometries, leakage = structure.geometries, found.leakage
     ranks = _ranks(structure, examined)
-    counted = [structural_count(g).rank if rank is None else rank for g, rank in zip(geometries, ranks, strict=True)]
+    counts = layer_counts(geometries)
+    counted = [count.rank if rank is None else rank for count, rank in zip(counts, ranks, strict=True)]
     c_m, rounded = copa_index([rank - g.unknowns for g, rank in zip(geometries, counted, strict=True)])
     shares = [layer.passing_share for layer in found.layers] or [1.0] * len(geometries)
     unknowns = batch * geometries[0].unknowns
     numbers = sum(int(np.prod(p.shape)) for p in structure.model.params.values())
     structural, possible = (
-        min(batch * structural_leaked(geometries, shares=s), max(numbers, 1), unknowns) for s in (shares, None)
+        min(structural_leaked(geometries, shares=s, examples=batch), max(numbers, 1), unknowns) for s in (shares, None)
     )
     leaked = None if leakage is None else leakage.rank
     status, sentence = verdict(
@@ -79,7 +80,7 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         examples=batch,
         c_m=c_m,
         c_m_rounded=rounded,
-        layers=_layers(structure, found, ranks),
+        layers=_layers(structure, found, ranks, counts),
         unknowns=unknowns,
         structural_leaked_dimensions=structural,
         leaked_dimensions=leaked,
@@ -91,7 +92,7 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         sentence=sentence,
         changes=best_changes(structure.names, geometries, shares) if structure.segments else (),
         withheld=examined.withheld,
-        remarks=(*structure.remarks, *found.remarks, *_of_batches(batch)),
+        remarks=(*structure.remarks, *found.remarks, *_of_batches(batch), *constants_remarks(counts, geometries)),
         leakage_map=found.map,
         uncertainty=spread,
         images=examined.images if found.pictures else None,
@@ -121,14 +122,17 @@ def _of_batches(examples: int) -> list[str]:
     ]
 
 
-def _layers(structure: Structure, found: Measured, ranks: Sequence[int | None]) -> tuple[LayerAudit, ...]:
-    weights = layer_weights(len(structure.geometries))
-    return tuple(_layer(structure, found, i, rank, weights[i]) for i, rank in enumerate(ranks))
+def _layers(
+    structure: Structure, found: Measured, ranks: Sequence[int | None], counts: Sequence[LayerCount]
+) -> tuple[LayerAudit, ...]:
+    return tuple(
+        _layer(structure, found, i, rank, count) for i, (rank, count) in enumerate(zip(ranks, counts, strict=True))
+    )
 
 
-def _layer(structure: Structure, found: Measured, i: int, rank: int | None, weight: float) -> LayerAudit:
+def _layer(structure: Structure, found: Measured, i: int, rank: int | None, count: LayerCount) -> LayerAudit:
     geometry, numeric = structure.geometries[i], found.layers[i] if found.layers else None
-    count, dead = structural_count(geometry), dead_pixels(geometry)
+    dead, weight = dead_pixels(geometry), layer_weights(len(structure.geometries))[i]
     known = None if numeric is None else numeric.known_share
     depth = None if numeric is None else numeric.pull_back_depth
     head = bool(structure.segments) and i == len(structure.segments) - 1
@@ -146,7 +150,7 @@ def _layer(structure: Structure, found: Measured, i: int, rank: int | None, weig
         pull_back_depth=depth,
         parameters=_parameters(structure.model, structure.segments, i),
         padded=padded_count(geometry, count.rank if rank is None else rank, head=head),
-        sentence=layer_sentence(geometry.unknowns, count, rank, dead, known, depth),
+        sentence=layer_sentence(geometry, count, rank, dead, known, depth),
     )
 
 

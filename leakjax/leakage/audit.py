@@ -25,6 +25,7 @@ from leakjax.report.audit.record import Withheld
 from leakjax.runtime.precision import compute_in
 from leakjax.segments.chain import Segment, read_chain
 from leakjax.segments.geometry import Geometry
+from leakjax.segments.normalizations import with_normalizations
 from leakjax.segments.stacked import unstacked
 from leakjax.segments.tail import behind, without_tail
 from leakjax.segments.training_mode import training_remarks
@@ -114,6 +115,7 @@ def _epsilons(dp_sgd: DPSGD | None) -> Sequence[float]:
 
 def _structure(read: Model, shape: tuple[int, ...], dtype: Any, remarks: list[str], *, shapes_only: bool) -> Structure:
     segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
+    segments = with_normalizations(read, shape, dtype, segments)
     remarks += unreadable
     remarks += () if shapes_only else training_remarks(read, shape, dtype)
     names = [s.name for s in segments] or ["network"]

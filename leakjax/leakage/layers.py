@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from leakjax.constraints.pull_back import pull_gradients, pulled_back, push_forward
@@ -18,6 +19,7 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
+from leakjax.segments.tracing.smoothing import rms
 from leakjax.solvers.jacobian import in_lanes, in_one_shape, row_space
 from leakjax.solvers.linear import PROBE_LOSS, LsmrSolution, lsmr_condition, solve_side
 
@@ -25,6 +27,9 @@ LARGEST = 6000
 MOST_STEPS = 6000
 QUICK = {"xla_backend_optimization_level": 1}
 """A span's program runs once, for less time than it takes to compile."""
+
+_ROUNDING = 1e3
+"""Units of the last place of the largest gradient of a span, up to which another one is rounding."""
 
 
 class LayerLeakage(NamedTuple):
@@ -42,24 +47,30 @@ class LayerLeakage(NamedTuple):
 def layer_leakage(
     segments: Sequence[Segment], variables: Arrays, x: Float[Array, "B ..."], dz: Float[Array, "B K"]
 ) -> list[LayerLeakage]:
-    """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone."""
+    """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone.
+
+    A layer with a train-mode normalization right behind it has the rows of both, its means and variances unknown; the
+    normalization itself is then not counted once more.
+    """
     xs, zs, _ = push_forward(segments, variables, x)
     cotangents = _cotangents(segments, variables, xs, zs, dz)
+    preimages = [_preimage(s, variables, z, head=s is segments[-1]) for s, z in zip(segments, zs, strict=True)]
     found = []
     for i, segment in enumerate(segments):
-        preimage = _preimage(segment, variables, zs[i], head=i == len(segments) - 1)
         known, passing = 1.0, 1.0
         if i < len(segments) - 1:
-            known = float(np.mean(np.asarray(preimage.known)))
+            known = float(np.mean(np.asarray(preimages[i].known)))
             passing = float(np.mean(np.asarray(segment.activation.slope(variables, zs[i])) != 0))
         depth, rank, condition = None, None, None
-        for back in range(i + 1):
-            span = tuple(segments[i - back : i + 1])
-            probe = _probe(span)(variables, preimage, cotangents[i], xs[i - back])
+        last = i + 1 if i + 1 < len(segments) and _joins(segments[i + 1]) else i
+        for back in () if _joins(segment) else range(i + 1):
+            span = tuple(segments[i - back : last + 1])
+            known_behind = preimages[last], cotangents[last]
+            probe = _probe(span)(variables, *known_behind, xs[i - back])
             full = float(probe.lost) <= PROBE_LOSS
             if back == 0:
                 condition = lsmr_condition(probe)
-                rank = xs[i].size if full else _rank(span, variables, preimage, cotangents[i], xs[i])
+                rank = xs[i].size if full else _rank(span, variables, *known_behind, xs[i])
                 full = rank == xs[i].size
             if full:
                 depth = back
@@ -70,6 +81,11 @@ def layer_leakage(
             )
         )
     return found
+
+
+def _joins(segment: Segment) -> bool:
+    """Whether a segment is a train-mode normalization whose rows go with those of the layer before it."""
+    return segment.geometry.normalization is not None and segment.geometry.normalization.direct
 
 
 def _preimage(segment: Segment, variables: Arrays, z: Array, *, head: bool) -> Preimage:
@@ -90,10 +106,19 @@ def _cotangents(
 
 
 def _residual(span: Sequence[Segment], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
-    """The pulled-back residual of `span` with what its own gradient blocks are at x."""
+    """The pulled-back residual of `span` with what its own gradient blocks are at x, but for those that are 0: rounding
+    of a bias before a norm, divided by the other gradients' sizes, would count as so many rows."""
     xs, _, slopes = push_forward(span, variables, x)
     gradients, _ = pull_gradients(span, variables, xs, slopes, dz)
-    return pulled_back(span, variables, preimage, dz, gradients)
+    residual = pulled_back(span, variables, preimage, dz, gradients)
+    sizes = {path: rms(g) for path, g in gradients.items()}
+    least = _ROUNDING * jnp.finfo(x.dtype).eps * jnp.max(jnp.stack([jnp.zeros((), x.dtype), *sizes.values()]))
+
+    def function(u: Array, smoothing: Any) -> Any:
+        forward, rows = residual.function(u, smoothing)
+        return forward, {path: jnp.where(sizes[path] > least, row, 0.0) for path, row in rows.items()}
+
+    return residual._replace(function=function)
 
 
 @keep(64)
@@ -112,18 +137,34 @@ def _probe(span: tuple[Segment, ...]) -> Any:
 def _rank(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> int | None:
     if x.size > LARGEST or not fits_in_memory(4 * 8 * x.size**2):
         return None
-    program = _gram_product(span)
+    program, forward = _gram_product(span), _product(span)
     rows = sum(int(a.size) for a in jax.tree.leaves(_rows(span, variables, preimage, dz, x)))
 
-    def product(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
+    def squared(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k n"]:
         return in_one_shape(lambda v, count: program(variables, preimage, dz, x, v, count), v)
 
-    return row_space(product, rows, x.size, x.dtype).rank
+    def image(v: Float[np.ndarray, "k n"]) -> Float[np.ndarray, "k m"]:
+        return in_one_shape(lambda v, count: forward(variables, preimage, dz, x, v, count), v)
+
+    through = image if any(segment.normalizes for segment in span) else None
+    return row_space(squared, rows, x.size, x.dtype, through).rank
 
 
 def _rows(span: tuple[Segment, ...], variables: Arrays, preimage: Preimage, dz: Array, x: Array) -> Any:
     """Shapes of the residual's blocks."""
     return jax.eval_shape(lambda u: _residual(span, variables, preimage, dz, x).function(u, None), x)
+
+
+@keep(64)
+def _product(span: tuple[Segment, ...]) -> Any:
+    """v -> J v of rows v, J the Jacobian of the residual's blocks."""
+
+    def build(variables: Arrays, preimage: Preimage, dz: Array, x: Array, v: Array, count: Any) -> Array:
+        residual = _residual(span, variables, preimage, dz, x)
+        _, tangent = jax.linearize(lambda u: residual.function(u, None), x)
+        return in_lanes(lambda e: ravel_pytree(tangent(e.reshape(x.shape)))[0], v.astype(x.dtype), count)
+
+    return jax.jit(build)
 
 
 @keep(64)

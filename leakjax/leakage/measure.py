@@ -34,6 +34,7 @@ from leakjax.report.audit.record import NoisePoint, Picture
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.segments.chain import Segment
+from leakjax.segments.tracing.jaxprs import flatten
 from leakjax.segments.tracing.network import Gradient, batch_gradient, read_network
 from leakjax.segments.tracing.widening import in_one_precision
 
@@ -141,9 +142,11 @@ def _spectrum(leakage: Leakage) -> tuple[float, ...]:
 
 
 def _stops(model: Model, x: np.ndarray) -> bool:
-    """Whether the model stops gradients: its layers' own equations are then not those of their derivatives."""
+    """Whether the model stops gradients on the way to its logits: its layers' own equations are then not those of their
+    derivatives. Of running statistics beside that way it may."""
     structs = jax.eval_shape(lambda: dict(model.variables)), jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return "stop_gradient" in str(jax.make_jaxpr(model.apply)(*structs))
+    needed = flatten(model.apply, structs).needed()
+    return any("stop_gradient" in f"{e.name} {e.params}" for e in needed)
 
 
 def measure_without(jacobian: Jacobian, asked: Asked, paths: Collection[str]) -> tuple[int, Float[np.ndarray, "B ..."]]:

@@ -36,6 +36,23 @@ class Axis(NamedTuple):
     after: Window | None = None
 
 
+class Normalization(NamedTuple):
+    """What a train-mode normalization takes its means and variances over.
+
+    - `over_examples`: the whole batch, as batch norm does, or each example by itself;
+    - `over_positions`: all positions, or each by itself;
+    - `channels`: how many channels share a mean and a variance, 1 for batch norm and instance norm; `entries` of one
+      example that share them;
+    - `direct`: whether an affine layer stands right before it, with no activation in between.
+    """
+
+    over_examples: bool
+    over_positions: bool
+    channels: int
+    entries: int
+    direct: bool
+
+
 class Geometry(NamedTuple):
     """The sizes of one affine map of one example.
 
@@ -44,7 +61,8 @@ class Geometry(NamedTuple):
       added to it;
     - `simple`: whether that is all of the map, so that its generic rank can be counted; otherwise only the numbers of
       rows count: `rows` of the output, `parameters` that meet the data;
-    - `unknowns`: entries of the input.
+    - `unknowns`: entries of the input;
+    - `normalization`: what a map that is none of this, but a normalization, takes its statistics over.
     """
 
     unknowns: int
@@ -57,6 +75,7 @@ class Geometry(NamedTuple):
     groups: int = 1
     scales: int = 0
     biases: int = 0
+    normalization: Normalization | None = None
 
 
 _Step = tuple[int, ...] | dict[int, Window]

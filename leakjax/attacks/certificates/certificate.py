@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
+from leakjax.attacks.certificates.constants import hidden_constants
 from leakjax.attacks.certificates.multiples import MULTIPLES
 from leakjax.attacks.problem import Outcome, Problem
 from leakjax.models.losses import UNKNOWN
@@ -198,6 +199,7 @@ def _open_words(problem: Problem, outcome: Outcome, whole: bool) -> str:
         parts.append(_ray(problem) if MULTIPLES in (outcome.symmetry or "") else _TIED)
     if not whole:
         parts.append((_CURVED if outcome.curved else _FLAT).format(free=free))
+        parts += filter(None, [hidden_constants(problem)])
     elif outcome.curved and not outcome.multiples:
         parts.append(_KINK)
     if outcome.symmetry not in (None, MULTIPLES):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from leakjax.report.audit.record import PaddedCount
-from leakjax.segments.geometry import Axis, Geometry, positions
+from leakjax.segments.geometry import Axis, Geometry, Window, positions
 
 
 class Count(NamedTuple):
@@ -29,6 +29,15 @@ class Count(NamedTuple):
     rank: int
     live: int
     exact: bool
+
+
+class Taps(NamedTuple):
+    """A class of a kernel's offsets: how many `offsets`, the live `readings` through them, and whether it is `inside`:
+    no output reads a zero of the padding through one of them."""
+
+    offsets: int
+    readings: int
+    inside: bool
 
 
 Used = Sequence[np.ndarray] | None
@@ -43,19 +52,28 @@ def structural_count(geometry: Geometry, used: Used = None) -> Count:
     outputs = _outputs(geometry, used)
     channels, features = geometry.channels // geometry.groups, geometry.features // geometry.groups
     rank_of_dz = min(features, outputs)
-    classes = [_classes(axis, mask) for axis, mask in _masks(geometry, used)]
+    classes = [tap_classes(axis, mask) for axis, mask in _masks(geometry, used)]
     gradient, everything = 0, 0
     for combination in itertools.product(*classes):
-        offsets, seen = math.prod(n for n, _ in combination), math.prod(size for _, size in combination)
-        gradient += min(rank_of_dz * offsets, seen)
-        everything += seen
+        taps = joined(combination)
+        gradient += min(rank_of_dz * taps.offsets, taps.readings)
+        everything += taps.readings
     limit = math.prod(int(np.sum(_read(axis, mask))) for axis, mask in _masks(geometry, used))
     rank = min(channels * everything, channels * limit, channels * gradient + features * (outputs - rank_of_dz))
     read = geometry.channels * math.prod(int(np.sum(p)) for p in live_positions(geometry, used))
     live = read if geometry.axes else geometry.unknowns
     apart = all(axis.kernel.stride >= axis.kernel.size for axis in geometry.axes)
-    exact = all(_inside(axis) for axis in geometry.axes) and (apart or geometry.groups * rank == live)
+    exact = all(is_plain(axis) for axis in geometry.axes) and (apart or geometry.groups * rank == live)
     return Count(min(geometry.groups * rank, live), live, exact)
+
+
+def joined(combination: Sequence[Taps]) -> Taps:
+    """The class of a kernel of several axes, from one class of each."""
+    return Taps(
+        math.prod(taps.offsets for taps in combination),
+        math.prod(taps.readings for taps in combination),
+        all(taps.inside for taps in combination),
+    )
 
 
 def padded_count(geometry: Geometry, rank: int, *, head: bool) -> PaddedCount:
@@ -91,6 +109,12 @@ def live_positions(geometry: Geometry, used: Used = None) -> list[np.ndarray]:
     return [positions(axis, mask) for axis, mask in _masks(geometry, used)]
 
 
+def live_outputs(axis: Axis) -> int:
+    """How many outputs along an axis read anything of the input, and not padding alone."""
+    count = (axis.after or axis.kernel).outputs
+    return sum(bool(np.any(positions(axis, np.arange(count) == o))) for o in range(count))
+
+
 def _masks(geometry: Geometry, used: Used) -> list[tuple[Axis, np.ndarray | None]]:
     return list(zip(geometry.axes, [None] * len(geometry.axes) if used is None else used, strict=True))
 
@@ -118,32 +142,42 @@ def _filled(axis: Axis) -> np.ndarray:
     return np.any((where >= 0) & (where < axis.positions), axis=1)
 
 
-def _classes(axis: Axis, used: np.ndarray | None) -> list[tuple[int, int]]:
-    """(offsets, live readings) of every residue class modulo the stride."""
+def tap_classes(axis: Axis, used: np.ndarray | None = None) -> list[Taps]:
+    """The kernel's offsets along an axis that read anything, in classes that read no position in common: the residue
+    classes modulo the stride, as far as there are outputs enough to lead from one offset to the next."""
     kernel, after = axis.kernel, axis.after
     outputs = np.arange((after or kernel).outputs) if used is None else np.flatnonzero(used)
     starts = outputs * kernel.stride
     taps = np.zeros(1, int)
-    stride = kernel.stride
     if after is not None:
-        stride *= after.stride
         starts = (outputs * after.stride - after.low) * kernel.stride
         taps = after.dilation * kernel.stride * np.arange(after.size)
     filled = _filled(axis)
-    found: dict[int, tuple[int, set[int]]] = {}
+    found: list[tuple[int, set[int], bool]] = []
     for k in range(kernel.size):
-        offset = kernel.dilation * k
-        read = starts + offset - kernel.low
+        read = starts + kernel.dilation * k - kernel.low
         where = read[:, None] + taps
-        inside = (where >= 0) & (where < len(filled))
-        some = np.any(inside & filled[np.clip(where, 0, len(filled) - 1)], axis=1)
-        if np.any(some):
-            n, seen = found.get(offset % stride, (0, set()))
-            found[offset % stride] = n + 1, seen | set(read[some].tolist())
-    return [(n, len(seen)) for n, seen in found.values()]
+        full = (where >= 0) & (where < len(filled)) & filled[np.clip(where, 0, len(filled) - 1)]
+        some = np.any(full, axis=1)
+        if not np.any(some):
+            continue
+        n, seen, inside = 1, set(read[some].tolist()), bool(np.all(full)) and _whole(after, kernel.outputs)
+        for other in [c for c in found if c[1] & seen]:
+            found.remove(other)
+            n, seen, inside = n + other[0], seen | other[1], inside and other[2]
+        found.append((n, seen, inside))
+    return [Taps(n, len(seen), inside) for n, seen, inside in found]
 
 
-def _inside(axis: Axis) -> bool:
+def _whole(window: Window | None, count: int) -> bool:
+    """Whether no window of a pooling, if there is one, reaches over the border."""
+    if window is None:
+        return True
+    last = (window.outputs - 1) * window.stride - window.low + window.dilation * (window.size - 1)
+    return window.low == 0 and last < count
+
+
+def is_plain(axis: Axis) -> bool:
     """Whether the kernel has no holes, no window of it reaches over the border, and no pooling follows."""
     kernel = axis.kernel
     if axis.after is not None or kernel.dilation > 1:

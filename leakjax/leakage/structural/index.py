@@ -3,13 +3,25 @@
 import itertools
 import math
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from leakjax.leakage.structural.counts import gradient_entries, live_positions, structural_count
-from leakjax.segments.geometry import Geometry
+from leakjax.leakage.structural.normalized import batched, normalized_count
+from leakjax.segments.geometry import Geometry, Normalization
 
 MOST_SUBSETS = 4096
+
+
+class LayerCount(NamedTuple):
+    """`rank` of a layer's constraints as shapes allow it, entries of its input that are `live`, whether the rank is
+    `exact`, and the `constants` that may be added to its input without a trace (`NormalizedCount`)."""
+
+    rank: int
+    live: int
+    exact: bool
+    constants: int
 
 
 def layer_weights(layers: int) -> list[float]:
@@ -30,10 +42,28 @@ def copa_index(deficiencies: Sequence[int]) -> tuple[float, int]:
     return float(sum(terms)), sum(round(term) for term in terms)
 
 
+def layer_counts(geometries: Sequence[Geometry]) -> list[LayerCount]:
+    """The rank that shapes allow every layer, of one example: that of its own rows, or where a train-mode norm follows
+    at once, of its rows and the norm's together."""
+    found = []
+    for i, geometry in enumerate(geometries):
+        norm = _norm_behind(geometries, i)
+        if norm is None:
+            found.append(LayerCount(*structural_count(geometry), 0))
+        else:
+            joint = normalized_count(geometry, norm)
+            found.append(LayerCount(joint.rank, joint.live, joint.exact, joint.constants))
+    return found
+
+
 def structural_leaked(
-    geometries: Sequence[Geometry], *, shares: Sequence[float] | None = None, withheld: Collection[int] = ()
+    geometries: Sequence[Geometry],
+    *,
+    shares: Sequence[float] | None = None,
+    withheld: Collection[int] = (),
+    examples: int = 1,
 ) -> int:
-    """An upper bound, generically met, on how many numbers about the image a gradient holds.
+    """An upper bound, generically met, on how many numbers about `examples` images a gradient holds.
 
     From the last layer to the first: what is known of a layer's input is all that both of its blocks see where all it
     needs of its output is known, and else at most what is known of its output and the entries of its own gradient,
@@ -41,24 +71,60 @@ def structural_leaked(
         K_i = min(live_i, min(K_(i+1), share_i rows_i) + entries_i),
 
     over those outputs that the layers behind it read at all. `shares`: of each layer's outputs those whose activation
-    passes a change on. Of the layers `withheld` no gradient is sent.
+    passes a change on. Of the layers `withheld` no gradient is sent. A train-mode norm hides one number, the mean, of
+    all that share one; where all is known behind it, the layer before tells what `normalized_count` says of both.
+    Examples that share no statistics are counted one by one.
     """
+    together = any(g.normalization is not None and g.normalization.over_examples for g in geometries)
+    if examples == 1 or not together:
+        return examples * _leaked(geometries, geometries, shares, withheld, 1)
+    return _leaked(geometries, [batched(g, examples) for g in geometries], shares, withheld, examples)
+
+
+def _leaked(
+    each: Sequence[Geometry],
+    counted: Sequence[Geometry],
+    shares: Sequence[float] | None,
+    withheld: Collection[int],
+    examples: int,
+) -> int:
+    """Of layers `counted` for all examples at once; `each` for one."""
     known, used, whole = 0, None, False
-    for i in reversed(range(len(geometries))):
-        geometry = geometries[i]
+    for i in reversed(range(len(counted))):
+        geometry, share = counted[i], 1.0 if shares is None else shares[i]
         used = used if used is not None and _same_axes(geometry, used) else None
         count = structural_count(geometry, used)
         own = 0 if i in withheld else gradient_entries(geometry)
-        if i == len(geometries) - 1:
+        norm, behind = geometry.normalization, _norm_behind(each, i)
+        rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
+        through = min(known, math.floor(share * rows)) + own
+        if i == len(counted) - 1:
             known = min(own, count.live)
+        elif norm is not None:
+            means = geometry.unknowns // (norm.entries * (examples if norm.over_examples else 1))
+            known, used = min(count.live - means, through), None
+            whole = whole and share == 1.0
+            continue
+        elif behind is not None and share == 1.0:
+            joint = normalized_count(each[i], behind, examples)
+            complete = whole and i not in withheld
+            known = joint.rank if complete else min(joint.live - joint.constants, through)
         else:
-            share = 1.0 if shares is None else shares[i]
-            rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
-            complete = whole and share == 1.0 and i not in withheld
-            known = count.rank if complete else min(count.live, min(known, math.floor(share * rows)) + own)
+            complete = whole and share == 1.0 and i not in withheld and _norm_at(each, i + 1) is None
+            known = count.rank if complete else min(count.live, through)
         whole = known >= count.live
         used = live_positions(geometry, used) if geometry.simple and geometry.axes else None
     return known
+
+
+def _norm_at(geometries: Sequence[Geometry], i: int) -> Normalization | None:
+    return geometries[i].normalization if i < len(geometries) else None
+
+
+def _norm_behind(geometries: Sequence[Geometry], i: int) -> Normalization | None:
+    """The normalization of the very outputs of layer i."""
+    norm = _norm_at(geometries, i + 1)
+    return norm if norm is not None and norm.direct and geometries[i].simple else None
 
 
 def smallest_withheld(geometries: Sequence[Geometry]) -> tuple[tuple[int, ...], int] | None:
