@@ -139,8 +139,13 @@ def _recover(
 
 
 def _spans(text: TextModel, gradient: Mapping[str, Any], examples: int) -> list[Span]:
-    found = [read_span(text, gradient, k, examples * read.tokens) for k, read in enumerate(text.tokens.reads)]
-    return [span for span in found if span is not None and text.tokens.reads[span.read].tokens > 1][:_SPANS]
+    found: list[Span] = []
+    for k, read in enumerate(text.tokens.reads):
+        span = read_span(text, gradient, k, examples * read.tokens) if read.tokens > 1 else None
+        found += [] if span is None else [span]
+        if len(found) == _SPANS:
+            break
+    return found
 
 
 def _result(

@@ -11,25 +11,32 @@ Reference: DAGER, Petrov et al., NeurIPS 2024, arXiv 2405.15586, which sets both
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from leakjax.attacks.sequences.reading import Reads, TextModel, tokens_of
+from leakjax.attacks.sequences.reading import TOGETHER, Reads, TextModel, in_blocks
 from leakjax.models.reader import Arrays
+from leakjax.runtime.arrays import to_device
+from leakjax.runtime.programs import keep
 
 GAP = 30.0  # the least break that counts: noise of a defense leaves breaks of 2 to 3, rounding those of 1e3 and more
 _FLOOR = 1e-15  # below it numbers differ by nothing: the rounding of float64
 _CONTRAST = 512  # ids with rows of zeros that are tried besides, so that a break is seen where all others belong
-_BLOCK = 1 << 22  # numbers of tokens held at once
 
 
 class Span(NamedTuple):
-    """I - Q Q^T of read `read`, `away` (width, width), the `rank` of Q, and the break behind it."""
+    """The orthonormal `basis` Q of read `read`, and the break behind its columns."""
 
     read: int
-    away: Float[np.ndarray, "width width"]
-    rank: int
+    basis: Float[np.ndarray, "width rank"]
     gap: float
+
+    @property
+    def rank(self) -> int:
+        """The columns of Q."""
+        return self.basis.shape[1]
 
 
 class Candidates(NamedTuple):
@@ -59,26 +66,36 @@ def read_span(model: TextModel, gradient: Mapping[str, Any], read: int, most: in
     rank = int(np.argmax(ratios)) + 1
     if not ratios[rank - 1] >= GAP:
         return None
-    basis = left[:, :rank]
-    return Span(read, np.eye(entry.width) - basis @ basis.T, rank, float(ratios[rank - 1]))
+    return Span(read, left[:, :rank], float(ratios[rank - 1]))
+
+
+def outside(u: Float[Array, "rows width"], basis: Float[Array, "width rank"]) -> Float[Array, "rows width"]:
+    """(I - Q Q^T) u / ||u|| of every row."""
+    unit = u / jnp.maximum(jnp.linalg.norm(u, axis=-1, keepdims=True), jnp.finfo(u.dtype).tiny)
+    return unit - (unit @ basis) @ basis.T
 
 
 def distances(
     model: TextModel, variables: Arrays, spans: Sequence[Span], ids: Int[np.ndarray, "n T"]
 ) -> list[Float[np.ndarray, "n rows"]]:
     """d of every row of sequences, one array a span."""
-    count = max(span.read for span in spans) + 1
-    width = max(read.tokens * read.width for read in model.tokens.reads[:count])
-    block = max(1, _BLOCK // width)
-    parts = []
-    for start in range(0, len(ids), block):
-        tokens = tokens_of(model, variables, ids[start : start + block], count)
-        parts.append([_distance(tokens[span.read], span.away) for span in spans])
-    return [np.concatenate([part[k] for part in parts]) for k in range(len(spans))]
+    program = _distance_program(model, tuple(span.read for span in spans))
+    arrays, bases = dict(variables), tuple(to_device(span.basis) for span in spans)
+    return in_blocks(lambda block: program(arrays, bases, block), ids)
 
 
-def _distance(u: Float[np.ndarray, "n rows width"], away: Any) -> Float[np.ndarray, "n rows"]:
-    return np.linalg.norm(u @ away, axis=-1) / np.maximum(np.linalg.norm(u, axis=-1), 1e-300)
+@keep(16)
+def _distance_program(model: TextModel, reads: tuple[int, ...]) -> Any:
+    """Compiled: (variables, bases, ids (BLOCK, T)) -> the distances of each read, (BLOCK, rows) each."""
+
+    def one(variables: Arrays, bases: Sequence[Array], ids: Array) -> list[Array]:
+        values = model.tokens.values(variables, ids[None], max(reads) + 1)
+        return [jnp.linalg.norm(outside(values[k], q), axis=-1) for k, q in zip(reads, bases, strict=True)]
+
+    def block(variables: Arrays, bases: Sequence[Array], ids: Array) -> list[Array]:
+        return jax.lax.map(lambda each: one(variables, bases, each), ids, batch_size=TOGETHER)
+
+    return jax.jit(block)
 
 
 def touched_rows(model: TextModel, gradient: Mapping[str, Any], vocabulary: int) -> Int[np.ndarray, " ids"] | None:

@@ -5,13 +5,13 @@ own, as behind a causal one; or on all.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from leakjax.errors import InputError, UnreadableModelError, first_line
 from leakjax.models.reader import Arrays, Model
@@ -22,7 +22,7 @@ from leakjax.segments.tracing.lookups import Lookups, read_lookups
 from leakjax.segments.tracing.rules import RULES
 from leakjax.segments.tracing.tokens import Tokens, read_tokens
 
-_BLOCK, _TOGETHER = 128, 32  # sequences a call, and at once: their hidden layers stand in memory together
+BLOCK, TOGETHER = 128, 32  # sequences a call, and at once: their hidden layers stand in memory together
 _PROBES = 2  # random sequences: a weight of attention may vanish for one of them
 _SEEN = 1e-10  # of a read's largest entry: what an id changes stands far above rounding, what it does not is zero
 
@@ -86,12 +86,12 @@ def _read(apply: Any, structs: Any, length: int) -> TextModel:
 
 @keep(16)
 def _values_program(model: TextModel, count: int) -> Any:
-    """Compiled: (variables, ids (_BLOCK, T)) -> the tokens of the first `count` reads, (_BLOCK, rows, width) each."""
+    """Compiled: (variables, ids (BLOCK, T)) -> the tokens of the first `count` reads, (BLOCK, rows, width) each."""
 
     def one(variables: Arrays, ids: Any) -> Any:
         return model.tokens.values(variables, ids[None], count)
 
-    return jax.jit(lambda variables, ids: jax.lax.map(lambda each: one(variables, each), ids, batch_size=_TOGETHER))
+    return jax.jit(lambda variables, ids: jax.lax.map(lambda each: one(variables, each), ids, batch_size=TOGETHER))
 
 
 def depend(model: TextModel, variables: Arrays, vocabulary: int, count: int) -> Reads:
@@ -134,13 +134,21 @@ def _exchanged(generator: np.random.Generator, vocabulary: int, length: int) -> 
 def tokens_of(
     model: TextModel, variables: Arrays, ids: Int[np.ndarray, "n T"], count: int
 ) -> tuple[Float[np.ndarray, "n rows width"], ...]:
-    """The tokens of sequences at the first `count` reads, block by block: one program for any number of them."""
-    program, parts = _values_program(model, count), []
-    for start in range(0, len(ids), _BLOCK):
-        part = ids[start : start + _BLOCK]
-        padded = np.concatenate([part, np.repeat(part[:1], _BLOCK - len(part), axis=0)]).astype(np.int32)
-        parts.append([np.asarray(u)[: len(part)] for u in program(dict(variables), to_device(padded))])
-    return tuple(np.concatenate([part[k] for part in parts]) for k in range(count))
+    """The tokens of sequences at the first `count` reads,"""
+    program, arrays = _values_program(model, count), dict(variables)
+    return tuple(in_blocks(lambda block: program(arrays, block), ids))
+
+
+def in_blocks(
+    program: Callable[[Int[Array, "BLOCK T"]], Sequence[Array]], ids: Int[np.ndarray, "n T"]
+) -> list[np.ndarray]:
+    """What a program says of sequences, `BLOCK` of them a call: it is compiled for that number alone."""
+    parts = []
+    for start in range(0, len(ids), BLOCK):
+        part = ids[start : start + BLOCK]
+        padded = np.concatenate([part, np.repeat(part[:1], BLOCK - len(part), axis=0)]).astype(np.int32)
+        parts.append([np.asarray(a)[: len(part)] for a in program(to_device(padded))])
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def vocabulary_of(model: TextModel, given: int | None, parameters: Mapping[str, Any]) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from leakjax.attacks.sequences.candidates import Candidates, Span, distances
+from leakjax.attacks.sequences.candidates import Candidates, Span, distances, outside
 from leakjax.attacks.sequences.reading import Reads, TextModel, tokens_of
 from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
@@ -121,14 +121,14 @@ def _relaxed(search: Search, examples: int, generator: np.random.Generator, tell
     table, mask = _table(search)
     variables = dict(search.variables)
     solve = _solver(search.model, tuple(span.read for span in search.spans))
-    away = tuple(to_device(span.away) for span in search.spans)
+    bases = tuple(to_device(span.basis) for span in search.spans)
     found: list[tuple[int, ...]] = []
     for trial in range(TRIALS * examples):
         weights = np.where(mask, generator.exponential(size=mask.shape), 0)
         if trial % 2:  # what no sequence has taken yet stands in the others
             weights = np.where(_taken(table, found), _USED * weights, weights)
         weights /= weights.sum(1, keepdims=True)
-        end = solve(variables, away, to_device(table), to_device(mask), to_device(weights))
+        end = solve(variables, bases, to_device(table), to_device(mask), to_device(weights))
         best = np.asarray(jnp.where(mask, end, -jnp.inf)).argmax(1)
         sequence = _repaired(search, table[best, np.arange(search.model.length)])
         if sequence is not None and sequence not in found:
@@ -214,23 +214,21 @@ def alone(search: Search, ids: Int[np.ndarray, "n T"]) -> bool:
 
 @keep(16)
 def _solver(model: TextModel, used: tuple[int, ...]) -> Callable[..., Float[Array, "T n"]]:
-    """Compiled: (variables, complements, candidates (n, T), mask (T, n), weights (T, n)) -> weights at a minimum."""
+    """Compiled: (variables, bases, candidates (n, T), mask (T, n), weights (T, n)) -> weights at a minimum."""
     tables = [table.value for table in model.lookups.tables]
 
-    def rows(variables: Arrays, away: Sequence[Array], table: Array, mask: Array, weights: Array) -> Any:
+    def rows(variables: Arrays, bases: Sequence[Array], table: Array, mask: Array, weights: Array) -> Any:
         kept = jnp.where(mask, weights, 0.0)
         shares = kept / jnp.sum(kept, axis=1, keepdims=True)
         each = jax.lax.map(lambda ids: model.lookups.embedded(variables, ids[None]), table)
         mixed = [jnp.einsum("tn,notw->otw", shares, e) for e in each]
         given = dict(zip(tables, mixed, strict=True))
         values = model.tokens.values(variables, table[:1], max(used) + 1, given)
-        found = [
-            values[k] / jnp.linalg.norm(values[k], axis=-1, keepdims=True) @ a for k, a in zip(used, away, strict=True)
-        ]
+        found = [outside(values[k], q) for k, q in zip(used, bases, strict=True)]
         return [*found, jnp.where(mask, 0.0, weights)]
 
-    def solve(variables: Arrays, away: Sequence[Array], table: Array, mask: Array, weights: Array) -> Array:
-        function = functools.partial(rows, variables, away, table, mask)
+    def solve(variables: Arrays, bases: Sequence[Array], table: Array, mask: Array, weights: Array) -> Array:
+        function = functools.partial(rows, variables, bases, table, mask)
         tolerance = 4 * float(jnp.finfo(weights.dtype).eps)
         return levenberg_marquardt(
             function,
