@@ -23,6 +23,7 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 
+_ROUNDS = 6  # of last ids that tables shared with the input blur: the second was enough wherever one was wrong
 _ROWS_EACH = 8  # equations for each unknown share: the rank of fewer may be short
 _ROWS = 100_000  # equations at least, where there are as many: those of biases alone, in float32, are badly conditioned
 
@@ -132,24 +133,29 @@ def _with_last(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarr
     """The last id of each sequence is the row of the output layer that is missing from the gradient of all others."""
     if len(ids) != examples or np.any(ids[:, :-1] < 0):
         return None
-    labels = np.zeros(examples, int)
-    guess = np.where(ids < 0, 0, ids)
+    labels, guess = np.zeros(examples, int), np.where(ids < 0, 0, ids)
     if np.any(ids[:, -1] < 0):
-        guess[:, -1] = np.where(ids[:, -1] < 0, _targets(client, gradient, guess, ids[:, -1] < 0), guess[:, -1])
+        for _ in range(_ROUNDS):
+            last = np.where(ids[:, -1] < 0, _targets(client, gradient, guess), guess[:, -1])
+            if np.array_equal(last, guess[:, -1]):
+                break
+            guess[:, -1] = last
     return Explained(guess, None, _residual(client, gradient, guess, labels))
 
 
-def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-    """The last ids (B,) of sequences whose last ones are 0 where they are `unknown`.
+def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Better last ids (B,) than those of `ids`.
 
     The gradient of an output layer has the row sum_t (p_t - [id_(t+1) = v]) h_t for the id v, and h_(T-1) is what
-    another last id changes there. A table that is looked up as well changes in the rows of the sequence's ids besides.
+    another last id changes there. A table that is looked up as well changes in the rows of the sequence's ids besides,
+    less so the more last ids are right.
     """
+    new = next((v for v in range(_outputs(client)) if v not in ids), 0)  # its row is no token's, but in small tables
     other = ids.copy()
-    other[:, -1] = 1
+    other[:, -1] = new
     paths = [p for p in gradient if _outputs(client) in gradient[p].shape]
-    zeros = [client.gradient(one) for one in ids]
-    ones = [client.gradient(one) for one in other]
+    here = [client.gradient(one) for one in ids]
+    there = [client.gradient(one) for one in other]
 
     def by_id(a: np.ndarray) -> np.ndarray:
         axis = a.shape.index(_outputs(client))
@@ -157,16 +163,17 @@ def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray
 
     def apart(p: str) -> tuple[float, int]:
         """The share of what moved that stands in the rows of both ids, as in an output layer alone; and its size."""
-        moved = by_id(zeros[0][p] - ones[0][p])
-        return round(float(np.linalg.norm(moved[:2]) / (np.linalg.norm(moved) or np.inf)), 6), moved.size
+        moved = by_id(here[0][p] - there[0][p])
+        both = np.linalg.norm(moved[[ids[0, -1], new]])
+        return round(float(both / (np.linalg.norm(moved) or np.inf)), 6), moved.size
 
     path = max(paths, key=apart, default=None)
     if path is None or not apart(path)[0] > 0:
         return ids[:, -1]
-    hidden = np.stack([by_id(a[path] - b[path])[1] for a, b in zip(zeros, ones, strict=True)]) / len(ids)
-    rest = by_id(np.mean([a[path] for a in zeros], axis=0) - gradient[path])
+    hidden = np.stack([by_id(a[path] - b[path])[new] for a, b in zip(here, there, strict=True)]) / len(ids)
+    rest = by_id(np.mean([a[path] for a in here], axis=0) - gradient[path])
     shares = np.linalg.lstsq(hidden.T, rest.T, rcond=None)[0]
-    shares[:, 0] += unknown  # the zeros that stand for what is not known
+    shares[np.arange(len(ids)), ids[:, -1]] += 1.0  # what stands there now
     return np.argmax(shares, axis=1)
 
 
