@@ -92,3 +92,25 @@ def test_random_networks_tell_no_more_than_their_shapes(seeds):
         assert rank <= bound <= examples * np.prod(shape), (seed, layers, examples, rank, bound)
         met += rank == bound
     assert met >= len(seeds) // 3
+
+
+class Pair(nnx.Module):
+    """A dense layer and a batch norm of two numbers a channel."""
+
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(20, 9, rngs=rngs), nnx.BatchNorm(9, use_running_average=False, rngs=rngs)
+        self.head = nnx.Linear(9, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.norm(self.dense(x))))
+
+
+def test_two_numbers_a_channel_still_tell_their_difference(rng):
+    """Epsilon leaves some of dL/dz in the direction (1, -1), which the kernel's gradient shows."""
+    with jax.enable_x64(True):
+        model = read_model(Pair(nnx.Rngs(0))).astype(np.float64)
+        segments = read_chain(model, (20,), jnp.float64, 1, checked=False).segments
+        geometries = [s.geometry for s in with_normalizations(model, (20,), jnp.float64, segments)]
+        bound = structural_leaked(geometries, examples=2)
+        rank = measured(model, jnp.asarray(rng.normal(size=(2, 20))), jnp.array([1, 3]))
+    assert rank == 20 <= bound <= 40

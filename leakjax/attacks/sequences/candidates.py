@@ -22,16 +22,19 @@ from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 
 GAP = 30.0  # the least break that counts: noise of a defense leaves breaks of 2 to 3, rounding those of 1e3 and more
+_ABOVE = 3.0  # singular values that are rounding end below 0.3 of it
 _FLOOR = 1e-15  # below it numbers differ by nothing: the rounding of float64
 _CONTRAST = 512  # ids with rows of zeros that are tried besides, so that a break is seen where all others belong
 
 
 class Span(NamedTuple):
-    """The orthonormal `basis` Q of read `read`, and the break behind its columns."""
+    """The orthonormal `basis` Q of read `read`, the break behind its columns, and the `rows` of the read whose tokens
+    lie in it whatever they are; () as it is read, before that is known."""
 
     read: int
     basis: Float[np.ndarray, "width rank"]
     gap: float
+    rows: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -49,8 +52,12 @@ class Candidates(NamedTuple):
     touched: Int[np.ndarray, " ids"] | None
 
 
-def read_span(model: TextModel, gradient: Mapping[str, Any], read: int, most: int) -> Span | None:
-    """None where no gradient of the read was sent, or its columns fill their space without a break after `most`."""
+def read_span(model: TextModel, gradient: Mapping[str, Any], read: int, most: int, rounding: float) -> Span | None:
+    """None where no gradient of the read was sent, or its columns fill their space without a break after `most`.
+
+    The last break above the client's relative `rounding` is taken: an earlier one may stand between examples that the
+    loss weighs much and others that it weighs little.
+    """
     entry = model.tokens.reads[read]
     parts = [np.asarray(m, np.float64) for m in entry.matrices(gradient)]
     parts = [m / np.linalg.norm(m) for m in parts if np.any(m)]
@@ -63,9 +70,10 @@ def read_span(model: TextModel, gradient: Mapping[str, Any], read: int, most: in
         return None
     low = np.maximum(values, _FLOOR * values[0])
     ratios = low[:most] / low[1 : most + 1]
-    rank = int(np.argmax(ratios)) + 1
-    if not ratios[rank - 1] >= GAP:
+    breaks = np.flatnonzero((ratios >= GAP) & (low[:most] > _ABOVE * rounding * low[0]))
+    if not len(breaks):
         return None
+    rank = int(breaks[-1]) + 1
     return Span(read, left[:, :rank], float(ratios[rank - 1]))
 
 
@@ -116,8 +124,9 @@ def find_candidates(
     reads: Reads,
     spans: Sequence[Span],
     vocabulary: int,
+    rounding: float,
 ) -> Candidates | None:
-    """By the local reads among `spans`; None where distances do not break off."""
+    """By the local reads `spans`; None where distances do not break off above the client's `rounding`."""
     touched = touched_rows(model, gradient, vocabulary)
     tried = np.arange(vocabulary) if touched is None else touched
     rest = np.setdiff1d(np.arange(vocabulary), tried)
@@ -128,9 +137,10 @@ def find_candidates(
     found = np.full((len(ids), model.length), np.nan)
     for span, each in zip(spans, distances(model, variables, spans, whole), strict=True):
         own = reads.own(span.read)
-        for row in np.flatnonzero(own >= 0):
-            found[:, own[row]] = np.fmax(found[:, own[row]], each[:, row])
-    known = np.sort(np.maximum(found[np.isfinite(found)], _FLOOR))
+        for row in (r for r in span.rows if own[r] >= 0):
+            there = np.where(each[:, row] > 0, each[:, row], np.nan)  # a token of size 0 lies in every span
+            found[:, own[row]] = np.fmax(found[:, own[row]], there)
+    known = np.sort(np.maximum(found[np.isfinite(found)], max(_FLOOR, rounding)))
     ratios = known[1:] / known[:-1]
     split = int(np.argmax(ratios)) + 1 if len(ratios) else 0
     if not split or not ratios[split - 1] >= GAP:

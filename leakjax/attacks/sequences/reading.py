@@ -123,6 +123,34 @@ def _outputs_program(model: TextModel) -> Any:
     return jax.jit(model.outputs)
 
 
+def random_gradient(
+    model: TextModel, variables: Arrays, paths: Sequence[str], examples: int, vocabulary: int, target: str
+) -> tuple[Int[np.ndarray, "B T"], dict[str, np.ndarray]]:
+    """Random sequences, and a gradient of theirs by `paths`: of outputs weighted at random, as a loss weighs them."""
+    generator = np.random.default_rng(2)
+    ids = generator.integers(0, vocabulary, (examples, model.length))
+    shape = (1, *jax.eval_shape(model.outputs, dict(variables), to_device(ids[:1].astype(np.int32))).shape[1:])
+    program, total = _weighted_program(model, tuple(paths)), dict.fromkeys(paths, 0.0)
+    for one in ids:
+        weights = generator.normal(size=shape)
+        if target == "next":
+            weights[:, -1] = 0.0
+        part = program(dict(variables), to_device(one[None].astype(np.int32)), to_device(weights))
+        total = {p: total[p] + np.asarray(part[p], np.float64) for p in paths}
+    return ids, {p: np.asarray(a) for p, a in total.items()}
+
+
+@keep(16)
+def _weighted_program(model: TextModel, paths: tuple[str, ...]) -> Any:
+    def total(params: Arrays, variables: Arrays, ids: Array, weights: Array) -> Array:
+        return jnp.sum(weights * model.outputs({**variables, **params}, ids))
+
+    def gradient(variables: Arrays, ids: Array, weights: Array) -> Any:
+        return jax.grad(total)({p: variables[p] for p in paths}, variables, ids, weights)
+
+    return jax.jit(gradient)
+
+
 def _exchanged(generator: np.random.Generator, vocabulary: int, length: int) -> Int[np.ndarray, "T+1 T"]:
     """A random sequence, last, and before it the same with one id exchanged at each position."""
     base = generator.integers(0, vocabulary, length)
@@ -134,7 +162,7 @@ def _exchanged(generator: np.random.Generator, vocabulary: int, length: int) -> 
 def tokens_of(
     model: TextModel, variables: Arrays, ids: Int[np.ndarray, "n T"], count: int
 ) -> tuple[Float[np.ndarray, "n rows width"], ...]:
-    """The tokens of sequences at the first `count` reads,"""
+    """The tokens of sequences at the first `count` reads."""
     program, arrays = _values_program(model, count), dict(variables)
     return tuple(in_blocks(lambda block: program(arrays, block), ids))
 

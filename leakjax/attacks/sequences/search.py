@@ -59,7 +59,7 @@ class Search(NamedTuple):
         return [t for t, ids in enumerate(self.candidates.allowed) if len(ids)]
 
     def passing(self, ids: Int[np.ndarray, "n T"], upto: int | None = None) -> np.ndarray:
-        """Whether sequences lie in every span, in the rows of the ids before `upto` or in all."""
+        """Whether sequences are of candidates and lie in every span, in the rows of the ids before `upto` or in all."""
         return np.all(self.worst(ids, upto) <= self.candidates.bound, axis=1)
 
     def worst(self, ids: Int[np.ndarray, "n T"], upto: int | None = None) -> Float[np.ndarray, "n T"]:
@@ -68,7 +68,7 @@ class Search(NamedTuple):
         known = set(self.open)
         for span, each in zip(self.spans, distances(self.model, self.variables, self.spans, ids), strict=True):
             own = self.reads.own(span.read)
-            for row in range(len(own)):
+            for row in span.rows:
                 t = int(own[row])
                 if t in known and (upto is None or t < upto):
                     found[:, t] = np.maximum(found[:, t], each[:, row])
@@ -80,10 +80,11 @@ def find_sequences(search: Search, examples: int, seed: int, tell: Callable[[str
     allowed = [search.candidates.allowed[t] for t in search.open]
     if all(len(ids) == 1 for ids in allowed) or math.prod(map(len, allowed)) <= MOST_TRIED:
         return _each(search, allowed)
-    if any(search.reads.causal(span.read) and not search.reads.local(span.read) for span in search.spans) and all(
-        _follows(search.reads, span.read) for span in search.spans
-    ):
+    later = [span.read for span in search.spans if not search.reads.local(span.read)]
+    if later and all(_follows(search.reads, span.read) for span in search.spans):
         return _prefixes(search, tell)
+    if not search.model.lookups.tables:
+        return Sequences(np.zeros((0, search.model.length), int), False)  # nothing to mix
     return _relaxed(search, examples, np.random.default_rng(seed), tell)
 
 
@@ -201,15 +202,34 @@ def batches(search: Search, ids: Int[np.ndarray, "n T"], examples: int) -> list[
 
 
 def alone(search: Search, ids: Int[np.ndarray, "n T"]) -> bool:
-    """Whether no sequence that differs from one of `ids` at one position passes, but for these themselves."""
-    for one in _filled(ids):
-        moves = list(_exchanged(search, one))
-        if not moves:
-            continue
-        passing = np.stack(moves)[search.passing(np.stack(moves))]
-        if any(not np.any(np.all(_filled(ids) == other, axis=1)) for other in passing):
-            return False
+    """Whether no sequence that differs from one of `ids` at one position, in the order of two, or is one of them
+    reversed or rotated, passes, but for these themselves: of a model without positions every order does."""
+    known = _filled(ids)
+    for one in known:
+        moves = [*_exchanged(search, one), *_reordered(search, one)]
+        if moves:
+            passing = np.stack(moves)[search.passing(np.stack(moves))]
+            if any(not np.any(np.all(known == other, axis=1)) for other in passing):
+                return False
     return True
+
+
+def _reordered(search: Search, ids: np.ndarray) -> Iterator[np.ndarray]:
+    """The open ids with two exchanged, reversed, and rotated."""
+    places = np.array(search.open)
+    for a, b in itertools.combinations(range(len(places)), 2):
+        order = places.copy()
+        order[[a, b]] = order[[b, a]]
+        yield _placed(ids, places, order)
+    yield _placed(ids, places, places[::-1])
+    for shift in range(1, len(places)):
+        yield _placed(ids, places, np.roll(places, shift))
+
+
+def _placed(ids: np.ndarray, places: np.ndarray, order: np.ndarray) -> np.ndarray:
+    moved = ids.copy()
+    moved[places] = ids[order]
+    return moved
 
 
 @keep(16)

@@ -8,6 +8,7 @@ no output is computed from is a target of the next-token loss alone, whose gradi
 that target.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,34 +24,55 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 
+_MOST_REPEATS = 64  # ways in which sequences may stand several times
 _ROUNDS = 6  # of last ids that tables shared with the input blur: the second was enough wherever one was wrong
 _ROWS_EACH = 8  # equations for each unknown share: the rank of fewer may be short
-_ROWS = 100_000  # equations at least, where there are as many: those of biases alone, in float32, are badly conditioned
+_ROWS = 30_000  # equations at least, where there are as many: those of biases alone, in float32, are badly conditioned
+MOST_PAIRS = 1024  # of sequences and labels: each takes a gradient
 
 
 class Explained(NamedTuple):
-    """`ids` (B, T), `labels` (B,) or None where there are none, and ||g(ids, labels) - g|| / ||g||."""
+    """`ids` (B, T), `labels` (B,) or None where there are none, `residual` = ||g(ids, labels) - g|| / ||g||.
+
+    `pull`: the largest ||dL/d(outputs)|| of a sequence. The client rounds its probabilities to u, and so this to u over
+    its size: of a loss that is nearly zero the gradient has few digits. `least`: the least share of ||g|| that a
+    sequence with its label has in it, or that tells it from another one with another label.
+    """
 
     ids: Int[np.ndarray, "B T"]
     labels: Int[np.ndarray, " B"] | None
     residual: float
+    pull: float
+    least: float
+
+
+class _Programs(NamedTuple):
+    """Compiled, of (variables, ids (1, T), label ()): the gradient of one sequence's loss by parameters, and the norm
+    of that by its outputs."""
+
+    gradient: Callable[..., Any]
+    pull: Callable[..., Any]
 
 
 @keep(16)
-def gradient_program(model: TextModel, loss: LossSpec, target: str, paths: tuple[str, ...]) -> Callable[..., Any]:
-    """Compiled: (variables, ids (1, T), label ()) -> the gradient of one sequence's loss by `paths`."""
+def _programs(model: TextModel, loss: LossSpec, target: str, paths: tuple[str, ...]) -> _Programs:
     one = read_loss(loss)
 
-    def loss_of(params: Arrays, variables: Arrays, ids: Array, label: Array) -> Array:
-        outputs = model.outputs({**variables, **params}, ids)[0]
+    def of_outputs(outputs: Array, ids: Array, label: Array) -> Array:
         if target == "class":
-            return one(outputs, label)
-        return jnp.mean(jax.vmap(one)(outputs[:-1], ids[0, 1:]))
+            return one(outputs[0], label)
+        return jnp.mean(jax.vmap(one)(outputs[0, :-1], ids[0, 1:]))
+
+    def loss_of(params: Arrays, variables: Arrays, ids: Array, label: Array) -> Array:
+        return of_outputs(model.outputs({**variables, **params}, ids), ids, label)
 
     def gradient(variables: Arrays, ids: Array, label: Array) -> dict[str, Array]:
         return jax.grad(loss_of)({path: variables[path] for path in paths}, variables, ids, label)
 
-    return jax.jit(gradient)
+    def pull(variables: Arrays, ids: Array, label: Array) -> Array:
+        return jnp.linalg.norm(jnp.ravel(jax.grad(of_outputs)(model.outputs(variables, ids), ids, label)))
+
+    return _Programs(jax.jit(gradient), jax.jit(pull))
 
 
 class Client(NamedTuple):
@@ -65,9 +87,19 @@ class Client(NamedTuple):
 
     def gradient(self, ids: Any, label: int = 0) -> dict[str, np.ndarray]:
         """Of one sequence (T,)."""
-        program = gradient_program(self.model, self.loss, self.target, self.paths)
-        given = to_device(np.asarray(ids, np.int32)[None]), to_device(np.int32(label))
-        return {p: np.asarray(a, np.float64) for p, a in program(dict(self.variables), *given).items()}
+        found = self._run.gradient(dict(self.variables), *self._given(ids, label))
+        return {p: np.asarray(a, np.float64) for p, a in found.items()}
+
+    def pull(self, ids: Any, label: int) -> float:
+        """The norm of dL/d(outputs) of one sequence."""
+        return float(self._run.pull(dict(self.variables), *self._given(ids, label)))
+
+    @property
+    def _run(self) -> _Programs:
+        return _programs(self.model, self.loss, self.target, self.paths)
+
+    def _given(self, ids: Any, label: int) -> tuple[Array, Array]:
+        return to_device(np.asarray(ids, np.int32)[None]), to_device(np.int32(label))
 
     def mean(self, ids: Any, labels: Any) -> dict[str, np.ndarray]:
         """Of a batch (B, T)."""
@@ -94,19 +126,30 @@ def _with_labels(
 ) -> Explained | None:
     known = np.where(ids < 0, 0, ids)
     pairs = [(s, y) for s in range(len(ids)) for y in range(classes)]
+    if len(pairs) > MOST_PAIRS:
+        return None
     paths = _enough(gradient, max(_ROWS_EACH * len(pairs), _ROWS))
     columns = np.stack([_flat(client.gradient(known[s], y), paths) for s, y in pairs], axis=1)
     size = np.linalg.norm(columns)
     if not size > 0:
         return None
+    flat = _flat(gradient, paths)
     rows = np.concatenate([columns / size, np.ones((1, len(pairs)))])
-    shares = nnls(rows, np.append(_flat(gradient, paths) / size, 1.0))[0] * examples
+    shares = nnls(rows, np.append(flat / size, 1.0))[0] * examples
     counts = np.rint(shares).astype(int)
     if counts.sum() != examples:
         return None
     chosen = [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
     found, labels = ids[[s for s, _ in chosen]], np.array([y for _, y in chosen])
-    return Explained(found, labels, _residual(client, gradient, np.where(found < 0, 0, found), labels))
+    told = _compared(client, gradient, found, labels)._replace(labels=labels)
+    return told._replace(least=min(told.least, _telling(columns, counts) / (examples * np.linalg.norm(flat))))
+
+
+def _telling(columns: np.ndarray, counts: np.ndarray) -> float:
+    """The least distance of a column that is taken from one that is not."""
+    taken, others = columns[:, counts > 0].T, columns[:, counts == 0]
+    far = [np.min(np.linalg.norm(others - one[:, None], axis=0), initial=np.inf) for one in taken]
+    return float(min(far))
 
 
 def _enough(gradient: Mapping[str, np.ndarray], rows: int) -> list[str]:
@@ -123,16 +166,29 @@ def _flat(arrays: Mapping[str, np.ndarray], paths: Sequence[str]) -> np.ndarray:
     return np.concatenate([np.ravel(arrays[p]) for p in paths])
 
 
-def _residual(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, labels: Any) -> float:
-    paths = list(gradient)
-    mean = client.mean(ids, labels)
-    return float(np.linalg.norm(_flat(mean, paths) - _flat(gradient, paths)) / np.linalg.norm(_flat(gradient, paths)))
+def _compared(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, labels: Any) -> Explained:
+    paths, known = list(gradient), np.where(ids < 0, 0, ids)
+    parts = [client.gradient(one, label) for one, label in zip(known, labels, strict=True)]
+    flat, each = _flat(gradient, paths), np.stack([_flat(part, paths) for part in parts]) / len(parts)
+    size = float(np.linalg.norm(flat))
+    return Explained(
+        ids=ids,
+        labels=None,
+        residual=float(np.linalg.norm(each.sum(0) - flat)) / size,
+        pull=max(client.pull(one, label) for one, label in zip(known, labels, strict=True)),
+        least=float(np.min(np.linalg.norm(each, axis=1))) / size,
+    )
 
 
 def _with_last(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray, examples: int) -> Explained | None:
     """The last id of each sequence is the row of the output layer that is missing from the gradient of all others."""
-    if len(ids) != examples or np.any(ids[:, :-1] < 0):
+    if np.any(ids[:, :-1] < 0):
         return None
+    if len(ids) < examples:
+        repeats = itertools.combinations_with_replacement(range(len(ids)), examples - len(ids))
+        batches = (ids[[*range(len(ids)), *more]] for more in itertools.islice(repeats, _MOST_REPEATS))
+        each = [e for e in (_with_last(client, gradient, batch, examples) for batch in batches) if e is not None]
+        return min(each, key=lambda e: e.residual, default=None)
     labels, guess = np.zeros(examples, int), np.where(ids < 0, 0, ids)
     if np.any(ids[:, -1] < 0):
         for _ in range(_ROUNDS):
@@ -140,7 +196,7 @@ def _with_last(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarr
             if np.array_equal(last, guess[:, -1]):
                 break
             guess[:, -1] = last
-    return Explained(guess, None, _residual(client, gradient, guess, labels))
+    return _compared(client, gradient, guess, labels)
 
 
 def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
@@ -153,25 +209,25 @@ def _targets(client: Client, gradient: Mapping[str, np.ndarray], ids: np.ndarray
     new = next((v for v in range(_outputs(client)) if v not in ids), 0)  # its row is no token's, but in small tables
     other = ids.copy()
     other[:, -1] = new
-    paths = [p for p in gradient if _outputs(client) in gradient[p].shape]
+    places = [(p, k) for p in gradient for k, n in enumerate(gradient[p].shape) if n == _outputs(client)]
     here = [client.gradient(one) for one in ids]
     there = [client.gradient(one) for one in other]
 
-    def by_id(a: np.ndarray) -> np.ndarray:
-        axis = a.shape.index(_outputs(client))
-        return np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1)
+    def by_id(arrays: Mapping[str, np.ndarray], place: tuple[str, int]) -> np.ndarray:
+        a = np.moveaxis(arrays[place[0]], place[1], 0)
+        return a.reshape(len(a), -1)
 
-    def apart(p: str) -> tuple[float, int]:
+    def apart(place: tuple[str, int]) -> tuple[float, int]:
         """The share of what moved that stands in the rows of both ids, as in an output layer alone; and its size."""
-        moved = by_id(here[0][p] - there[0][p])
+        moved = by_id(here[0], place) - by_id(there[0], place)
         both = np.linalg.norm(moved[[ids[0, -1], new]])
         return round(float(both / (np.linalg.norm(moved) or np.inf)), 6), moved.size
 
-    path = max(paths, key=apart, default=None)
-    if path is None or not apart(path)[0] > 0:
+    place = max(places, key=apart, default=None)
+    if place is None or not apart(place)[0] > 0:
         return ids[:, -1]
-    hidden = np.stack([by_id(a[path] - b[path])[new] for a, b in zip(here, there, strict=True)]) / len(ids)
-    rest = by_id(np.mean([a[path] for a in here], axis=0) - gradient[path])
+    hidden = np.stack([(by_id(a, place) - by_id(b, place))[new] for a, b in zip(here, there, strict=True)]) / len(ids)
+    rest = np.mean([by_id(a, place) for a in here], axis=0) - by_id(gradient, place)
     shares = np.linalg.lstsq(hidden.T, rest.T, rcond=None)[0]
     shares[np.arange(len(ids)), ids[:, -1]] += 1.0  # what stands there now
     return np.argmax(shares, axis=1)

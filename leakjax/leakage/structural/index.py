@@ -105,7 +105,7 @@ def _leaked(
             known, used = min(count.live - means, through), None
             whole = whole and share == 1.0
             continue
-        elif behind is not None and share == 1.0:
+        elif behind is not None and share == 1.0 and not _tells_less(behind, examples):
             joint = normalized_count(each[i], behind, examples)
             complete = whole and i not in withheld
             known = joint.rank if complete else min(joint.live - joint.constants, through)
@@ -125,6 +125,11 @@ def _norm_behind(geometries: Sequence[Geometry], i: int) -> Normalization | None
     """The normalization of the very outputs of layer i."""
     norm = _norm_at(geometries, i + 1)
     return norm if norm is not None and norm.direct and geometries[i].simple else None
+
+
+def _tells_less(norm: Normalization, examples: int) -> bool:
+    """Whether a norm takes its statistics over so few numbers, two, that x's own size is left to epsilon alone."""
+    return norm.entries * (examples if norm.over_examples else 1) < 3
 
 
 def smallest_withheld(geometries: Sequence[Geometry]) -> tuple[tuple[int, ...], int] | None:

@@ -9,6 +9,8 @@ import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from leakjax.segments.tracing import evaluation
@@ -49,8 +51,8 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
         source, alone = _source(graph, names, uses, equation.inputs[0])
         taken = graph.structs[equation.outputs[0]].shape
         ids = graph.structs[graph.input].shape
-        if source is not None and taken[: len(ids)] == tuple(ids):
-            rows = graph.structs[source].shape[0]
+        rows = 0 if source is None else graph.structs[source].shape[0]
+        if source is not None and taken[: len(ids)] == tuple(ids) and _are_ids(graph, equation.inputs[1], rows):
             found.append(Lookup(path=names[source], rows=rows, alone=alone, value=equation.outputs[0]))
 
     def embedded(variables: Mapping[str, Any], ids: Any) -> tuple[Any, ...]:
@@ -61,6 +63,18 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
         return tuple(known[v] for v in wanted)
 
     return Lookups(tuple(found), embedded)
+
+
+def _are_ids(graph: Graph, value: int, rows: int) -> bool:
+    """Whether the rows that are taken are the ids themselves, and no other function of them."""
+    shape = graph.structs[graph.input].shape
+    ids = np.random.default_rng(0).integers(0, rows, shape).astype(np.int32)
+    equations = graph.needed(value, [graph.input])
+    made = {graph.input, *(o for e in equations for o in e.outputs)}
+    if any(isinstance(v, int) and v not in made for e in equations for v in e.inputs):
+        return False  # of parameters as well
+    taken = evaluation.evaluate(equations, {graph.input: jnp.asarray(ids)}, value, RULES)
+    return np.array_equal(np.asarray(taken).reshape(-1), ids.reshape(-1))
 
 
 def _source(graph: Graph, names: Mapping[int, str], uses: Mapping[int, int], value: Any) -> tuple[int | None, bool]:
