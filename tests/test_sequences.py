@@ -270,3 +270,21 @@ def test_random_texts_come_back_as_they_were():
             exact += 1
             assert same(found, ids, labels), seed
     assert exact > 9
+
+
+class Shifted(Text):
+    """The row that is taken is the id and one more."""
+
+    def __call__(self, ids):
+        return super().__call__((ids + 1) % VOCABULARY)
+
+
+def test_rows_that_are_not_the_ids_are_no_table_of_theirs(rng):
+    ids = random_ids(rng, 1)
+    model, gradient = sent(Shifted(causal=False), ids, [1])
+    with pytest.raises(leakjax.InputError, match="vocabulary"):
+        leakjax.recover_tokens(model, gradient, length=LENGTH)
+    found = leakjax.recover_tokens(model, gradient, length=LENGTH, vocabulary=VOCABULARY)
+    assert found.touched is None
+    assert found.status == "exact", found.reason
+    assert same(found, ids, [1])
