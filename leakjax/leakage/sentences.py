@@ -20,10 +20,10 @@ def _constants(count: LayerCount, geometry: Geometry) -> str:
     if not count.constants:
         return ""
     if all(axis.kernel.stride == 1 for axis in geometry.axes):
-        return "a constant added to an input channel cannot be told"
+        return "a constant added to an input channel cannot be told from the gradient"
     each = count.constants // geometry.channels
     more = f" ({each} for each channel)" if each > 1 else ""
-    return f"a pattern that repeats with the stride{more}, added to an input channel, cannot be told"
+    return f"a pattern that repeats with the stride{more}, added to an input channel, cannot be told from the gradient"
 
 
 def layer_sentence(

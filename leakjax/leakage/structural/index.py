@@ -95,7 +95,7 @@ def _leaked(
         used = used if used is not None and _same_axes(geometry, used) else None
         count = structural_count(geometry, used)
         own = 0 if i in withheld else gradient_entries(geometry)
-        norm, behind = geometry.normalization, _norm_behind(each, i)
+        norm, behind = geometry.normalization, _norm_behind(each, i, examples)
         rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
         through = min(known, math.floor(share * rows)) + own
         if i == len(counted) - 1:
@@ -105,7 +105,7 @@ def _leaked(
             known, used = min(count.live - means, through), None
             whole = whole and share == 1.0
             continue
-        elif behind is not None and share == 1.0 and not _tells_less(behind, examples):
+        elif behind is not None and share == 1.0:
             joint = normalized_count(each[i], behind, examples)
             complete = whole and i not in withheld
             known = joint.rank if complete else min(joint.live - joint.constants, through)
@@ -121,15 +121,13 @@ def _norm_at(geometries: Sequence[Geometry], i: int) -> Normalization | None:
     return geometries[i].normalization if i < len(geometries) else None
 
 
-def _norm_behind(geometries: Sequence[Geometry], i: int) -> Normalization | None:
-    """The normalization of the very outputs of layer i."""
+def _norm_behind(geometries: Sequence[Geometry], i: int, examples: int = 1) -> Normalization | None:
+    """The normalization of the very outputs of layer i, where it takes its statistics over three numbers or more: of
+    two epsilon alone leaves something, which `normalized_count` leaves out."""
     norm = _norm_at(geometries, i + 1)
-    return norm if norm is not None and norm.direct and geometries[i].simple else None
-
-
-def _tells_less(norm: Normalization, examples: int) -> bool:
-    """Whether a norm takes its statistics over so few numbers, two, that x's own size is left to epsilon alone."""
-    return norm.entries * (examples if norm.over_examples else 1) < 3
+    if norm is None or not norm.direct or not geometries[i].simple:
+        return None
+    return norm if norm.entries * (examples if norm.over_examples else 1) > 2 else None
 
 
 def smallest_withheld(geometries: Sequence[Geometry]) -> tuple[tuple[int, ...], int] | None:

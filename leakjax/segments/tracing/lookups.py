@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from leakjax.segments.tracing import evaluation
 from leakjax.segments.tracing.jaxprs import Graph
-from leakjax.segments.tracing.primitives import REARRANGING
 from leakjax.segments.tracing.rules import RULES
+from leakjax.segments.tracing.tokens import held_parameter
 
 
 class Lookup(NamedTuple):
@@ -48,12 +48,15 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
     for equation in equations:
         if equation.name != "gather" or not isinstance(equation.inputs[1], int) or equation.inputs[1] not in live:
             continue
-        source, alone = _source(graph, names, uses, equation.inputs[0])
-        taken = graph.structs[equation.outputs[0]].shape
-        ids = graph.structs[graph.input].shape
-        rows = 0 if source is None else graph.structs[source].shape[0]
-        if source is not None and taken[: len(ids)] == tuple(ids) and _are_ids(graph, equation.inputs[1], rows):
-            found.append(Lookup(path=names[source], rows=rows, alone=alone, value=equation.outputs[0]))
+        table, value = equation.inputs[0], equation.outputs[0]
+        if not isinstance(table, int):
+            continue
+        held = held_parameter(graph, names, uses, table)
+        if held is None or graph.structs[held.source].shape[:1] != graph.structs[table].shape[:1]:
+            continue
+        rows, ids = graph.structs[table].shape[0], tuple(graph.structs[graph.input].shape)
+        if graph.structs[value].shape[: len(ids)] == ids and _are_ids(graph, equation.inputs[1], rows):
+            found.append(Lookup(path=names[held.source], rows=rows, alone=held.alone, value=value))
 
     def embedded(variables: Mapping[str, Any], ids: Any) -> tuple[Any, ...]:
         env = {v: variables[path] for v, path in names.items()}
@@ -75,20 +78,3 @@ def _are_ids(graph: Graph, value: int, rows: int) -> bool:
         return False  # of parameters as well
     taken = evaluation.evaluate(equations, {graph.input: jnp.asarray(ids)}, value, RULES)
     return np.array_equal(np.asarray(taken).reshape(-1), ids.reshape(-1))
-
-
-def _source(graph: Graph, names: Mapping[int, str], uses: Mapping[int, int], value: Any) -> tuple[int | None, bool]:
-    """The parameter whose rows a value holds, and whether it is used nowhere else; None where it holds no such."""
-    if not isinstance(value, int):
-        return None, False
-    equations = graph.needed(value, graph.variables)
-    if any(e.name not in REARRANGING for e in equations):
-        return None, False
-    read = {v for e in equations for v in e.inputs if isinstance(v, int)} - {o for e in equations for o in e.outputs}
-    sources = (read or {value}) & set(names)
-    if len(sources) != 1:
-        return None, False
-    (source,) = sources
-    same_rows = graph.structs[source].shape[:1] == graph.structs[value].shape[:1]
-    alone = all(uses[v] <= 1 for v in (source, *(o for e in equations for o in e.outputs)))
-    return (source, alone) if same_rows else (None, False)

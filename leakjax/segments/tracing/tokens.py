@@ -96,21 +96,37 @@ def _operands(
     return pairs
 
 
+class Held(NamedTuple):
+    """The parameter `source` that a value holds rearranged by `equations`; `alone`: whether both have no other use, so
+    that the parameter's gradient is the value's."""
+
+    source: int
+    equations: tuple[Equation, ...]
+    alone: bool
+
+
+def held_parameter(graph: Graph, names: Mapping[int, str], uses: Mapping[int, int], value: int) -> Held | None:
+    """None where a value is no rearrangement of one parameter; `uses` of every value of the graph."""
+    equations = graph.needed(value, graph.variables)
+    read = {v for e in equations for v in e.inputs if isinstance(v, int)} - {o for e in equations for o in e.outputs}
+    sources = read or {value}
+    if len(sources) > 1 or not sources <= set(names) or any(e.name not in REARRANGING for e in equations):
+        return None
+    (source,) = sources
+    return Held(source, equations, all(uses[v] <= 1 for v in (source, *(o for e in equations for o in e.outputs))))
+
+
 def _parameter(
     graph: Graph, names: Mapping[int, str], uses: Mapping[int, int], value: int
 ) -> tuple[str | None, Callable[[Any], Any]]:
     """The path of the one parameter that a value holds entry for entry, and the map from it; None where there is none,
     or where it is used elsewhere as well: its gradient is a sum over both uses then."""
-    equations = graph.needed(value, graph.variables)
-    read = {v for e in equations for v in e.inputs if isinstance(v, int)} - {o for e in equations for o in e.outputs}
-    sources = read or {value}
-    if len(sources) > 1 or not sources <= set(names):
+    held = held_parameter(graph, names, uses, value)
+    if held is None or not held.alone:
         return None, lambda a: a
-    (source,) = sources
-    if any(uses[v] > 1 for v in (source, *(o for e in equations for o in e.outputs))):
-        return None, lambda a: a
+    source, equations = held.source, held.equations
     size = math.prod(graph.structs[source].shape)
-    if any(e.name not in REARRANGING or math.prod(graph.structs[e.outputs[0]].shape) != size for e in equations):
+    if any(math.prod(graph.structs[e.outputs[0]].shape) != size for e in equations):
         return None, lambda a: a
 
     def rearrange(array: Any) -> Any:
