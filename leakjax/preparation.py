@@ -14,7 +14,7 @@ import optax
 from leakjax.arguments import check_solving, real
 from leakjax.attacks import ATTACKS
 from leakjax.attacks.certificates.stored import stored_rounding
-from leakjax.attacks.problem import PULL_BACKS, Monitor, Problem
+from leakjax.attacks.problem import PULL_BACKS, Computed, Monitor, Problem
 from leakjax.client.defenses import CUSTOM, Setting, build_defense
 from leakjax.client.factors import check_factor, known_factors
 from leakjax.client.observation import Observation
@@ -132,7 +132,7 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
     sent = split(sent)
     own = max(float(jnp.finfo(floats).eps) for floats in (observation.precision, wide.own))
     noisy = observation.defense is not None or asked.gradient_noise is not None
-    statistics = {} if noisy else _statistics(observation, asked.dtype, own)  # noise is told of gradients alone
+    statistics, rounded = ({}, {}) if noisy else _statistics(observation, asked.dtype, own)  # noise: gradients' alone
     chain = chain if chain is None or not statistics else with_statistics(chain, tuple(statistics))
     assert asked.descent is not None, "checked before"
     problem = Problem(
@@ -165,13 +165,26 @@ def prepare(observation: Observation, asked: Asked, floating: Any, monitor: Moni
         target_kind=observation.target,
         target_shape=tuple(observation.target_shape),
         statistics=statistics,
+        statistics_rounding=rounded,
+        computed=None if tail is not None or split is not dict else _computed(observation, asked.dtype),
         single=functools.partial(read_network, model, observation.input_shape, 1, asked.dtype),
     )
     return problem, remarks
 
 
-def _statistics(observation: Observation, dtype: str, rounding: float) -> dict[str, np.ndarray]:
-    """What the clients' new buffers say of the batch."""
+def _computed(observation: Observation, dtype: str) -> Computed | None:
+    """How the clients computed, where that is coarser than what the attack computes in."""
+    own = observation.precision
+    if jnp.finfo(own).eps <= jnp.finfo(dtype).eps:
+        return None
+    model, shape, examples = observation.model.astype(own), observation.input_shape, observation.examples
+    return Computed(own, model.apply, functools.partial(read_network, model, shape, examples, own))
+
+
+def _statistics(
+    observation: Observation, dtype: str, rounding: float
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What the clients' new buffers say of the batch, and how it was rounded."""
     model, shape, between = observation.model.astype(dtype), observation.input_shape, observation.input_range
     return read_sent_statistics(model, observation.buffers, shape, between, observation.examples, dtype, rounding)
 

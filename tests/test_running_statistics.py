@@ -66,7 +66,7 @@ def test_the_sums_over_a_batch_are_read_off_new_buffers(make, images):
         assert model.step is not None
         _, new = model.step(model.variables, jnp.asarray(images))
         sent = {path: np.asarray(a)[None] for path, a in new.items()}
-        read = read_sent_statistics(model, sent, SHAPE, (0.0, 1.0), 2, "float64", 2.2e-16)
+        read, _ = read_sent_statistics(model, sent, SHAPE, (0.0, 1.0), 2, "float64", 2.2e-16)
         truth = read_network(model, SHAPE, 2, "float64").measure(model.variables, jnp.asarray(images))
     assert len(truth) == 4
     assert read.keys() == truth.keys()

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from leakjax.attacks.problem import Problem
+from leakjax.attacks.problem import Computed, Problem
 from leakjax.constraints.priors import DEVIATION
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
-from leakjax.segments.tracing.network import Gradient, example_gradients
+from leakjax.segments.tracing.network import Gradient, client_update, example_gradients
 from leakjax.solvers.jacobian import inverse_norms
 
 MARGIN = 1.05  # of the noise's expected size
@@ -68,6 +68,12 @@ def predicted(problem: Problem) -> Gradient:
     return defense.server.predict(problem.client, each, defense.values)
 
 
+def as_computed(problem: Problem, computed: Computed) -> Gradient:
+    """`predicted` of an undefended client, by its own code."""
+    gradient, names = client_update(computed.apply, problem.loss, tuple(problem.gradients)), tuple(problem.statistics)
+    return with_measured(gradient, computed.network().measure, names, _scale(problem)) if names else gradient
+
+
 def dummy_gradient(problem: Problem) -> Gradient:
     """`predicted`, as signs where only these are sent: what labels are read from."""
     found = predicted(problem)
@@ -82,7 +88,7 @@ def sends_signs(problem: Problem) -> bool:
 def tell(problem: Problem, victim: int) -> Told:
     """What to compare for one victim."""
     sent, least = all_sent(problem, victim), _least(problem)
-    plain = Told(Sent(sent, inverse_norms(sent, least)), problem.tolerances.matched)
+    plain = Told(Sent(sent, _weights(problem, inverse_norms(sent, least))), problem.tolerances.matched)
     if problem.defense is None:
         return plain
     server = problem.defense.server
@@ -94,6 +100,12 @@ def tell(problem: Problem, victim: int) -> Told:
         return plain._replace(sent=Sent(sent, weights, _prior(problem, HINT * _root(problem))))
     sigmas = noise_of(problem, victim)
     return plain if sigmas is None or not any(sigmas.values()) else _weighted(problem, sent, sigmas)
+
+
+def _weights(problem: Problem, each: dict[str, Float[Array, "..."]]) -> dict[str, Float[Array, "..."]]:
+    """`each` weight, that of a statistic less by as much as its rounding is more than a gradient's own."""
+    u, rounded = problem.tolerances.rounding, problem.statistics_rounding
+    return {p: w * min(1.0, u / rounded[p]) if p in rounded else w for p, w in each.items()}
 
 
 def _least(problem: Problem) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import optax
@@ -32,6 +32,14 @@ DeviceLabels = Int[Array, "B ..."] | Float[Array, "B ..."]
 """The same as compiled programs take them."""
 
 
+class Computed(NamedTuple):
+    """A client's own code: its `dtype`, `apply(variables, x)` -> logits, and `network()`, which measures statistics."""
+
+    dtype: str
+    apply: Callable[..., Float[Array, "B K"]]
+    network: Callable[[], Network]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """An observation made ready to solve in `dtype`; gradients have a leading victim axis.
@@ -53,7 +61,8 @@ class Problem:
     how many logits the model has. `target_kind`, `target_shape`: of what the loss compares an example's outputs with
     (`models.targets`), unless the labels are given. `shared`: what is computed once for all victims, by name and
     segment. `single()`: the model for one example. `statistics`: sums over the data, by name
-    (`segments.tracing.statistics`), that the clients' new buffers showed.
+    (`segments.tracing.statistics`), that the clients' new buffers showed; `statistics_rounding`: relative, of each.
+    `computed`: how the clients computed, where that was less precise than the attack.
     """
 
     chain: Chain | None
@@ -88,7 +97,9 @@ class Problem:
     target_shape: tuple[int, ...] = ()
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, Float[np.ndarray, "V ..."]] = dataclasses.field(default_factory=dict)
+    statistics_rounding: Mapping[str, float] = dataclasses.field(default_factory=dict)
     single: Callable[[], Network] | None = None
+    computed: Computed | None = None
 
     @property
     def classes(self) -> Sequence[int]:

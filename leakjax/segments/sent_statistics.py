@@ -82,8 +82,10 @@ def read_sent_statistics(
     examples: int,
     dtype: Any,
     rounding: float,
-) -> dict[str, np.ndarray]:
-    """The sums over the data, by name, (V, ...) of each of V clients, as far as their new `buffers` (V, ...) say.
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """The sums over the data, by name, (V, ...) of each of V clients, as far as their new `buffers` (V, ...) say; and
+    the relative rounding of each, the largest of all clients: where the batch's share of a buffer is 0.01, its sums
+    have two digits less than the buffer.
 
     Arguments: `model` with the weights and old buffers that the clients began with; `rounding`, relative, of what they
     computed.
@@ -92,19 +94,22 @@ def read_sent_statistics(
     """
     told = tuple(path for path in buffers if jnp.issubdtype(model.buffers[path].dtype, jnp.floating))
     if model.step is None or not told:
-        return {}
+        return {}, {}
     shape = (examples, *input_shape)
     read = _read(model.step, model.structs, told, shape, str(jnp.dtype(dtype)))
     variables = {path: to_device(a) for path, a in model.variables.items()}
     noise = np.random.default_rng(0).uniform(*input_range, size=shape).astype(dtype)
     found: dict[str, list[np.ndarray]] = {}
+    rounded: dict[str, float] = {}
     victims = len(buffers[told[0]])
     for module, begin in zip(read.modules, read.sums(variables, noise), strict=True):
         for victim in range(victims):
             sent = {path: np.asarray(buffers[path][victim], dtype) for path in module.paths}
-            for name, value in _solve(module, variables, sent, np.asarray(begin), rounding).items():
+            for name, (value, own) in _solve(module, variables, sent, np.asarray(begin), rounding).items():
                 found.setdefault(name, []).append(value)
-    return {name: np.stack(values) for name, values in found.items() if len(values) == victims}
+                rounded[name] = max(own, rounded.get(name, rounding))
+    whole = {name: np.stack(values) for name, values in found.items() if len(values) == victims}
+    return whole, {name: rounded[name] for name in whole}
 
 
 @keep(32)
@@ -172,8 +177,9 @@ def _solvable(graph: jaxprs.Graph, paths: Sequence[str], module: _Module) -> _So
 
 def _solve(
     module: _Solvable, variables: Arrays, sent: Mapping[str, np.ndarray], begin: np.ndarray, rounding: float
-) -> dict[str, np.ndarray]:
-    """The sums of one module, by name, where its buffers determine them; nothing where they do not."""
+) -> dict[str, tuple[np.ndarray, float]]:
+    """The sums of one module, by name, and the relative rounding of each, where its buffers determine them; nothing
+    where they do not."""
 
     def left(t: np.ndarray) -> np.ndarray:
         return np.asarray(module.unclipped(variables, t, sent))
@@ -203,4 +209,8 @@ def _solve(
             f"buffers: no step of the model leaves {path!r} as it was sent: give the model with the buffers that it "
             "had before the step, or leave the new ones out (buffers=False)"
         )
-    return {name: np.asarray(value) for name, value in module.unravel(to_device(t)).items()}
+    each = np.linalg.pinv(np.asarray(module.jacobian(variables, t, sent)) / size[:, None])  # d t / d (buffer / size)
+    off = module.unravel(to_device(rounding * np.linalg.norm(each, axis=1)))
+    values = {name: np.asarray(value) for name, value in module.unravel(to_device(t)).items()}
+    tiny = np.finfo(t.dtype).tiny
+    return {n: (v, float(np.linalg.norm(off[n]) / max(np.linalg.norm(v), tiny))) for n, v in values.items()}

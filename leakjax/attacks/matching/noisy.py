@@ -10,6 +10,7 @@ is used. It is that of this image and this kind of noise, not a bound.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from jaxtyping import Float
 from leakjax.attacks.adaptive import Told, certifiable, noise_of, sends_signs, tell
 from leakjax.attacks.certificates.certificate import relative_error
 from leakjax.attacks.certificates.other_images import at_kink, other_images, tags_of
-from leakjax.attacks.certificates.residual_noise import Noise, read_noise, read_rounding
+from leakjax.attacks.certificates.residual_noise import Noise, draw_noise, read_noise, read_rounding
 from leakjax.attacks.matching.outcome import misfit
+from leakjax.attacks.matching.own_rounding import Draw, rounding_of
 from leakjax.attacks.matching.polishing import SMALL, Polished, errors, polish, sent_by, told_of
 from leakjax.attacks.problem import Labels, Monitor, Outcome, Problem
 from leakjax.reconstruction import Candidate, LayerInfo
@@ -37,6 +39,9 @@ told of, is believed before noise is."""
 LEAST_DECIBEL = 35.0
 """Below it an error is some 2 % of the range and more, and what it does to the gradient is no longer of first order:
 estimates of 20 to 30 dB were off by 6 to 20 dB."""
+
+ROUNDED = 3.0
+"""How much more than a draw of rounding may be left of a gradient that rounding explains: another order of sums."""
 
 _HIDDEN = (
     "the noise is too large for a first-order estimate of the error, which would be {decibel:.0f} dB: what is seen may "
@@ -64,12 +69,13 @@ _KINKS = "kinks lie nearer to the answer than the noise reaches, and what it doe
 
 
 class Explained(NamedTuple):
-    """A fit whose residual is explained: by the `noise` that the problem was made aware of, or by rounding (None)."""
+    """A fit whose residual is explained: by noise that `draw` draws, of which the problem was made aware, or, where it
+    counts as matched, by rounding (None)."""
 
     aware: Problem
     told: Told
     fit: Polished
-    noise: Noise | None
+    draw: Draw | None
 
 
 def with_noise(
@@ -124,8 +130,8 @@ def _estimated(
     found = next((one for one in tried if one is not None), None)
     if found is None:
         return group
-    aware, told, fit, noise = found
-    if noise is None:
+    aware, told, fit, draw = found
+    if draw is None:
         return _matched(problem, group, fit)
     if several and fit.residual > FAINT and sigma is None:
         return group  # more examples than were told of are no noise
@@ -133,7 +139,7 @@ def _estimated(
         return group
     if len(group) == 1 and _another_fits(problem, victim, group[0], sigma, found):
         return [dataclasses.replace(group[0], reason=_ANOTHER)]
-    logs, spreads = errors(aware, told, fit.labels, fit.x, noise)
+    logs, spreads = errors(aware, told, fit, draw)
     decibel, spread = -10 * logs, 20 * float(np.max(spreads))
     words = None
     if not np.all(np.isfinite(decibel)):
@@ -191,13 +197,22 @@ def _explained(
     if told.noisy:
         level = noise_of(aware, victim)
         near = fit.residual <= NEAR_TOLD and misfit(aware, told, fit.labels, fit.x) <= told.matched
-        return Explained(aware, told, fit, Noise(_filled(level, fit.left), "white", 0.0)) if near and level else None
+        noise = Noise(_filled(level, fit.left), "white", 0.0) if near and level else None
+        return None if noise is None else Explained(aware, told, fit, _draws(noise))
     if problem.tolerances.coarse:
         noise = read_rounding(fit.left, sent_by(problem, victim), fit.x.size, problem.tolerances.rounding)
-        return None if noise is None else Explained(aware, told, fit, noise)
-    if fit.residual <= 1e3 * problem.tolerances.rounding and fit.condition * fit.residual <= problem.tolerances.error:
-        return Explained(aware, told, fit, None)
+        return None if noise is None else Explained(aware, told, fit, _draws(noise))
+    if fit.residual <= 1e3 * problem.tolerances.rounding:
+        if fit.condition * fit.residual <= problem.tolerances.error:
+            return Explained(aware, told, fit, None)
+        rounded = _of_rounding(problem, told, victim, fit)
+        if rounded is not None or problem.statistics:
+            return rounded
     return _of_white_noise(problem, victim, fit) or _of_its_spread(problem, told, victim, fit)
+
+
+def _draws(noise: Noise) -> Draw:
+    return functools.partial(draw_noise, noise)
 
 
 def _of_white_noise(problem: Problem, victim: int, fit: Polished) -> Explained | None:
@@ -213,14 +228,25 @@ def _of_white_noise(problem: Problem, victim: int, fit: Polished) -> Explained |
         if noise is None or noise.spread != "white":
             return None
         if noise.level > 0.9 * level:
-            return Explained(aware, told, fit, noise)
+            return Explained(aware, told, fit, _draws(noise))
         level = noise.level
-    return Explained(told_of(problem, level), tell(told_of(problem, level), victim), fit, noise) if noise else None
+    aware = told_of(problem, level)
+    return None if noise is None else Explained(aware, tell(aware, victim), fit, _draws(noise))
 
 
 def _of_its_spread(problem: Problem, told: Told, victim: int, fit: Polished) -> Explained | None:
     noise = read_noise(fit.left, sent_by(problem, victim), fit.x.size)
-    return None if noise is None else Explained(problem, told, fit, noise)
+    return None if noise is None else Explained(problem, told, fit, _draws(noise))
+
+
+def _of_rounding(problem: Problem, told: Told, victim: int, fit: Polished) -> Explained | None:
+    """The fit with what the client's own precision does at it; None where that is not at hand, or leaves less."""
+    draw = rounding_of(problem, told, fit.labels, fit.x)
+    if draw is None:
+        return None
+    drawn = draw(np.random.default_rng(1))
+    sizes = [np.sqrt(sum(float(np.sum(a[p] ** 2)) for p in fit.left)) for a in (fit.left, drawn)]
+    return Explained(problem, told, fit, draw) if sizes[0] <= ROUNDED * sizes[1] else None
 
 
 def _matched(problem: Problem, group: list[Outcome], fit: Polished) -> list[Outcome]:

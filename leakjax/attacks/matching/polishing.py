@@ -15,9 +15,10 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from leakjax.attacks.adaptive import Sent, Told, predicted
-from leakjax.attacks.certificates.residual_noise import Noise, draw_noise
+from leakjax.attacks.matching.coordinates import Coordinates, coordinates_at
 from leakjax.attacks.matching.outcome import compare, given
-from leakjax.attacks.matching.residual import Compare, match_programs, residual_of
+from leakjax.attacks.matching.own_rounding import Draw
+from leakjax.attacks.matching.residual import OUTER, Compare, match_programs, residual_of
 from leakjax.attacks.problem import DeviceLabels, Labels, Problem
 from leakjax.client.defenses import build_defense
 from leakjax.constraints.priors import DEVIATION
@@ -26,7 +27,8 @@ from leakjax.models.reader import Arrays
 from leakjax.runtime.arrays import to_device
 from leakjax.runtime.programs import keep
 from leakjax.segments.tracing.network import Gradient
-from leakjax.solvers.linear import lsmr_condition
+from leakjax.solvers.gauss_newton import levenberg_marquardt
+from leakjax.solvers.linear import lsmr_condition, solve_side
 from leakjax.solvers.lsmr import lsmr
 
 DRAWS = 16
@@ -45,7 +47,7 @@ _STEPS = 4
 
 class Polished(NamedTuple):
     """The fit x (B, ...), its labels or fitted targets, ||r|| / ||s||, what is left by parameter, and whether J
-    determines x."""
+    determines x; `near`, the coordinates in which it was found, where it was in any."""
 
     x: Float[np.ndarray, "B ..."]
     labels: Labels
@@ -53,6 +55,7 @@ class Polished(NamedTuple):
     left: dict[str, Float[np.ndarray, "..."]]
     determined: bool
     condition: float
+    near: Coordinates | None = None
 
 
 def told_of(problem: Problem, sigma: float) -> Problem:
@@ -74,21 +77,69 @@ def polish(
     form = compare(problem, told)
     programs = match_programs(form, problem.tolerances.solve, 1e-4)
     known = given(problem, told, labels, prior=told.sent.prior is not None)
-    start = to_device(x)[None]
-    solution = programs.solve(*known, programs.smooth(*known, start).x if smoothed else start)
-    best = np.asarray(solution.x[0])
+    start = np.asarray(programs.smooth(*known, to_device(x)[None]).x[0]) if smoothed else x
+    near = coordinates_at(problem, form, start, *known) if np.all(np.isfinite(start)) else None
+    if near is None:
+        best = np.asarray(programs.solve(*known, to_device(start)[None]).x[0])
+    else:
+        best = np.asarray(_nearby(form, problem.tolerances.solve)(*known, near))
     best = best if np.all(np.isfinite(best)) else x
     if form.free:
         best, labels = map(np.asarray, _with_target(form)(*known, to_device(best)))
-    probe = programs.look(*given(problem, told, labels), to_device(best))
+    lost, condition = _seen(problem, told, labels, best, near)
     sent = sent_by(problem, victim)
     there = _prediction(predicted(problem))(dict(problem.variables), to_device(best), to_device(labels))
     left = {p: np.asarray(there[p], float) - sent[p] for p in sent}
     size = np.sqrt(sum(float(np.sum(g**2)) for g in sent.values()))
     residual = float(np.sqrt(sum(float(np.sum(r**2)) for r in left.values())) / size)
-    determined = float(probe.lost) <= max(problem.tolerances.probe, 1e-3 * residual)
-    condition = lsmr_condition(probe)
-    return Polished(x=best, labels=labels, residual=residual, left=left, determined=determined, condition=condition)
+    determined = lost <= max(problem.tolerances.probe, 1e-3 * residual)
+    return Polished(
+        x=best, labels=labels, residual=residual, left=left, determined=determined, condition=condition, near=near
+    )
+
+
+@keep(16)
+def _nearby(form: Compare, tolerance: float) -> Callable[..., Float[Array, "B *image"]]:
+    """(variables, sent, labels, coordinates) -> the x nearby that fits best, by Levenberg and Marquardt's method."""
+
+    def fit(variables: Arrays, sent: Sent, labels: DeviceLabels, near: Coordinates) -> Float[Array, "B *image"]:
+        residual, size = residual_of(form, variables, sent, labels), jnp.sqrt(float(len(sent.gradient)))
+        options = {"size": size, "tolerance": 10 * tolerance, "forcing": 1e-4}
+        start = jnp.zeros(near.factor.shape[:1], near.factor.dtype)
+        found = levenberg_marquardt(
+            lambda y: residual(near.images(y)), start, max_steps=OUTER, max_inner=_INNER, **options
+        )
+        return near.images(found.x)
+
+    return jax.jit(fit)
+
+
+def _seen(
+    problem: Problem, told: Told, labels: Labels, x: Float[np.ndarray, "B *image"], near: Coordinates | None
+) -> tuple[float, float]:
+    """What a probe at x loses of itself, and the condition there."""
+    known = *given(problem, told, labels), to_device(x)
+    if near is None:
+        probe = match_programs(compare(problem, told), problem.tolerances.solve, 1e-4).look(*known)
+        return float(probe.lost), lsmr_condition(probe)
+    if not near.whole:
+        return 1.0, near.condition
+    return float(_look(compare(problem, told))(*known, near)), near.condition
+
+
+@keep(16)
+def _look(form: Compare) -> Callable[..., Float[Array, ""]]:
+    """(variables, sent, labels, x, coordinates) -> the share of a random probe in y that J R^-1 at x loses."""
+
+    def look(
+        variables: Arrays, sent: Sent, labels: DeviceLabels, x: Float[Array, "B *image"], near: Coordinates
+    ) -> Float[Array, ""]:
+        rows, tangent = jax.linearize(residual_of(form, variables, sent, labels), x)
+        struct = jax.ShapeDtypeStruct(near.factor.shape[:1], x.dtype)
+        operator = lx.FunctionLinearOperator(lambda y: tangent(near.moves(y)), struct)
+        return solve_side(operator, rows, jnp.asarray(True), tolerance=1e-10, max_steps=_INNER).lost
+
+    return jax.jit(look)
 
 
 @keep(16)
@@ -131,7 +182,7 @@ def _prediction(gradient: Gradient) -> Gradient:
 
 
 def errors(
-    problem: Problem, told: Told, labels: Labels, x: Float[np.ndarray, "B ..."], noise: Noise
+    problem: Problem, told: Told, fit: Polished, draw: Draw
 ) -> tuple[Float[np.ndarray, " B"], Float[np.ndarray, " B"]]:
     """Median and deviation over draws of the noise of log10 (mean square of x - x*, as a share of the range), (B,).
 
@@ -139,16 +190,17 @@ def errors(
     nearer to what one draw gives than the logarithm of the mean, which rare large draws decide. Draws whose fit leaves
     more than the draw itself would, at another pattern of kinks, are left out: no such fit is taken for an answer.
     """
-    propagate = _propagation(compare(problem, told), problem.tolerances.solve)
+    x, labels = fit.x, fit.labels
+    propagate = _propagation(compare(problem, told))
     held = told.sent.prior is not None
     known = given(problem, told, labels, prior=held)
     rng = np.random.default_rng(0)
     low, high = problem.limits
     squares = []
     for _ in range(DRAWS):
-        n = {p: to_device(a, problem.dtype) for p, a in draw_noise(noise, rng).items()}
+        n = {p: to_device(a, problem.dtype) for p, a in draw(rng).items()}
         unit = to_device(rng.normal(size=x.shape), problem.dtype)
-        d, second = (np.asarray(a) for a in propagate(*known, to_device(x), n, unit))
+        d, second = (np.asarray(a) for a in propagate(*known, to_device(x), n, unit, fit.near))
         bent = not np.linalg.norm(second) <= BENT * np.linalg.norm(d)
         if bent and problem.loss == UNKNOWN:
             continue  # a fit of x alone would hold the target still
@@ -188,11 +240,10 @@ def _refit(
 
 
 @keep(16)
-def _propagation(
-    form: Compare, tolerance: float
-) -> Callable[..., tuple[Float[Array, "B *image"], Float[Array, "B *image"]]]:
-    """(variables, sent, labels, x, noise, unit) -> d with least ||W (J d - n)||^2, with what a prior adds to it, and
-    what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise reaches.
+def _propagation(form: Compare) -> Callable[..., tuple[Float[Array, "B *image"], Float[Array, "B *image"]]]:
+    """(variables, sent, labels, x, noise, unit, coordinates or None) -> d with least ||W (J d - n)||^2, with what a
+    prior adds to it, and what the next Gauss-Newton step would add: as much as d where kinks lie nearer than the noise
+    reaches.
 
     Where the target is `free` it moves with x: J has its columns as well, and d is the part of x."""
 
@@ -203,16 +254,22 @@ def _propagation(
         x: Float[Array, "B *image"],
         noise: Mapping[str, Float[Array, "..."]],
         unit: Float[Array, "B *image"],
+        near: Coordinates | None,
     ) -> tuple[Float[Array, "B *image"], Float[Array, "B *image"]]:
         residual, start = _jointly(form, variables, sent, labels, x)
-        here, tangent = jax.linearize(residual, start)
+
+        def move(u: Float[Array, " n"]) -> Float[Array, " n"]:
+            return u if near is None else jnp.ravel(near.moves(u))
+
+        here, tangent = jax.linearize(lambda u: residual(start + move(u)), jnp.zeros_like(start))
         operator = lx.FunctionLinearOperator(tangent, jax.ShapeDtypeStruct(start.shape, x.dtype))
         side = jax.tree.map(jnp.multiply, sent.weights, noise)
         if sent.prior is not None:  # an image as likely as any has amplitudes of `DEVIATION` of the range
             side = (side, sent.prior * DEVIATION * (form.limits[1] - form.limits[0]) * unit)
         first = lsmr(operator, side, tolerance=_CLOSE, max_steps=_INNER).x
-        curved = jax.tree.map(lambda a, b, c: a + c - b, here, residual(start + first), tangent(first))
+        curved = jax.tree.map(lambda a, b, c: a + c - b, here, residual(start + move(first)), tangent(first))
         second = lsmr(operator, curved, tolerance=_CLOSE, max_steps=_INNER).x
+        first, second = move(first), move(second)
         return first[: x.size].reshape(x.shape), second[: x.size].reshape(x.shape)
 
     return jax.jit(propagate)

@@ -1,0 +1,66 @@
+"""What a client's own precision does to what it sends, seen at the answer: the same code in both precisions.
+
+    n = g_32(x) - g_64(x)        x the answer, moved a little for every draw
+
+Rounding is no independent noise in the entries of a gradient: what a layer's outputs lost goes through all that follows
+and looks like another image's gradient, so that a best fit leaves little of it. Computed, it has the right structure.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from leakjax.attacks.adaptive import Told, as_computed, predicted
+from leakjax.attacks.matching.outcome import given
+from leakjax.attacks.problem import Labels, Problem
+from leakjax.models.reader import Arrays
+from leakjax.runtime.arrays import to_device
+from leakjax.runtime.programs import keep
+from leakjax.segments.tracing.network import Gradient
+
+_AWAY = 1e-4
+"""Of the range, by which the answer is moved: many roundings in float32, and little beside what any layer curves by."""
+
+Draw = Callable[[np.random.Generator], dict[str, Float[np.ndarray, "..."]]]
+
+
+def rounding_of(problem: Problem, told: Told, labels: Labels, x: Float[np.ndarray, "B *image"]) -> Draw | None:
+    """Draws of what the client's rounding adds to everything that was sent, by name; None where its own code is not at
+    hand, or computes as this attack does.
+
+    Running statistics are rounded once more, when they are mixed: `Problem.statistics_rounding`, of normal errors.
+    """
+    if problem.computed is None:
+        return None
+    variables, _, tags = given(problem, told, labels)
+    width = problem.input_range[1] - problem.input_range[0]
+    differ = _difference(as_computed(problem, problem.computed), predicted(problem), problem.computed.dtype)
+    mixed = {
+        name: u * float(np.linalg.norm(told.sent.gradient[name])) / max(told.sent.gradient[name].size, 1) ** 0.5
+        for name, u in problem.statistics_rounding.items()
+    }
+
+    def draw(rng: np.random.Generator) -> dict[str, Float[np.ndarray, "..."]]:
+        near = x + _AWAY * width * rng.normal(size=x.shape)
+        noise = {p: np.asarray(n) for p, n in differ(variables, to_device(near), tags).items()}
+        return {p: n + mixed[p] * rng.normal(size=n.shape) if p in mixed else n for p, n in noise.items()}
+
+    return draw
+
+
+@keep(16)
+def _difference(rounded: Gradient, exact: Gradient, dtype: str) -> Gradient:
+    """(variables, x, labels) -> what computing in `dtype` changes; its inputs are numbers of that dtype."""
+
+    def narrow(a: jax.Array) -> jax.Array:
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    def difference(variables: Arrays, x: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        low = jax.tree.map(narrow, (dict(variables), x, labels))
+        same = jax.tree.map(lambda a, b: a.astype(b.dtype), low, (dict(variables), x, labels))
+        return jax.tree.map(lambda a, b: a.astype(b.dtype) - b, rounded(*low), exact(*same))
+
+    return jax.jit(difference)
