@@ -12,7 +12,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 from leakjax.errors import InputError
-from leakjax.guard.online import guard, loss_of
+from leakjax.guard import guard, loss_of
 from leakjax.models.reader import read_model
 
 PRIOR = 0.25

@@ -36,6 +36,9 @@ class AuditedData:
     index: Annotated[str | None, _option(DATA, "--index", "I[,J..]", "Which images (0); one batch together.")] = None
     images: ImagesFile = None
     target: Target = "class"
+    buffers: Annotated[
+        bool, _option(DATA, "--buffers", None, "Count the new running statistics too, as sent with the gradient.")
+    ] = False
     shapes_only: Annotated[bool, _option(DATA, "--shapes-only", None, "Count on shapes alone: no weights.")] = False
 
     @property
@@ -120,6 +123,7 @@ def audit(
                 noise=sigmas,
                 dp_sgd=dp_sgd,
                 shapes_only=data.shapes_only,
+                buffers=data.buffers,
                 seed=model.seed,
                 name=model.name if setup.activation is None else f"{model.name} ({setup.activation})",
                 progress=tell,

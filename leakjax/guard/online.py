@@ -1,7 +1,7 @@
 """A guard for federated training: it scores an update before a client sends it, and blocks it above a limit."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -11,11 +11,9 @@ import optax
 
 from leakjax.errors import InputError, unknown_name
 from leakjax.guard import scoring
+from leakjax.guard.clients import LossFunction, UpdateFunction
 from leakjax.guard.derivative import Derivative, linearize_update
 from leakjax.guard.scoring import Score
-from leakjax.models.calls import Path
-from leakjax.models.losses import LossSpec, known_loss
-from leakjax.models.reader import read_model
 from leakjax.runtime.memory import fits_in_memory
 from leakjax.segments.tracing.blindness import blind_spots, depends, seen_through
 
@@ -25,9 +23,6 @@ EXACT_LIMIT = 4096
 """Pixels of a batch up to which "exact" is allowed."""
 
 EDGE = 1e-6  # of the range: how far rounding may carry a pixel outside of it
-
-LossFunction = Callable[[Any, Any, Any], Any]
-UpdateFunction = Callable[[Any, Any, Any], Any]
 
 
 class GuardState(NamedTuple):
@@ -141,32 +136,6 @@ def guard(
             return compiled(params, images, labels)
 
     return Guard(score, _transformation(score), lambda found: scoring.explain(found, spots))
-
-
-def loss_of(
-    model: Any,
-    loss: LossSpec = "softmax_cross_entropy",
-    *,
-    call: Mapping[str, Any] | None = None,
-    rngs: Mapping[str, int] | int | None = None,
-    output: Path | None = None,
-    layout: str = "NHWC",
-    train: bool | None = None,
-) -> LossFunction:
-    """(params, images, labels) -> the mean of `loss` over the batch, for whatever `leakjax.read_model` takes.
-
-    `call`, `rngs`, `output`, `layout` and `train` say how it is called and which output counts; see
-    `leakjax.read_model`.
-    `params` are those of the optimizer: `leakjax.read_model(model).params`, arrays by path; buffers stay as they are.
-    """
-    function = known_loss(loss)
-    read = read_model(model, call=call, rngs=rngs, output=output, layout=layout, train=train)
-
-    def mean_loss(params: Any, images: Any, labels: Any) -> Any:
-        logits = read.apply({**read.buffers, **params}, images)
-        return jnp.mean(jax.vmap(function)(logits, labels))
-
-    return mean_loss
 
 
 def _transformation(score: Callable[[Any, Any, Any], Score]) -> optax.GradientTransformationExtraArgs:

@@ -23,7 +23,8 @@ from leakjax.segments.geometry import Geometry
 
 class Structure(NamedTuple):
     """A model as an audit reads it: its `segments`, () where it is looked at as one map, the `names` and `geometries`
-    of its layers, and `remarks` on how it was read."""
+    of its layers, and `remarks` on how it was read; how many numbers of running statistics
+    are `told` beside the gradient, and how many of these are no normalization's of the layers, but `others`."""
 
     model: Model
     shape: tuple[int, ...]
@@ -31,6 +32,8 @@ class Structure(NamedTuple):
     names: list[str]
     geometries: list[Geometry]
     remarks: list[str]
+    told: int = 0
+    others: int = 0
 
 
 class Examined(NamedTuple):
@@ -53,9 +56,10 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
     c_m, rounded = copa_index([rank - g.unknowns for g, rank in zip(geometries, counted, strict=True)])
     shares = [layer.passing_share for layer in found.layers] or [1.0] * len(geometries)
     unknowns = batch * geometries[0].unknowns
-    numbers = sum(int(np.prod(p.shape)) for p in structure.model.params.values())
+    numbers = structure.told + sum(int(np.prod(p.shape)) for p in structure.model.params.values())
     structural, possible = (
-        min(structural_leaked(geometries, shares=s, examples=batch), max(numbers, 1), unknowns) for s in (shares, None)
+        min(structural_leaked(geometries, shares=s, examples=batch) + structure.others, max(numbers, 1), unknowns)
+        for s in (shares, None)
     )
     leaked = None if leakage is None else leakage.rank
     status, sentence = verdict(

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from leakjax.arguments import instance, listener
+from leakjax.arguments import instance, listener, shown
 from leakjax.errors import InputError, UnreadableModelError
 from leakjax.leakage.assemble import Examined, Structure, assemble
 from leakjax.leakage.inputs import batch_of, check_options, check_runs, check_seed, check_shape, check_size
 from leakjax.leakage.measure import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.request import Asked, Measured, Tell
+from leakjax.leakage.sent_buffers import NOT_COUNTED, SentBuffers, needed_buffers, read_buffers, with_told
 from leakjax.leakage.structural.index import smallest_withheld
 from leakjax.models.calls import Path
 from leakjax.models.losses import LossSpec, on_outputs
@@ -28,7 +29,7 @@ from leakjax.segments.geometry import Geometry
 from leakjax.segments.normalizations import with_normalizations
 from leakjax.segments.stacked import unstacked
 from leakjax.segments.tail import behind, without_tail
-from leakjax.segments.training_mode import training_remarks
+from leakjax.segments.training_mode import listed, training_remarks
 
 SIGMAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -52,13 +53,17 @@ def audit(
     output: Path | None = None,
     layout: str = "NHWC",
     train: bool | None = None,
+    buffers: bool = False,
 ) -> Audit:
     """Audit a model, its layers and its gradient at a batch of images.
 
     Arguments:
     - `model`: anything that `read_model` takes; `input_shape` (H, W, C), of one example;
     - `call`, `rngs`, `output`, `layout`, `train`: how the model is called and which output counts; see `read_model`;
-      of a model in training mode the gradient is audited, not the new running statistics that may be sent beside it;
+      of a model in training mode the gradient is audited;
+    - `buffers`: whether the new running statistics that such a model leaves are sent beside the gradient, and audited
+      with it, as rows of the Jacobian and as statistics that are known (`observe` sends them by default); under `noise`
+      they have as much of it as every entry of the gradient;
     - `images` (B, H, W, C) in `input_range` with `labels` (B, ...), classes or whatever the `loss` compares outputs
       with (see `observe`): the B examples of one gradient; without them a random smooth image drawn with
       `seed`; "input" for labels says that an autoencoder's images are compared with themselves;
@@ -77,6 +82,10 @@ def audit(
     limits, sigmas = check_options(loss, input_range, noise)
     if shapes_only and dp_sgd is not None:
         raise InputError("dp_sgd needs a gradient to clip; leave out shapes_only")
+    if not isinstance(buffers, bool):
+        raise InputError(f"buffers must be True or False, got {shown(buffers)}")
+    if buffers and dp_sgd is not None:
+        raise InputError("dp_sgd bounds gradients, and clips no running statistics; leave out buffers (--buffers)")
     asked = Asked(
         loss=loss,
         limits=limits,
@@ -95,7 +104,12 @@ def audit(
         batch = None if shapes_only else batch_of(exact, shape, images, labels, limits, asked.seed, loss)
         front, tail = without_tail(exact, shape, dtype, 1 if batch is None else len(batch[0]))
         front, _ = unstacked(front, shape, dtype)
-        structure = _structure(front, shape, dtype, remarks, shapes_only=shapes_only)
+        sent = read_buffers(exact, shape, dtype)
+        sent = needed_buffers(sent) if buffers else sent
+        if sent is not None and front.params.keys() != exact.params.keys():
+            raise InputError("buffers: this model's layers are rows of stacked weights; leave buffers out (--buffers)")
+        structure = _structure(front, shape, dtype, remarks, sent, shapes_only=shapes_only, buffers=buffers)
+        asked = asked._replace(buffers=sent if buffers else None)
         taken = loss if tail is None else behind(on_outputs(loss, output_shape(exact, shape)), tail)
         examined = _examine(structure, batch, asked._replace(loss=taken))
         bounded = not shapes_only and (dp_sgd is not None or (asked.asked and bool(sigmas)))
@@ -113,14 +127,36 @@ def _epsilons(dp_sgd: DPSGD | None) -> Sequence[float]:
     return epsilons
 
 
-def _structure(read: Model, shape: tuple[int, ...], dtype: Any, remarks: list[str], *, shapes_only: bool) -> Structure:
+def _structure(
+    read: Model,
+    shape: tuple[int, ...],
+    dtype: Any,
+    remarks: list[str],
+    sent: SentBuffers | None,
+    *,
+    shapes_only: bool,
+    buffers: bool,
+) -> Structure:
     segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
-    segments = with_normalizations(read, shape, dtype, segments)
+    segments, others = with_normalizations(read, shape, dtype, segments), 0
     remarks += unreadable
-    remarks += () if shapes_only else training_remarks(read, shape, dtype)
+    remarks += () if shapes_only else training_remarks(read, shape, dtype, normalizes=buffers)
+    if sent is not None and buffers:
+        segments, others = with_told(segments, sent)
+    elif sent is not None:
+        remarks.append(NOT_COUNTED.format(names=listed(sent.paths)))
     names = [s.name for s in segments] or ["network"]
     geometries = [s.geometry for s in segments] or [_whole(read, shape)]
-    return Structure(model=read, shape=shape, segments=segments, names=names, geometries=geometries, remarks=remarks)
+    return Structure(
+        model=read,
+        shape=shape,
+        segments=segments,
+        names=names,
+        geometries=geometries,
+        remarks=remarks,
+        told=0 if sent is None or not buffers else sent.numbers,
+        others=others,
+    )
 
 
 def _examine(structure: Structure, batch: tuple[Any, Any] | None, asked: Asked) -> Examined:

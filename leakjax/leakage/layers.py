@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from leakjax.constraints.pull_back import pull_gradients, pulled_back, push_forward
+from leakjax.leakage.sent_buffers import measured
 from leakjax.models.activations import Preimage
 from leakjax.models.reader import Arrays
 from leakjax.runtime.memory import fits_in_memory
@@ -50,7 +51,7 @@ def layer_leakage(
     """One for each segment, at images x and dL/dlogits `dz`; the head's has its gradient block alone.
 
     A layer with a train-mode normalization right behind it has the rows of both, its means and variances unknown; the
-    normalization itself is then not counted once more.
+    normalization itself is then not counted once more. Statistics that are told are among the `variables`.
     """
     xs, zs, _ = push_forward(segments, variables, x)
     cotangents = _cotangents(segments, variables, xs, zs, dz)
@@ -110,6 +111,7 @@ def _residual(span: Sequence[Segment], variables: Arrays, preimage: Preimage, dz
     of a bias before a norm, divided by the other gradients' sizes, would count as so many rows."""
     xs, _, slopes = push_forward(span, variables, x)
     gradients, _ = pull_gradients(span, variables, xs, slopes, dz)
+    gradients |= measured(span, xs, variables)
     residual = pulled_back(span, variables, preimage, dz, gradients)
     sizes = {path: rms(g) for path, g in gradients.items()}
     least = _ROUNDING * jnp.finfo(x.dtype).eps * jnp.max(jnp.stack([jnp.zeros((), x.dtype), *sizes.values()]))

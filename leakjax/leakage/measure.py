@@ -27,6 +27,7 @@ from leakjax.leakage.layers import LayerLeakage, layer_leakage
 from leakjax.leakage.pictures import pictures
 from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.request import Asked, Measured
+from leakjax.leakage.sent_buffers import measured, with_buffers
 from leakjax.leakage.verdict import Doubt
 from leakjax.models.losses import LossSpec, on_outputs, read_loss
 from leakjax.models.reader import Model, output_shape
@@ -69,6 +70,8 @@ def measure(model: Model, segments: Sequence[Segment], x: np.ndarray, y: np.ndar
     spots = spots_of_model(model, asked.loss, *arrays[1:])
     if spots:
         return _measure_rounded(model, gradient, sent, arrays, asked, doubt._replace(spots=tuple(map(str, spots))))
+    if asked.buffers is not None:
+        gradient = with_buffers(gradient, asked.buffers.step, asked.buffers.paths)
     gradient = data_gradient(gradient)
     doubt = doubt._replace(beyond=unpredicted(network, gradient, *arrays, asked.scale))
     layers: Sequence[LayerLeakage] = ()
@@ -178,13 +181,14 @@ def _refuse_zero(gradient: dict[str, Array]) -> None:
 def _numeric_layers(model: Model, segments: Sequence[Segment], x: Any, y: Any, loss: LossSpec) -> list[LayerLeakage]:
     images, head = to_device(x), segments[-1]
     function = read_loss(on_outputs(loss, output_shape(model, x.shape[1:])))
-    z = push_forward(segments, model.variables, images)[1][-1]
+    xs, zs, _ = push_forward(segments, model.variables, images)
+    variables = {**model.variables, **measured(segments, xs, model.variables)}
 
     def mean_loss(z: Array) -> Array:
-        logits = head.activation.function(model.variables, z)
+        logits = head.activation.function(variables, z)
         return jnp.mean(jax.vmap(function)(logits, to_device(y)))
 
-    return layer_leakage(segments, model.variables, images, jax.grad(mean_loss)(z))
+    return layer_leakage(segments, variables, images, jax.grad(mean_loss)(zs[-1]))
 
 
 def _clipped(model: Model, shape: tuple[int, ...], asked: Asked) -> Gradient:

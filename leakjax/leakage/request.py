@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from leakjax.leakage.dense import Jacobian, Leakage
 from leakjax.leakage.layers import LayerLeakage
 from leakjax.leakage.privacy import DPSGD
+from leakjax.leakage.sent_buffers import SentBuffers
 from leakjax.leakage.verdict import Doubt
 from leakjax.models.losses import LossSpec
 from leakjax.report.audit.record import NoisePoint, Picture
@@ -21,7 +22,8 @@ Arrays = tuple[Any, Array, Array]
 
 class Asked(NamedTuple):
     """What to look at: the `loss`, the `limits` of the input range, standard deviations of `noise`, a DP-SGD with
-    its `epsilons`, a `seed` for random probes, a listener; whether the levels of noise were asked for by the caller."""
+    its `epsilons`, a `seed` for random probes, a listener; whether the levels of noise were asked for by the caller;
+    the `buffers` that are sent beside the gradient, None for none."""
 
     loss: LossSpec
     limits: tuple[float, float]
@@ -31,6 +33,7 @@ class Asked(NamedTuple):
     seed: int
     tell: Tell
     asked: bool = False
+    buffers: SentBuffers | None = None
 
     @property
     def scale(self) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,11 +146,13 @@ def read_segments(
 def with_statistics(chain: Chain, names: tuple[str, ...]) -> Chain:
     """The chain where the statistics `names` are known: a normalization is affine then."""
 
-    def known(segment: Segment) -> Segment:
-        told = segment.statistics is not None and segment.normalizes and set(segment.statistics.names) <= set(names)
-        return dataclasses.replace(segment, nonlinearity=None) if told else segment
+    return dataclasses.replace(chain, segments=tuple(told_statistics(segment, names) for segment in chain.segments))
 
-    return dataclasses.replace(chain, segments=tuple(map(known, chain.segments)))
+
+def told_statistics(segment: Segment, names: Collection[str]) -> Segment:
+    """The segment, affine where it is a normalization of which all statistics are among `names`."""
+    told = segment.statistics is not None and segment.normalizes and set(segment.statistics.names) <= set(names)
+    return dataclasses.replace(segment, nonlinearity=None) if told else segment
 
 
 def _segment(

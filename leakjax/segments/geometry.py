@@ -43,7 +43,8 @@ class Normalization(NamedTuple):
     - `over_positions`: all positions, or each by itself;
     - `channels`: how many channels share a mean and a variance, 1 for batch norm and instance norm; `entries` of one
       example that share them;
-    - `direct`: whether an affine layer stands right before it, with no activation in between.
+    - `direct`: whether an affine layer stands right before it, with no activation in between; `told`: whether means
+      and variances are sent beside the gradient.
     """
 
     over_examples: bool
@@ -51,6 +52,7 @@ class Normalization(NamedTuple):
     channels: int
     entries: int
     direct: bool
+    told: bool = False
 
 
 class Geometry(NamedTuple):

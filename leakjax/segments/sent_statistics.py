@@ -58,9 +58,11 @@ class _Module(NamedTuple):
 
 class _Solvable(NamedTuple):
     """Compiled, for one module, `left(variables, t, sent)`, what the buffers of the sums t miss of those `sent`; the
-    same `unclipped`, with its `jacobian` in t; `paths` of the buffers, and `unravel(t)`, the sums by name."""
+    same `unclipped`, with its `jacobian` in t; `paths` of the buffers, and `unravel(t)`, the sums by name, so
+    many `numbers` in all."""
 
     paths: tuple[str, ...]
+    numbers: int
     left: Callable[..., Any]
     unclipped: Callable[..., Any]
     jacobian: Callable[..., Any]
@@ -112,6 +114,22 @@ def read_sent_statistics(
     return whole, {name: rounded[name] for name in whole}
 
 
+def sums_in_buffers(
+    model: Model, paths: Sequence[str], input_shape: Sequence[int], dtype: Any
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(names of the sums over the data of one example that the buffers `paths` have enough numbers for, those of the
+    buffers that depend on the data), from shapes alone."""
+    if model.step is None:
+        return (), ()
+    read = _read(model.step, model.structs, tuple(paths), (1, *input_shape), str(jnp.dtype(dtype)))
+    names: list[str] = []
+    for module in read.modules:
+        sums = module.unravel(np.zeros(module.numbers))
+        numbers = sum(int(np.prod(model.buffers[path].shape)) for path in module.paths)
+        names += sums if numbers >= module.numbers else ()
+    return tuple(names), tuple(path for module in read.modules for path in module.paths)
+
+
 @keep(32)
 def _read(step: Any, structs: Any, told: tuple[str, ...], shape: tuple[int, ...], dtype: str) -> _Read:
     """Trace a model's `step` and compile what its buffers `told` say of the sums over the data."""
@@ -155,7 +173,7 @@ def _modules(graph: jaxprs.Graph, after: Mapping[str, Any]) -> list[_Module]:
 
 def _solvable(graph: jaxprs.Graph, paths: Sequence[str], module: _Module) -> _Solvable:
     structs = {name: jnp.zeros(graph.structs[v].shape, graph.structs[v].dtype) for v, name in module.sums.items()}
-    _, unravel = ravel_pytree(structs)
+    flat, unravel = ravel_pytree(structs)
     parts = {p: graph.needed(v, module.sums) for p, v in module.buffers.items()}
 
     def left(rules: Mapping[str, Callable[..., Any]], variables: Arrays, t: Any, sent: Any) -> Any:
@@ -168,6 +186,7 @@ def _solvable(graph: jaxprs.Graph, paths: Sequence[str], module: _Module) -> _So
     clipped, unclipped = (functools.partial(left, rules) for rules in (_AS_IT_IS, _UNCLIPPED))
     return _Solvable(
         paths=tuple(module.buffers),
+        numbers=flat.size,
         left=jax.jit(clipped),
         unclipped=jax.jit(unclipped),
         jacobian=jax.jit(jax.jacfwd(unclipped, 1)),

@@ -48,12 +48,13 @@ def training_remarks(
         return remarks
     idle = [] if graph is None else _idle_statistics(model, graph)
     if _mixes(model, shape, dtype):
-        words = f", and not on its running statistics ({_listed(idle)})" if idle else ""
+        words = f", and not on its running statistics ({listed(idle)})" if idle else ""
         return (*remarks, _TRAINING.format(idle=words))
-    return (*remarks, _IDLE.format(names=_listed(idle))) if idle else remarks
+    return (*remarks, _IDLE.format(names=listed(idle))) if idle else remarks
 
 
-def _listed(paths: Sequence[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
+    """The first four of some paths."""
     return ", ".join(paths[:4]) + (", .." if len(paths) > 4 else "")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from leakjax.leakage.structural.counts import gradient_entries, live_positions, structural_count
-from leakjax.leakage.structural.normalized import batched, normalized_count
+from leakjax.leakage.structural.normalized import Known, batched, normalized_count
 from leakjax.segments.geometry import Geometry, Normalization
 
 MOST_SUBSETS = 4096
@@ -51,7 +51,7 @@ def layer_counts(geometries: Sequence[Geometry]) -> list[LayerCount]:
         if norm is None:
             found.append(LayerCount(*structural_count(geometry), 0))
         else:
-            joint = normalized_count(geometry, norm)
+            joint = normalized_count(geometry, norm, known=_known(norm))
             found.append(LayerCount(joint.rank, joint.live, joint.exact, joint.constants))
     return found
 
@@ -72,8 +72,8 @@ def structural_leaked(
 
     over those outputs that the layers behind it read at all. `shares`: of each layer's outputs those whose activation
     passes a change on. Of the layers `withheld` no gradient is sent. A train-mode norm hides one number, the mean, of
-    all that share one; where all is known behind it, the layer before tells what `normalized_count` says of both.
-    Examples that share no statistics are counted one by one.
+    all that share one, or adds two where means and variances are `told`; where all is known behind it, the layer before
+    tells what `normalized_count` says of both. Examples that share no statistics are counted one by one.
     """
     together = any(g.normalization is not None and g.normalization.over_examples for g in geometries)
     if examples == 1 or not together:
@@ -102,11 +102,12 @@ def _leaked(
             known = min(own, count.live)
         elif norm is not None:
             means = geometry.unknowns // (norm.entries * (examples if norm.over_examples else 1))
-            known, used = min(count.live - means, through), None
+            known = min(count.live, through + 2 * means) if norm.told else min(count.live - means, through)
+            used = None
             whole = whole and share == 1.0
             continue
         elif behind is not None and share == 1.0:
-            joint = normalized_count(each[i], behind, examples)
+            joint = normalized_count(each[i], behind, examples, _known(behind))
             complete = whole and i not in withheld
             known = joint.rank if complete else min(joint.live - joint.constants, through)
         else:
@@ -115,6 +116,11 @@ def _leaked(
         whole = known >= count.live
         used = live_positions(geometry, used) if geometry.simple and geometry.axes else None
     return known
+
+
+def _known(norm: Normalization) -> Known:
+    """Which statistics of a norm are known: all that are sent, else, by epsilon, the deviations alone."""
+    return "all" if norm.told else "sigma"
 
 
 def _norm_at(geometries: Sequence[Geometry], i: int) -> Normalization | None:
