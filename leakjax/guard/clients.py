@@ -50,7 +50,7 @@ def update_of(
 
         {"gradient": {path: dL/dparam}, "buffers": {path: the buffer after one step}}
 
-    for `guard(update_fn=...)`. Arguments as of `loss_of`; only floating buffers are sent, computed in the dtype of the images.
+    for `guard(update_fn=...)`. Arguments as of `loss_of`; floating buffers alone are sent, in the dtype of the images.
 
     Raises `InputError` for a model that leaves nothing in its buffers: `loss_of` says all that it sends.
     """
