@@ -178,7 +178,9 @@ def _computed(observation: Observation, dtype: str) -> Computed | None:
     if jnp.finfo(own).eps <= jnp.finfo(dtype).eps:
         return None
     model, shape, examples = observation.model.astype(own), observation.input_shape, observation.examples
-    return Computed(own, model.apply, functools.partial(read_network, model, shape, examples, own))
+    rate = float(observation.weight_decay or 0.0) / (examples if observation.reduction == "sum" else 1)
+    decay = {p: rate * np.asarray(a, float) for p, a in observation.model.params.items()} if rate else {}
+    return Computed(own, model.apply, functools.partial(read_network, model, shape, examples, own), decay)
 
 
 def _statistics(

@@ -72,3 +72,65 @@ def test_the_guard_counts_them_in_an_update():
 def test_an_update_without_statistics_is_refused():
     with pytest.raises(leakjax.InputError, match="no running statistics to send"):
         update_of(Net(norm=False))
+
+
+class Normalizer(Net):
+    """A net that keeps a running mean of its images, pixel by pixel, or their largest."""
+
+    def __init__(self, kept):
+        super().__init__(2)
+        self.kept, self.seen = kept, nnx.BatchStat(jnp.zeros(SHAPE, jnp.float32))
+
+    def __call__(self, x):
+        old = self.seen[...]
+        self.seen[...] = (0.9 * old + 0.1 * self.kept(x, 0)).astype(old.dtype)
+        return super().__call__(x - old[None])
+
+
+@pytest.mark.parametrize("kept", [jnp.mean, jnp.max])
+def test_any_buffer_that_the_images_move_is_counted(kept):
+    found = leakjax.audit(Normalizer(kept), SHAPE, images=IMAGES[:1], labels=np.array([1]), train=True, buffers=True)
+    assert found.leaked_dimensions == found.structural_leaked_dimensions == 128
+
+
+def test_a_momentum_of_one_tells_nothing():
+    net = Net()
+    net.norm.momentum = 1.0
+    found = leakjax.audit(net, SHAPE, images=IMAGES[:1], labels=np.array([1]), train=True, buffers=True)
+    assert (found.leaked_dimensions, found.layers[0].rank) == (116, 116)
+
+
+class Last(nnx.Module):
+    """A batch norm right before the loss."""
+
+    def __init__(self):
+        self.flat = nnx.Linear(128, 2, use_bias=False, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(2, use_bias=False, use_scale=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.norm(self.flat(x.reshape(len(x), -1)))
+
+
+def test_bounds_hold_for_a_norm_at_the_end():
+    images = np.random.default_rng(1).uniform(size=(4, *SHAPE))
+    found = leakjax.audit(Last(), SHAPE, images=images, labels=np.array([0, 1, 1, 0]), train=True, buffers=True)
+    assert found.leaked_dimensions is not None
+    assert found.leaked_dimensions <= found.structural_leaked_dimensions
+    assert not found.layers[0].structural_exact
+
+
+def test_rows_of_stacked_weights_are_audited_without_them():
+    class Stacked(Net):
+        def __init__(self):
+            super().__init__()
+            self.rows = nnx.Param(jnp.full((2, 64, 64), 0.2, jnp.float32))
+
+        def __call__(self, x):
+            z = jnp.tanh(self.norm(self.conv(x))).reshape(len(x), -1)
+            for k in range(2):
+                z = jnp.tanh(z @ self.rows[k])
+            return self.head(z)
+
+    assert leakjax.audit(Stacked(), SHAPE, train=True, shapes_only=True).structural_leaked_dimensions == 116
+    with pytest.raises(leakjax.InputError, match="stacked weights"):
+        leakjax.audit(Stacked(), SHAPE, train=True, buffers=True, shapes_only=True)

@@ -33,11 +33,15 @@ DeviceLabels = Int[Array, "B ..."] | Float[Array, "B ..."]
 
 
 class Computed(NamedTuple):
-    """A client's own code: its `dtype`, `apply(variables, x)` -> logits, and `network()`, which measures statistics."""
+    """A client's own code: its `dtype`, `apply(variables, x)` -> logits, and `network()`, which measures statistics.
+
+    `decay`: what was added to every gradient before it was sent, and subtracted here; by path, {} for nothing.
+    """
 
     dtype: str
     apply: Callable[..., Float[Array, "B K"]]
     network: Callable[[], Network]
+    decay: Mapping[str, Float[np.ndarray, "..."]] = {}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -52,7 +52,7 @@ def update_of(
 
     for `guard(update_fn=...)`. Arguments as of `loss_of`; floating buffers alone are sent, in the dtype of the images.
 
-    Raises `InputError` for a model that leaves nothing in its buffers: `loss_of` says all that it sends.
+    Raises `InputError` for a model without floating buffers: `loss_of` says all that it sends.
     """
     function = known_loss(loss)
     read = read_model(model, call=call, rngs=rngs, output=output, layout=layout, train=train)

@@ -1,5 +1,6 @@
 """From what an audit read and measured to its record: counts, index, verdict and sentences."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from leakjax.leakage.verdict import Found, verdict
 from leakjax.models.losses import loss_name
 from leakjax.models.reader import Model
 from leakjax.report.audit.audit import Audit
-from leakjax.report.audit.record import UNSEEN, LayerAudit, Withheld
+from leakjax.report.audit.record import UNSEEN, Change, LayerAudit, Withheld
 from leakjax.segments.chain import Segment
 from leakjax.segments.geometry import Geometry
 
@@ -54,7 +55,9 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
     counts = layer_counts(geometries)
     counted = [count.rank if rank is None else rank for count, rank in zip(counts, ranks, strict=True)]
     c_m, rounded = copa_index([rank - g.unknowns for g, rank in zip(geometries, counted, strict=True)])
-    shares = [layer.passing_share for layer in found.layers] or [1.0] * len(geometries)
+    shares = [1.0] * len(geometries)
+    if batch == 1 and found.layers:  # those of a batch are looked at for its first image alone
+        shares = [layer.passing_share for layer in found.layers]
     unknowns = batch * geometries[0].unknowns
     numbers = structure.told + sum(int(np.prod(p.shape)) for p in structure.model.params.values())
     structural, possible = (
@@ -94,7 +97,7 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         noise=found.points,
         verdict=status,
         sentence=sentence,
-        changes=best_changes(structure.names, geometries, shares) if structure.segments else (),
+        changes=_changes(structure, shares, unknowns) if structure.segments else (),
         withheld=examined.withheld,
         remarks=(*structure.remarks, *found.remarks, *_of_batches(batch), *constants_remarks(counts, geometries)),
         leakage_map=found.map,
@@ -107,6 +110,13 @@ def assemble(structure: Structure, examined: Examined, asked: Asked, name: str, 
         data=data,
         **provenance(),
     )
+
+
+def _changes(structure: Structure, shares: Sequence[float], unknowns: int) -> tuple[Change, ...]:
+    """The best changes, with what is told beside the layers' own numbers."""
+    found = best_changes(structure.names, structure.geometries, shares)
+    most = [min(change.leaked_dimensions + structure.others, unknowns) for change in found]
+    return tuple(dataclasses.replace(c, leaked_dimensions=n) for c, n in zip(found, most, strict=True))
 
 
 def _ranks(structure: Structure, examined: Examined) -> list[int | None]:

@@ -16,7 +16,14 @@ from leakjax.leakage.inputs import batch_of, check_options, check_runs, check_se
 from leakjax.leakage.measure import in_precision, measure, measure_without
 from leakjax.leakage.privacy import DPSGD
 from leakjax.leakage.request import Asked, Measured, Tell
-from leakjax.leakage.sent_buffers import NOT_COUNTED, SentBuffers, needed_buffers, read_buffers, with_told
+from leakjax.leakage.sent_buffers import (
+    NOT_COUNTED,
+    SentBuffers,
+    needed_buffers,
+    read_buffers,
+    solved_buffers,
+    with_told,
+)
 from leakjax.leakage.structural.index import smallest_withheld
 from leakjax.models.calls import Path
 from leakjax.models.losses import LossSpec, on_outputs
@@ -106,8 +113,10 @@ def audit(
         front, _ = unstacked(front, shape, dtype)
         sent = read_buffers(exact, shape, dtype)
         sent = needed_buffers(sent) if buffers else sent
-        if sent is not None and front.params.keys() != exact.params.keys():
+        if buffers and front.params.keys() != exact.params.keys():
             raise InputError("buffers: this model's layers are rows of stacked weights; leave buffers out (--buffers)")
+        if buffers and sent is not None and batch is not None:
+            sent = solved_buffers(sent, exact, np.asarray(batch[0]), limits)
         structure = _structure(front, shape, dtype, remarks, sent, shapes_only=shapes_only, buffers=buffers)
         asked = asked._replace(buffers=sent if buffers else None)
         taken = loss if tail is None else behind(on_outputs(loss, output_shape(exact, shape)), tail)
@@ -161,7 +170,7 @@ def _structure(
 
 def _examine(structure: Structure, batch: tuple[Any, Any] | None, asked: Asked) -> Examined:
     """Measure a gradient of `batch`; without one, count on shapes alone."""
-    chosen = smallest_withheld(structure.geometries)
+    chosen = smallest_withheld(structure.geometries, structure.others)
     withheld = [] if chosen is None else [Withheld(tuple(structure.names[i] for i in chosen[0]), chosen[1])]
     if batch is None:
         return Examined(Measured(), 1, tuple(withheld))

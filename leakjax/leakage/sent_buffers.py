@@ -1,7 +1,8 @@
 """What new running statistics, sent beside a gradient, add to what an audit counts.
 
 A train-mode batch norm leaves a mixture of the batch's own mean and variance in its buffers. Who has the old and the
-new ones knows both: rows of the Jacobian like any other, and statistics that no layer has to find.
+new ones knows both: rows of the Jacobian like any other, and statistics that no layer has to find. Other buffers that
+the data move are rows alone, and so many numbers more.
 """
 
 import dataclasses
@@ -11,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from leakjax.errors import InputError
 from leakjax.models.reader import Model
 from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment, told_statistics
-from leakjax.segments.sent_statistics import sums_in_buffers
+from leakjax.segments.sent_statistics import read_sent_statistics, sums_in_buffers
 from leakjax.segments.tracing.network import Gradient
 
 NOT_COUNTED = (
@@ -24,8 +26,8 @@ NOT_COUNTED = (
     "(buffers=True, --buffers)"
 )
 _NONE = (
-    "buffers: no running statistics of the batch are left behind by this model; let it run in training mode "
-    "(train=True, --train), or leave buffers out (--buffers)"
+    "buffers: no running statistics of the batch are left behind by this model: no buffer of floating numbers depends "
+    "on the images. Let it run in training mode (train=True, --train), or leave buffers out (--buffers)"
 )
 
 
@@ -49,6 +51,16 @@ def read_buffers(model: Model, input_shape: Sequence[int], dtype: Any) -> SentBu
     names, paths = sums_in_buffers(model, floating, input_shape, dtype)
     numbers = sum(math.prod(model.buffers[path].shape) for path in paths)
     return SentBuffers(names, paths, numbers, model.step) if paths else None
+
+
+def solved_buffers(found: SentBuffers, model: Model, x: Any, limits: tuple[float, float]) -> SentBuffers:
+    """`found`, with the names of those sums alone that the buffers after images x (B, ...) determine: with a momentum
+    of 1, none."""
+    new = {path: np.asarray(a)[None] for path, a in found.step(model.variables, jnp.asarray(x))[1].items()}
+    sent = {path: new[path] for path in found.paths}
+    eps = float(jnp.finfo(x.dtype).eps)
+    solved, _ = read_sent_statistics(model, sent, x.shape[1:], limits, len(x), x.dtype, eps)
+    return found._replace(names=tuple(name for name in found.names if name in solved))
 
 
 def needed_buffers(found: SentBuffers | None) -> SentBuffers:

@@ -70,9 +70,11 @@ class _Solvable(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """An architecture: its modules, and compiled (variables, x) -> the sums of each, in one vector."""
+    """An architecture: its modules, paths of all buffers that are `moved` by the data, and compiled (variables, x) ->
+    the sums of each module, in one vector."""
 
     modules: tuple[_Solvable, ...]
+    moved: tuple[str, ...]
     sums: Callable[..., tuple[Any, ...]]
 
 
@@ -118,7 +120,7 @@ def sums_in_buffers(
     model: Model, paths: Sequence[str], input_shape: Sequence[int], dtype: Any
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(names of the sums over the data of one example that the buffers `paths` have enough numbers for, those of the
-    buffers that depend on the data), from shapes alone."""
+    buffers that depend on the data in any way), from shapes alone."""
     if model.step is None:
         return (), ()
     read = _read(model.step, model.structs, tuple(paths), (1, *input_shape), str(jnp.dtype(dtype)))
@@ -127,7 +129,7 @@ def sums_in_buffers(
         sums = module.unravel(np.zeros(module.numbers))
         numbers = sum(int(np.prod(model.buffers[path].shape)) for path in module.paths)
         names += sums if numbers >= module.numbers else ()
-    return tuple(names), tuple(path for module in read.modules for path in module.paths)
+    return tuple(names), read.moved
 
 
 @keep(32)
@@ -147,7 +149,9 @@ def _read(step: Any, structs: Any, told: tuple[str, ...], shape: tuple[int, ...]
         values = evaluation.evaluate_all(graph.needed(graph.output, []), {**env, graph.input: x}, {})
         return tuple(ravel_pytree({name: values[v] for v, name in m.sums.items()})[0] for m in modules)
 
-    return _Read(tuple(_solvable(graph, list(arrays), module) for module in modules), jax.jit(sums))
+    live = graph.dependents([graph.input])
+    moved = tuple(path for path, v in zip(told, after, strict=True) if isinstance(v, int) and v in live)
+    return _Read(tuple(_solvable(graph, list(arrays), module) for module in modules), moved, jax.jit(sums))
 
 
 def _modules(graph: jaxprs.Graph, after: Mapping[str, Any]) -> list[_Module]:
@@ -213,6 +217,8 @@ def _solve(
     typical = np.maximum(np.abs(begin), _SMALL * np.max(np.abs(begin), initial=np.finfo(begin.dtype).tiny))
     target = np.concatenate([sent[path].ravel() for path in sorted(sent)])
     t, size = begin, np.maximum(np.abs(target) + np.abs(target + left(begin)), np.finfo(begin.dtype).tiny)
+    if step_from(t) is None:  # a momentum of 1: any sums leave the buffers as they are
+        return {}
     for _ in range(_STEPS):
         if np.all(np.abs(left(t)) <= 4 * np.finfo(t.dtype).eps * size):
             break

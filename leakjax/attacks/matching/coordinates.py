@@ -4,7 +4,7 @@
 
 Near x_0 the residual r(x_0 + R^-1 y) has a Jacobian of condition about 1 in y, and LSMR takes a few steps where it
 takes thousands in x. R is dense: of as many unknowns as `MOST` and as memory holds. What R gets wrong far from x_0
-costs steps, and nothing else: y is solved for by the residual itself.
+costs steps, and no accuracy: y is solved for by the residual itself. Its condition is that of x_0.
 """
 
 from typing import Any, NamedTuple

@@ -31,7 +31,8 @@ def rounding_of(problem: Problem, told: Told, labels: Labels, x: Float[np.ndarra
     """Draws of what the client's rounding adds to everything that was sent, by name; None where its own code is not at
     hand, or computes as this attack does.
 
-    Running statistics are rounded once more, when they are mixed: `Problem.statistics_rounding`, of normal errors.
+    Running statistics are rounded once more, when they are mixed: `Problem.statistics_rounding`, of normal errors; so
+    are gradients to which weight decay is added.
     """
     if problem.computed is None:
         return None
@@ -43,10 +44,14 @@ def rounding_of(problem: Problem, told: Told, labels: Labels, x: Float[np.ndarra
         for name, u in problem.statistics_rounding.items()
     }
 
+    unit = float(jnp.finfo(problem.computed.dtype).eps) / 12**0.5  # of the last digit: its rounding is uniform
+    decayed = {p: unit * np.hypot(d, d + np.asarray(told.sent.gradient[p])) for p, d in problem.computed.decay.items()}
+
     def draw(rng: np.random.Generator) -> dict[str, Float[np.ndarray, "..."]]:
         near = x + _AWAY * width * rng.normal(size=x.shape)
         noise = {p: np.asarray(n) for p, n in differ(variables, to_device(near), tags).items()}
-        return {p: n + mixed[p] * rng.normal(size=n.shape) if p in mixed else n for p, n in noise.items()}
+        also = {**mixed, **decayed}
+        return {p: n + also[p] * rng.normal(size=n.shape) if p in also else n for p, n in noise.items()}
 
     return draw
 

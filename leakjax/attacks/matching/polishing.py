@@ -39,6 +39,9 @@ SMALL = 1000
 BENT = 0.1
 """What a second step adds, as a share of the first, above which noise is followed by fits of its own."""
 
+FAR = 1e-2
+"""Of the range: a fit that ended farther from where it began has its condition from coordinates of its own."""
+
 _INNER, _CLOSE = 3000, 1e-8
 
 _STEPS = 4
@@ -86,6 +89,8 @@ def polish(
     best = best if np.all(np.isfinite(best)) else x
     if form.free:
         best, labels = map(np.asarray, _with_target(form)(*known, to_device(best)))
+    if near is not None and np.max(np.abs(best - start)) > FAR * (problem.input_range[1] - problem.input_range[0]):
+        near = coordinates_at(problem, form, best, *known)
     lost, condition = _seen(problem, told, labels, best, near)
     sent = sent_by(problem, victim)
     there = _prediction(predicted(problem))(dict(problem.variables), to_device(best), to_device(labels))

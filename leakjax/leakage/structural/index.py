@@ -49,7 +49,9 @@ def layer_counts(geometries: Sequence[Geometry]) -> list[LayerCount]:
     for i, geometry in enumerate(geometries):
         norm = _norm_behind(geometries, i)
         if norm is None:
-            found.append(LayerCount(*structural_count(geometry), 0))
+            count = structural_count(geometry)
+            alone = _norm_at(geometries, i + 1) is None  # else dL/dz has relations that the count knows nothing of
+            found.append(LayerCount(count.rank, count.live, count.exact and alone, 0))
         else:
             joint = normalized_count(geometry, norm, known=_known(norm))
             found.append(LayerCount(joint.rank, joint.live, joint.exact, joint.constants))
@@ -98,10 +100,10 @@ def _leaked(
         norm, behind = geometry.normalization, _norm_behind(each, i, examples)
         rows = geometry.rows if used is None else geometry.features * math.prod(int(np.sum(u)) for u in used)
         through = min(known, math.floor(share * rows)) + own
+        means = 0 if norm is None else geometry.unknowns // (norm.entries * (examples if norm.over_examples else 1))
         if i == len(counted) - 1:
-            known = min(own, count.live)
+            known = min(own + (2 * means if norm is not None and norm.told else 0), count.live)
         elif norm is not None:
-            means = geometry.unknowns // (norm.entries * (examples if norm.over_examples else 1))
             known = min(count.live, through + 2 * means) if norm.told else min(count.live - means, through)
             used = None
             whole = whole and share == 1.0
@@ -136,20 +138,21 @@ def _norm_behind(geometries: Sequence[Geometry], i: int, examples: int = 1) -> N
     return norm if norm.entries * (examples if norm.over_examples else 1) > 2 else None
 
 
-def smallest_withheld(geometries: Sequence[Geometry]) -> tuple[tuple[int, ...], int] | None:
+def smallest_withheld(geometries: Sequence[Geometry], others: int = 0) -> tuple[tuple[int, ...], int] | None:
     """(layers, leaked dimensions without their gradients): the fewest that leave the image open, and of these sets the
-    one that leaves least; None where it is open anyway. Sets of consecutive layers alone where there are very many."""
+    one that leaves least; None where it is open anyway, and where `others`, numbers that are sent beside all gradients,
+    can tell everything by themselves. Sets of consecutive layers alone where there are very many."""
     n, layers = geometries[0].unknowns, range(len(geometries))
-    if structural_leaked(geometries) < n:
+    if structural_leaked(geometries) + others < n:
         return None
     for size in range(1, len(geometries) + 1):
         sets = itertools.combinations(layers, size)
         if math.comb(len(geometries), size) > MOST_SUBSETS:
             sets = (tuple(range(k, k + size)) for k in range(len(geometries) - size + 1))
-        leaked, best = min((structural_leaked(geometries, withheld=chosen), chosen) for chosen in sets)
+        leaked, best = min((structural_leaked(geometries, withheld=chosen) + others, chosen) for chosen in sets)
         if leaked < n:
             return best, leaked
-    raise AssertionError("without any gradient nothing leaks")
+    return None
 
 
 def _same_axes(geometry: Geometry, used: Sequence[np.ndarray]) -> bool:
