@@ -189,3 +189,14 @@ def test_running_statistics_weigh_as_much_as_their_digits(rng):
         off = np.linalg.norm(read[name] - value) / np.linalg.norm(value)
         assert 0.02 * rounding[name] < off < 2 * rounding[name]
     assert max(rounding.values()) > 30 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16])
+def test_gradients_in_half_precision_with_running_statistics(stored):
+    image = np.random.default_rng(0).uniform(size=(1, 8, 8, 2))
+    plain = observe(Dim(0, 1.0), (image, np.array([1])), train=True)
+    found = invert(changed(plain, lambda g: g.astype(stored).astype(float)))
+    about, deviation = map(
+        float, re.search(r"about (\d+) dB, give or take (\d+)", found.certificates[0].reason).groups()
+    )
+    assert abs(about - psnr(found.images[0], image[0])) <= 2 * deviation

@@ -68,7 +68,10 @@ def coordinates_at(
         return None
     gram = 0.5 * (gram + gram.T)
     gram[np.diag_indices(n)] += delta
-    factor = scipy.linalg.cholesky(gram, overwrite_a=False, check_finite=False)
+    try:
+        factor = scipy.linalg.cholesky(gram, overwrite_a=False, check_finite=False)
+    except scipy.linalg.LinAlgError:  # rounding of more than delta
+        return None
     high = _power(lambda v: gram @ v, n)
     low = 1.0 / _power(lambda v: scipy.linalg.cho_solve((factor, False), v, check_finite=False), n) - delta
     whole = low > delta

@@ -31,29 +31,39 @@ def rounding_of(problem: Problem, told: Told, labels: Labels, x: Float[np.ndarra
     """Draws of what the client's rounding adds to everything that was sent, by name; None where its own code is not at
     hand, or computes as this attack does.
 
-    Running statistics are rounded once more, when they are mixed: `Problem.statistics_rounding`, of normal errors; so
-    are gradients to which weight decay is added.
+    Gradients to which weight decay is added are rounded once more, and so are statistics, when they are mixed into the
+    running ones; see `with_mixing`.
     """
     if problem.computed is None:
         return None
     variables, _, tags = given(problem, told, labels)
     width = problem.input_range[1] - problem.input_range[0]
     differ = _difference(as_computed(problem, problem.computed), predicted(problem), problem.computed.dtype)
-    mixed = {
-        name: u * float(np.linalg.norm(told.sent.gradient[name])) / max(told.sent.gradient[name].size, 1) ** 0.5
-        for name, u in problem.statistics_rounding.items()
-    }
-
     unit = float(jnp.finfo(problem.computed.dtype).eps) / 12**0.5  # of the last digit: its rounding is uniform
     decayed = {p: unit * np.hypot(d, d + np.asarray(told.sent.gradient[p])) for p, d in problem.computed.decay.items()}
 
     def draw(rng: np.random.Generator) -> dict[str, Float[np.ndarray, "..."]]:
         near = x + _AWAY * width * rng.normal(size=x.shape)
         noise = {p: np.asarray(n) for p, n in differ(variables, to_device(near), tags).items()}
-        also = {**mixed, **decayed}
-        return {p: n + also[p] * rng.normal(size=n.shape) if p in also else n for p, n in noise.items()}
+        return {p: n + decayed[p] * rng.normal(size=n.shape) if p in decayed else n for p, n in noise.items()}
 
     return draw
+
+
+def with_mixing(problem: Problem, told: Told, draw: Draw) -> Draw:
+    """`draw`, and what the statistics that were sent lost when they were mixed into the running ones: normal errors of
+    `Problem.statistics_rounding`."""
+    sent = told.sent.gradient
+    norms = {name: (sent[name].shape, float(np.linalg.norm(sent[name]))) for name in problem.statistics if name in sent}
+
+    def both(rng: np.random.Generator) -> dict[str, Float[np.ndarray, "..."]]:
+        noise = draw(rng)
+        for name, (shape, norm) in norms.items():
+            deviation = problem.statistics_rounding[name] * norm / max(np.prod(shape), 1) ** 0.5
+            noise[name] = noise.get(name, 0.0) + deviation * rng.normal(size=shape)
+        return noise
+
+    return both
 
 
 @keep(16)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from leakjax.attacks.adaptive import Sent, Told, predicted
 from leakjax.attacks.matching.coordinates import Coordinates, coordinates_at
 from leakjax.attacks.matching.outcome import compare, given
-from leakjax.attacks.matching.own_rounding import Draw
+from leakjax.attacks.matching.own_rounding import Draw, with_mixing
 from leakjax.attacks.matching.residual import OUTER, Compare, match_programs, residual_of
 from leakjax.attacks.problem import DeviceLabels, Labels, Problem
 from leakjax.client.defenses import build_defense
@@ -196,7 +196,7 @@ def errors(
     more than the draw itself would, at another pattern of kinks, are left out: no such fit is taken for an answer.
     """
     x, labels = fit.x, fit.labels
-    propagate = _propagation(compare(problem, told))
+    propagate, draw = _propagation(compare(problem, told)), with_mixing(problem, told, draw)
     held = told.sent.prior is not None
     known = given(problem, told, labels, prior=held)
     rng = np.random.default_rng(0)
