@@ -134,3 +134,16 @@ def test_rows_of_stacked_weights_are_audited_without_them():
     assert leakjax.audit(Stacked(), SHAPE, train=True, shapes_only=True).structural_leaked_dimensions == 116
     with pytest.raises(leakjax.InputError, match="stacked weights"):
         leakjax.audit(Stacked(), SHAPE, train=True, buffers=True, shapes_only=True)
+
+
+class Rounded(Net):
+    """A net that sees its images in steps of a tenth."""
+
+    def __call__(self, x):
+        return super().__call__(jnp.round(10 * x) / 10)
+
+
+def test_what_a_rounding_hides_is_said_to_be_left_out():
+    asked = {"images": IMAGES[:1], "labels": np.array([1]), "train": True, "buffers": True}
+    found = leakjax.audit(Rounded(), SHAPE, **asked)
+    assert "new running statistics are not counted" in " ".join(found.remarks)

@@ -112,13 +112,15 @@ def audit(
         front, tail = without_tail(exact, shape, dtype, 1 if batch is None else len(batch[0]))
         front, _ = unstacked(front, shape, dtype)
         sent = read_buffers(exact, shape, dtype)
-        sent = needed_buffers(sent) if buffers else sent
+        counted = needed_buffers(sent) if buffers else None
         if buffers and front.params.keys() != exact.params.keys():
             raise InputError("buffers: this model's layers are rows of stacked weights; leave buffers out (--buffers)")
-        if buffers and sent is not None and batch is not None:
-            sent = solved_buffers(sent, exact, np.asarray(batch[0]), limits)
-        structure = _structure(front, shape, dtype, remarks, sent, shapes_only=shapes_only, buffers=buffers)
-        asked = asked._replace(buffers=sent if buffers else None)
+        if counted is not None and batch is not None:
+            counted = solved_buffers(counted, exact, np.asarray(batch[0]), limits)
+        structure = _structure(front, shape, dtype, remarks, counted, shapes_only=shapes_only)
+        if sent is not None and counted is None:
+            structure.remarks.append(NOT_COUNTED.format(names=listed(sent.paths)))
+        asked = asked._replace(buffers=counted)
         taken = loss if tail is None else behind(on_outputs(loss, output_shape(exact, shape)), tail)
         examined = _examine(structure, batch, asked._replace(loss=taken))
         bounded = not shapes_only and (dp_sgd is not None or (asked.asked and bool(sigmas)))
@@ -141,19 +143,16 @@ def _structure(
     shape: tuple[int, ...],
     dtype: Any,
     remarks: list[str],
-    sent: SentBuffers | None,
+    counted: SentBuffers | None,
     *,
     shapes_only: bool,
-    buffers: bool,
 ) -> Structure:
     segments, unreadable = _segments(read, shape, dtype, checked=not shapes_only)
     segments, others = with_normalizations(read, shape, dtype, segments), 0
     remarks += unreadable
-    remarks += () if shapes_only else training_remarks(read, shape, dtype, normalizes=buffers)
-    if sent is not None and buffers:
-        segments, others = with_told(segments, sent)
-    elif sent is not None:
-        remarks.append(NOT_COUNTED.format(names=listed(sent.paths)))
+    remarks += () if shapes_only else training_remarks(read, shape, dtype, normalizes=counted is not None)
+    if counted is not None:
+        segments, others = with_told(segments, counted)
     names = [s.name for s in segments] or ["network"]
     geometries = [s.geometry for s in segments] or [_whole(read, shape)]
     return Structure(
@@ -163,7 +162,7 @@ def _structure(
         names=names,
         geometries=geometries,
         remarks=remarks,
-        told=0 if sent is None or not buffers else sent.numbers,
+        told=0 if counted is None else counted.numbers,
         others=others,
     )
 

@@ -27,7 +27,7 @@ from leakjax.leakage.layers import LayerLeakage, layer_leakage
 from leakjax.leakage.pictures import pictures
 from leakjax.leakage.privacy import clipped_gradient
 from leakjax.leakage.request import Asked, Measured
-from leakjax.leakage.sent_buffers import measured, with_buffers
+from leakjax.leakage.sent_buffers import BEHIND_ROUNDING, measured, with_buffers
 from leakjax.leakage.verdict import Doubt
 from leakjax.models.losses import LossSpec, on_outputs, read_loss
 from leakjax.models.reader import Model, output_shape
@@ -116,6 +116,8 @@ def _measure_rounded(
     """
     variables, x, labels = arrays
     remarks = tuple(looked_up(model, sent, x))
+    if asked.buffers is not None:
+        remarks += (BEHIND_ROUNDING,)
     front = rounded_front(model, np.asarray(x), asked.limits)
     if front is None or not _fits(x.size):
         return Measured(remarks=remarks, doubt=doubt)

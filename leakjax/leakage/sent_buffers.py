@@ -25,6 +25,7 @@ NOT_COUNTED = (
     "the new running statistics ({names}) are not counted: where clients send them with the gradient, ask for them too "
     "(buffers=True, --buffers)"
 )
+BEHIND_ROUNDING = "new running statistics are not counted: an operation hides the images from the derivative"
 _NONE = (
     "buffers: no running statistics of the batch are left behind by this model: no buffer of floating numbers depends "
     "on the images. Let it run in training mode (train=True, --train), or leave buffers out (--buffers)"
