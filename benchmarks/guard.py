@@ -19,7 +19,7 @@ import leakjax
 from benchmarks import asking
 from benchmarks.records import append, environment
 from leakjax.datasets import load_dataset
-from leakjax.guard.online import guard, loss_of
+from leakjax.guard import guard, loss_of
 from leakjax.models import build_model
 
 NOISE = 0.01

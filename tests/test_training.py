@@ -8,12 +8,12 @@ import optax
 import pytest
 from flax import nnx
 
+from leakjax import guard as guarding
 from leakjax import invert, observe
 from leakjax.captures.weights import read_weights, write_weights
 from leakjax.client.training.loop import train
 from leakjax.datasets import to_range, train_and_test
 from leakjax.errors import InputError
-from leakjax.guard import online as guarding
 from leakjax.models.networks import Conv, ConvNet
 from leakjax.models.reader import read_model
 
