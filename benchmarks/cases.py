@@ -15,6 +15,8 @@ class Case:
     - `dataset`, `index`: the image; `batch` consecutive indices, a multiple of `batch` first, share one gradient;
     - `dtype`: in which the client computes; attacks compute in float64;
     - `attack`, and what `leakjax.invert` is told besides (`options`, sorted by name);
+    - `train`: the client's batch norms normalize by the batch; "sent": its new running statistics are in the update,
+      "kept": they stay with it; None is the mode in which the model is built;
     - `defense` of the client as `leakjax.observe` reads it; `local_steps` at `learning_rate` send an update instead of
       a gradient.
     """
@@ -27,6 +29,7 @@ class Case:
     seed: int = 0
     batch: int = 1
     dtype: str = "float64"
+    train: str | None = None
     defense: str | None = None
     local_steps: int = 1
     learning_rate: float | None = None
@@ -40,7 +43,7 @@ class Case:
     @property
     def fields(self) -> dict[str, Any]:
         """The entries of a record that name its case; what is as usual is left out."""
-        usual = {"defense": None, "local_steps": 1, "learning_rate": None}
+        usual = {"train": None, "defense": None, "local_steps": 1, "learning_rate": None}
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
         return {k: v for k, v in named.items() if k not in usual or v != usual[k]} | dict(self.options)
 
@@ -49,6 +52,7 @@ class Case:
         """One string a case, the same in every version: records are joined to cases by it."""
         words = [self.model, self.activation or "-", f"seed={self.seed}", f"{self.dataset}:{self.index}"]
         words += [self.attack, f"batch={self.batch}", self.dtype]
+        words += [] if self.train is None else [f"train={self.train}"]
         words += [] if self.defense is None else [f"defense={self.defense}"]
         words += [] if self.local_steps == 1 else [f"local_steps={self.local_steps}"]
         words += [] if self.learning_rate is None else [f"learning_rate={self.learning_rate:g}"]

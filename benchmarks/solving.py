@@ -22,7 +22,8 @@ _MESSAGE = 300
 
 def read_net(case: Case) -> leakjax.Model:
     """The model of a case, as the library reads it."""
-    return leakjax.read_model(build_net(case.model, case.seed, case.activation))
+    train = None if case.train is None else True
+    return leakjax.read_model(build_net(case.model, case.seed, case.activation), train=train)
 
 
 def solve(cases: Sequence[Case], model: leakjax.Model, devices: Sequence[Any] | None = None) -> list[Record]:
@@ -80,6 +81,8 @@ def _observe(cases: Sequence[Case], model: leakjax.Model, data: Images) -> leakj
     told |= {"batch_size": case.batch}
     if case.local_steps != 1:
         told |= {"local_steps": case.local_steps}
+    if case.train is not None:
+        told |= {"buffers": case.train == "sent"}
     if case.learning_rate is not None:
         told |= {"learning_rate": case.learning_rate}
     images = to_range(data.images, spec.input_range)
@@ -90,5 +93,8 @@ def _observe(cases: Sequence[Case], model: leakjax.Model, data: Images) -> leakj
         batch = images[k : k + case.batch], data.labels[k : k + case.batch]
         seed = 1000 * case.seed + cases[k].index
         alone.append(leakjax.observe(model, batch, defense=case.defense, seed=seed, **told))
-    paths = alone[0].gradients
-    return dataclasses.replace(alone[0], gradients={p: np.concatenate([o.gradients[p] for o in alone]) for p in paths})
+    joined = {
+        name: {p: np.concatenate([getattr(o, name)[p] for o in alone]) for p in getattr(alone[0], name)}
+        for name in ("gradients", "buffers")
+    }
+    return dataclasses.replace(alone[0], **joined)

@@ -1,14 +1,15 @@
 """A study of certificates: random architectures, clients and attacks, each answer judged against the truth.
 
-`python -m benchmarks study --out DIR [--first A] [--count N] [--seconds S]` appends a line a case to DIR/study.jsonl
-and goes on where it was. Counted are wrong `exact`, wrong `ambiguous`, estimates of `approximate` that are off, wrong
-labels that are called recovered, and the share of solvable cases that end `failed`.
+`python -m benchmarks study --out DIR [--nets plain|norms] [--first A] [--count N] [--seconds S]` appends a line an
+example to DIR/study.jsonl (nets with train-mode norms: DIR/norms.jsonl) and goes on where it was. Counted are wrong
+`exact`, wrong `ambiguous`, estimates of `approximate` that are off, wrong labels that are called recovered, and the
+share of solvable cases that end `failed`.
 """
 
 import collections
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from benchmarks import asking
 from benchmarks.records import Record, append, read_records
 from benchmarks.study_judge import judge, solvable
 from benchmarks.study_nets import Net, architecture
+from benchmarks.study_norms import run_net
 from leakjax import InputError, Observation, invert, observe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,19 +131,32 @@ def send(
     return dataclasses.replace(plain, gradients=gradients, examples=client.examples)
 
 
-def run(out: Path, first: int, count: int, seconds: float) -> None:
-    """Architectures by turn, from the `first` in their order on, whole ones, until `seconds` are over.
+class Kind(NamedTuple):
+    """A kind of nets: the file of its records, `number_of(turn)`, and `records_of(number, done)`."""
 
-    The order jumps (`STEP`), so that any part of it has all activations and forms.
+    file: str
+    number_of: Callable[[int], int]
+    records_of: Callable[[int, set[tuple[int, str, str]]], Iterator[Record]]
+
+
+KINDS: Mapping[str, Kind] = {
+    "plain": Kind("study.jsonl", lambda turn: STEP * turn % ARCHITECTURES, run_architecture),
+    "norms": Kind("norms.jsonl", lambda turn: turn, run_net),
+}
+
+
+def run(out: Path, kind: Kind, first: int, count: int, seconds: float) -> None:
+    """Nets by turn, from the `first` in their order on, whole ones, until `seconds` are over.
+
+    The order of plain ones jumps (`STEP`), so that any part of it has all activations and forms.
     """
-    path, end = out / "study.jsonl", time.monotonic() + seconds
+    path, end = out / kind.file, time.monotonic() + seconds
     done = {(r["net"], r["client"], r["attack"]) for r in read_records(path)}
     for turn in range(first, first + count):
-        number = STEP * turn % ARCHITECTURES
         if time.monotonic() > end:
             break
         records: list[Record] = []
-        for record in run_architecture(number, done):
+        for record in kind.records_of(kind.number_of(turn), done):
             if records and (records[0]["client"], records[0]["attack"]) != (record["client"], record["attack"]):
                 append(path, records)  # all examples of a case, or none
                 records = []
@@ -177,6 +192,7 @@ def main(words: Sequence[str]) -> None:
     parser = asking.Parser(prog="python -m benchmarks study", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench-out/study"), metavar="DIR")
     parser.add_argument("--table", type=Path, metavar="RECORDS", help="print the table of records, run nothing")
+    parser.add_argument("--nets", choices=list(KINDS), default="plain", help="norms: with norms in training mode")
     parser.add_argument("--first", type=int, default=0, metavar="A", help="turn of the first architecture")
     parser.add_argument("--count", type=int, default=ARCHITECTURES, metavar="N", help="how many architectures")
     parser.add_argument("--seconds", type=float, default=900.0, metavar="S", help="begin none after so long")
@@ -185,5 +201,5 @@ def main(words: Sequence[str]) -> None:
         raise InputError("--first must be 0 or more, --count 1 or more, --seconds above 0")
     if given.table is None:
         asking.folder(given.out)
-        run(given.out, given.first, given.count, given.seconds)
-    print(asking.printed(given.table or given.out, summary), end="")
+        run(given.out, KINDS[given.nets], given.first, given.count, given.seconds)
+    print(asking.printed(given.table or given.out / KINDS[given.nets].file, summary), end="")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.cases import Case, on_images
-from benchmarks.nets import net_spec, plain, strided
+from benchmarks.nets import batch_norm, net_spec, plain, strided
 
 IMAGES = 20
 PHOTOS, DIGITS = "foolbox/cifar10", "foolbox/mnist"
@@ -85,6 +85,22 @@ def _scaling() -> list[Case]:
     ]
 
 
+NORMED = tuple(batch_norm(name) for name in ("lenet", "cnn6"))
+DEEP = tuple(batch_norm(plain(16, 12, depth)) for depth in (1, 2, 3, 4, 6, 8))
+
+
+def _batch_norm() -> list[Case]:
+    """Train-mode batch norms: seeds 0 to 2 on four photos, by batch, precision, and whether statistics are sent."""
+    cases: list[Case] = []
+    common: dict[str, Any] = {"activations": ("tanh", "leaky_relu:0.2"), "images": 4, "data": "samples"}
+    for seed, train in itertools.product((0, 1, 2), ("sent", "kept")):
+        told = common | {"seed": seed, "train": train}
+        cases += _cross(" ".join(NORMED), "copa", batches=(1, 2, 4), dtypes=("float64", "float32"), **told)
+        cases += _cross("resnet8", "copa", batches=(1, 2), **told)
+        cases += _cross(" ".join(DEEP), "copa", batches=(1, 2), **told | {"activations": ("tanh",)})
+    return cases
+
+
 SUITES: Mapping[str, Suite] = {
     "smoke": _suite(
         "a minute of everything, for continuous integration",
@@ -116,6 +132,7 @@ SUITES: Mapping[str, Suite] = {
         "photos of 224x224 through a strided net with 1,000 classes, matrix-free (about 16 GiB)",
         tuple(on_images(Case(strided(224, 64), "rgap", "foolbox/imagenet@512"), range(3))),
     ),
+    "batch-norm": Suite("nets whose batch norms are in training mode, by batch and what is sent", tuple(_batch_norm())),
     "scaling": Suite("cost against image side, width, depth and batch", tuple(_scaling())),
 }
 """Suites by name."""

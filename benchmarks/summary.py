@@ -47,6 +47,7 @@ class Row(NamedTuple):
     def client(self) -> str:
         """What the client does besides computing a gradient, and in what precision."""
         words = [] if self.case.dtype == "float64" else [self.case.dtype]
+        words += [] if self.case.train is None else [f"train, statistics {self.case.train}"]
         words += [] if self.case.local_steps == 1 else [f"{self.case.local_steps} local steps"]
         words += [] if self.case.defense is None else [self.case.defense]
         return ", ".join(words) or "-"

@@ -40,10 +40,13 @@ def undo_unsent(problem: Problem, position: int, path: Path) -> Path:
     gradient = {p: to_device(problem.gradients[p][path.victim]) for s in (before, segment) for p in s.paths}
     begin = _begin(programs, variables, state, _typical(problem, position))
     found = programs.solve(variables, state, gradient, to_device(begin))
-    if not (found.residual <= problem.tolerances.matched and found.probe.lost <= problem.tolerances.probe):
+    if not found.residual <= problem.tolerances.matched:
         return wait(problem, position, path)
+    anchored = path
     path = dataclasses.replace(path, x=np.asarray(found.x), dx=np.asarray(found.dx))
     path = undo(problem, position, path, {name: np.asarray(t) for name, t in found.values.items()})
+    if not found.probe.lost <= problem.tolerances.probe:
+        return dataclasses.replace(wait(problem, position, anchored), x=path.x, dx=path.dx)
     condition = lsmr_condition(found.probe) / float(found.weakness)
     info = dataclasses.replace(
         path.layers[0],
