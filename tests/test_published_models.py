@@ -358,6 +358,34 @@ def test_values_as_typed():
     }
 
 
+class Shifted(nnx.Module):
+    """Predicts each id from those before it: the shift is its own, as in flax's language model."""
+
+    def __init__(self, rngs):
+        self.table, self.head = nnx.Embed(20, 16, rngs=rngs), nnx.Linear(16, 20, rngs=rngs)
+
+    def __call__(self, ids):
+        before = jnp.pad(ids.astype("int32"), ((0, 0), (1, 0)))[:, :-1]
+        return self.head(jnp.cumsum(jnp.tanh(self.table(before)), axis=1))
+
+
+def test_models_of_text_are_named_to_the_door_for_text():
+    model, ids = Shifted(nnx.Rngs(0)), np.array([[4, 7, 19]])
+    for call in (
+        lambda: leakjax.observe(model, (ids, ids)),
+        lambda: leakjax.audit(model, (3,), images=ids, labels=ids),
+    ):
+        with pytest.raises(InputError, match=r"; recover_tokens reads ids of tokens$"):
+            call()
+    with pytest.raises(InputError, match=r"input_range$"):
+        leakjax.observe(model, (ids / 1.0, ids))
+    drawn = leakjax.audit(model, (3,), images=np.array([[0.2, 0.4, 0.9]]), labels=ids, noise=())
+    assert any("'table/embedding'" in r and r.endswith("recover_tokens reads the ids of a text") for r in drawn.remarks)
+    gradient = leakjax.read_model(model).params
+    with pytest.raises(InputError, match="'table/embedding' is looked up by other integers than the ids"):
+        leakjax.recover_tokens(model, gradient, length=3, target="next")
+
+
 def test_nothing_but_flax_is_imported_for_a_model():
     assert "haiku" not in sys.modules
     assert "transformers" not in sys.modules
