@@ -59,8 +59,11 @@ class Case:
         return " ".join([*words, *(f"{name}={value}" for name, value in self.options)])
 
 
-OPTIONS = ("solver", "starts", "steps", "prior", "pull_back", "optimizer")
+OPTIONS = ("solver", "starts", "steps", "prior", "pull_back", "optimizer", "labels")
 """What `leakjax.invert` can be told in a case."""
+
+MAP = "map"
+"""The value of the option `labels` that gives the attack the label maps of the images."""
 
 
 def options(**given: Value) -> tuple[tuple[str, Value], ...]:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 import leakjax
-from benchmarks.cases import Case
+from benchmarks.cases import MAP, Case
 from benchmarks.nets import build_net, net_spec
 from benchmarks.pictures import load_pictures
 from benchmarks.records import Record, environment
-from leakjax.datasets import Images, to_range
+from leakjax.datasets import Images, luminance_maps, to_range
 from leakjax.metrics import psnr, ssim
+from leakjax.models.zoo import ModelSpec
 from leakjax.report.pairing import pair_with_truth
 from leakjax.report.reconstruction.record import DETERMINED, unit_scale
 
@@ -41,11 +42,14 @@ def solve(cases: Sequence[Case], model: leakjax.Model, devices: Sequence[Any] | 
 def _solve(cases: Sequence[Case], model: leakjax.Model, devices: Sequence[Any] | None) -> list[Record]:
     case, spec = cases[0], net_spec(cases[0].model)
     data = load_pictures(case.dataset, [c.index for c in cases], spec.input_shape)
-    labels = data.labels % 2 if spec.outputs == 1 else data.labels
+    labels = _labels(spec, data)
     observation = _observe(cases, model, Images(data.images, labels))
-    told = {} if devices is None else {"devices": devices}
+    told: dict[str, Any] = {} if devices is None else {"devices": devices}
+    told |= dict(case.options)
+    if told.get("labels") == MAP:
+        told["labels"] = labels
     begun, cpu = time.perf_counter(), time.process_time()
-    answer = leakjax.invert(observation, attack=case.attack, **told, **dict(case.options))  # pyright: ignore
+    answer = leakjax.invert(observation, attack=case.attack, **told)  # pyright: ignore
     wall, cpu = time.perf_counter() - begun, time.process_time() - cpu
     compiling = answer.seconds["trace"] + answer.seconds["compile"]
     seconds = {name: answer.seconds[name] / len(cases) for name in ("trace", "compile", "solve")}
@@ -65,13 +69,26 @@ def _solve(cases: Sequence[Case], model: leakjax.Model, devices: Sequence[Any] |
                 "psnr_determined": psnr(truth[k], pictures[k], answer.determined[k] > DETERMINED),
                 "psnr_best_candidate": max((psnr(truth[k], c) or -np.inf for c in candidates), default=None),
                 "ssim": ssim(truth[k], pictures[k]),
-                "labels_right": sorted(answer.labels[gradient].tolist()) == sorted(labels[gradient].tolist()),
+                "labels_right": _found(answer, gradient) == sorted(labels[gradient].tolist()),
                 "gradient_residual": float(answer.gradient_residual[k]),
                 "seconds": seconds,
                 "cpu_seconds": (cpu - compiling) / len(cases) if cpu > compiling else None,
             }
         )
     return records
+
+
+def _found(answer: leakjax.Reconstruction, gradient: slice) -> list[Any]:
+    """The labels or label maps of a gradient's examples, in one order."""
+    pairs = zip(answer.labels[gradient].tolist(), answer.targets[gradient], strict=True)
+    return sorted(label if target is None else np.asarray(target).tolist() for label, target in pairs)
+
+
+def _labels(spec: ModelSpec, data: Images) -> np.ndarray:
+    """What the loss compares with: the data's labels (N,), or label maps (N, H, W) of the images' luminance."""
+    if spec.maps:
+        return luminance_maps(data.images, spec.outputs)
+    return data.labels % 2 if spec.outputs == 1 else data.labels
 
 
 def _observe(cases: Sequence[Case], model: leakjax.Model, data: Images) -> leakjax.Observation:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import asking, runner
-from benchmarks.cases import Case, on_images, options
+from benchmarks.cases import MAP, Case, on_images, options
 from benchmarks.progress import progress
 from leakjax.arguments import choice
 from leakjax.attacks import ATTACKS
@@ -30,6 +30,7 @@ def table(records: list[dict[str, Any]]) -> str:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for r in records:
         attack = f"{r['attack']}, solver {r['solver']}" if "solver" in r else r["attack"]
+        attack += ", map given" if r.get("labels") == MAP else ""
         groups.setdefault((r["model"], r["activation"], r["dtype"], attack, r["batch"]), []).append(r)
     lines = [
         "| model | activation | gradient | attack | images | leaked dimensions | certificates "
@@ -79,6 +80,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--attack", default="copa")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--solver", default="auto")
+    parser.add_argument("--labels", choices=[MAP], help="give networks that class every pixel their label maps")
     given = parser.parse_args(words)
     if given.table is None:
         cases = _cases(given)
@@ -90,6 +92,7 @@ def main(words: Sequence[str]) -> None:
 
 def _cases(given: argparse.Namespace) -> list[Case]:
     solver = {} if given.solver == "auto" else {"solver": given.solver}
+    known_maps = {} if given.labels is None else {"labels": given.labels}
     seeds, indices = asking.whole_numbers("--seeds", given.seeds), asking.whole_numbers("--index", given.index)
     for kind, text, known in (("model", given.models, MODELS), ("attack", given.attack, ATTACKS)):
         for name in text.split(","):
@@ -104,7 +107,8 @@ def _cases(given: argparse.Namespace) -> list[Case]:
     cases = []
     for seed, model, activation in itertools.product(*names):
         data = "foolbox/mnist" if MODELS[model].input_shape[-1] == 1 else given.dataset
-        told = {"dtype": given.dtype, "batch": given.batch, "options": options(**solver)}
+        asked = options(**solver, **(known_maps if MODELS[model].maps else {}))
+        told = {"dtype": given.dtype, "batch": given.batch, "options": asked}
         case = Case(model, given.attack, data, activation=activation, seed=seed, **told)
         cases += on_images(case, indices)
     return cases

@@ -20,6 +20,12 @@ MOST_STARTS = 10_000
 """No attack begins from more noises at once."""
 
 
+def ids_of_tokens(images: Any) -> str:
+    """What to do with images that look like ids of tokens, whole numbers of shape (B, T); "" for any others."""
+    given = np.asarray(images)
+    return "; recover_tokens reads ids of tokens" if given.dtype.kind in "iu" and given.ndim == 2 else ""
+
+
 def choice(kind: str, value: Any, known: Iterable[str]) -> str:
     """`value`, one of the names `known`; anything else, of any type, raises `InputError`."""
     if not isinstance(value, str) or value not in known:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen, nnx
 from small_nets import one_layer
@@ -356,6 +357,39 @@ def test_values_as_typed():
         "layout": "NHWC",
         "train": None,
     }
+
+
+class Shifted(nnx.Module):
+    """Predicts each id from those before it: the shift is its own, as in flax's language model."""
+
+    def __init__(self, rngs, *, shift=True):
+        self.table, self.shift = nnx.Embed(20, 16, rngs=rngs), shift
+        self.mix, self.head = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 20, rngs=rngs)
+
+    def __call__(self, ids):
+        before = jnp.pad(ids.astype("int32"), ((0, 0), (1, 0)))[:, :-1] if self.shift else ids
+        return self.head(jnp.cumsum(jnp.tanh(self.mix(self.table(before))), axis=1))
+
+
+def test_models_of_text_are_named_to_the_door_for_text():
+    model, ids = Shifted(nnx.Rngs(0)), np.array([[4, 7, 19]])
+    for call in (
+        lambda: leakjax.observe(model, (ids, ids)),
+        lambda: leakjax.audit(model, (3,), images=ids, labels=ids),
+    ):
+        with pytest.raises(InputError, match=r"; recover_tokens reads ids of tokens$"):
+            call()
+    with pytest.raises(InputError, match=r"input_range$"):
+        leakjax.observe(model, (ids / 1.0, ids))
+    drawn = leakjax.audit(model, (3,), images=np.array([[0.2, 0.4, 0.9]]), labels=ids, noise=())
+    assert any("'table/embedding'" in r and r.endswith("recover_tokens reads the ids of a text") for r in drawn.remarks)
+    read = leakjax.read_model(model)
+    compared = optax.softmax_cross_entropy_with_integer_labels
+    gradient = jax.grad(lambda params: compared(read.apply(params, ids), ids).mean())(dict(read.params))
+    with pytest.raises(InputError, match="'table/embedding' is looked up by other integers than the ids"):
+        leakjax.recover_tokens(model, gradient, length=3, target="next")
+    found = leakjax.recover_tokens(Shifted(nnx.Rngs(0), shift=False), gradient, length=4, target="next")
+    assert found.ids.tolist() == [[0, 4, 7, 19]]
 
 
 def test_nothing_but_flax_is_imported_for_a_model():

@@ -1,5 +1,6 @@
 """The benchmark suites: names and keys, records that survive, devices and processes, numbers of the tables."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import accuracy
+from benchmarks import accuracy, zoo
 from benchmarks.__main__ import chosen, main
 from benchmarks.cases import Case, case_of, on_images, options
 from benchmarks.nets import build_net, net_spec, plain
@@ -26,6 +27,7 @@ from leakjax.attacks import ATTACKS
 from leakjax.client.defenses import build_defense
 from leakjax.datasets import DATASETS
 from leakjax.errors import InputError
+from leakjax.models import MODELS
 
 ROOT = Path(__file__).parent.parent
 TINY = on_images(Case(plain(8, 12, 1), "rgap", "foolbox/cifar10@32", activation="tanh"), range(12))
@@ -143,6 +145,22 @@ def test_a_plain_net_has_the_size_of_its_name():
     assert net.depth == 3
     assert net.conv3.kernel.shape == (3, 3, 5, 5)
     assert net.head.kernel.shape == (4 * 4 * 5, 10)
+
+
+def test_label_maps_are_given_where_a_case_says_so(tmp_path, monkeypatch, capsys):
+    """`zoo --labels map`: networks that class every pixel have rows of their own, the others are asked as ever."""
+    monkeypatch.setitem(MODELS, "fcn", dataclasses.replace(MODELS["fcn"], input_shape=(4, 4, 3)))
+    words = ["--models", "fcn,fcn3", "--activations", "tanh", "--index", "0", "--dataset", "samples@16"]
+    zoo.main([*words, "--labels", "map", "--out", str(tmp_path)])
+    of_maps, of_classes = sorted(read_records(tmp_path), key=lambda r: r["model"])
+    assert of_maps["key"] == "fcn tanh seed=0 samples@16:0 copa batch=1 float64 labels=map"
+    assert case_of(of_maps).key == of_maps["key"]
+    assert "labels" not in of_classes
+    for record in (of_maps, of_classes):
+        assert record["status"] == "exact"
+        assert record["psnr"] > 200
+        assert record["labels_right"]
+    assert "| fcn | tanh | float64 | copa, map given | 1 | 48 of 48 | 1 exact |" in capsys.readouterr().out
 
 
 # --- records survive ---

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Float, Shaped
 
-from leakjax.arguments import array, choice, instance, interval, several, shown, sizes, whole
+from leakjax.arguments import array, choice, ids_of_tokens, instance, interval, several, shown, sizes, whole
 from leakjax.client.defenses import CUSTOM, build_defense
 from leakjax.client.factors import check_known, factors_of
 from leakjax.client.silent import SMALLEST, ZERO, largest_entries
@@ -365,7 +365,7 @@ def _check_batch(
     if images.min() < low - 1e-9 or images.max() > high + 1e-9:
         raise InputError(
             f"images lie in [{images.min():.4g}, {images.max():.4g}], outside input_range [{low:g}, {high:g}]; rescale "
-            "them or pass input_range"
+            f"them or pass input_range{ids_of_tokens(given)}"
         )
     whole("batch_size", batch_size, 1)
     if len(images) % batch_size:

@@ -76,7 +76,7 @@ def audit(
       `seed`; "input" for labels says that an autoencoder's images are compared with themselves;
     - `noise`: standard deviations of Gaussian noise in every gradient entry, for the bounds;
     - `dp_sgd`: a DP-SGD whose clipping and noise are to be bounded too, with its epsilon (needs `leakjax[dp]`);
-    - `shapes_only`: count on shapes alone, without weights or images, in milliseconds;
+    - `shapes_only`: count on shapes alone, without weights or images;
     - `name`: what the report calls the model; `progress` hears of every stage.
 
     A model that cannot be read layer by layer is audited as one map. Raises `InputError` for bad arguments.

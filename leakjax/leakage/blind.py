@@ -160,6 +160,6 @@ def looked_up(model: Model, gradient: Mapping[str, Any], x: Any) -> list[str]:
         touched = int(np.sum(np.any(rows != 0, axis=1)))
         found.append(
             f"integers made of the data pick rows of {path!r}: the {touched} of {len(rows)} rows of its gradient that "
-            "are not zero say which integers the data hold"
+            "are not zero say which integers the data hold; recover_tokens reads the ids of a text"
         )
     return found

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from leakjax.arguments import array, interval, real, several, sizes, whole
+from leakjax.arguments import array, ids_of_tokens, interval, real, several, sizes, whole
 from leakjax.constraints.priors import from_natural
 from leakjax.errors import InputError
 from leakjax.leakage.dense import PRIOR_DEVIATION
@@ -107,7 +107,9 @@ def _given_or_drawn(
     if x.ndim != len(shape) + 1 or x.shape[1:] != shape or not len(x):
         raise InputError(f"images must have shape (B, {', '.join(map(str, shape))}) with B >= 1, got {x.shape}")
     if not np.all(np.isfinite(x)) or x.min() < low - 1e-9 or x.max() > high + 1e-9:
-        raise InputError(f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}")
+        raise InputError(
+            f"images must lie in input_range {input_range}, got {x.min():g} to {x.max():g}{ids_of_tokens(images)}"
+        )
     if labels is None:
         return x, np.asarray(jax.random.randint(other, (len(x), *places), 0, outputs))
     return x, x if isinstance(labels, str) and labels == INPUT else read_targets(labels, x, size).values

@@ -183,6 +183,12 @@ def vocabulary_of(model: TextModel, given: int | None, parameters: Mapping[str, 
     """How many ids there are: the rows of the smallest table that the ids take, or what is `given`."""
     rows = min((table.rows for table in model.lookups.tables), default=None)
     if given is None and rows is None:
+        others = ", ".join(map(repr, model.lookups.others))
+        if others:
+            raise InputError(
+                f"{others} is looked up by other integers than the ids; where the model shifts them itself, pass it "
+                "without the shift, and length + 1"
+            )
         raise InputError("no table of the model is looked up by ids; pass vocabulary, how many ids there are")
     if given is not None and rows is not None and given > rows:
         raise InputError(f"vocabulary must be at most {rows}, the rows of {model.lookups.tables[0].path}, got {given}")

@@ -32,10 +32,14 @@ class Lookup(NamedTuple):
 
 
 class Lookups(NamedTuple):
-    """All tables, and `embedded(variables, ids (1, T))`: what is looked up in each, (1, T, width)."""
+    """All tables, and `embedded(variables, ids (1, T))`: what is looked up in each, (1, T, width).
+
+    `others`: the paths of parameters that other integers made of the ids take rows of.
+    """
 
     tables: tuple[Lookup, ...]
     embedded: Callable[[Mapping[str, Any], Int[Any, "1 T"]], tuple[Float[Array, "1 T width"], ...]]
+    others: tuple[str, ...] = ()
 
 
 def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
@@ -44,7 +48,7 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
     live = graph.dependents([graph.input])
     equations = graph.needed(graph.output, [*graph.variables, graph.input])
     uses = collections.Counter(v for e in graph.needed(graph.output, []) for v in e.inputs if isinstance(v, int))
-    found = []
+    found, others = [], []
     for equation in equations:
         if equation.name != "gather" or not isinstance(equation.inputs[1], int) or equation.inputs[1] not in live:
             continue
@@ -57,6 +61,8 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
         rows, ids = graph.structs[table].shape[0], tuple(graph.structs[graph.input].shape)
         if graph.structs[value].shape[: len(ids)] == ids and _are_ids(graph, equation.inputs[1], rows):
             found.append(Lookup(path=names[held.source], rows=rows, alone=held.alone, value=value))
+        else:
+            others.append(names[held.source])
 
     def embedded(variables: Mapping[str, Any], ids: Any) -> tuple[Any, ...]:
         env = {v: variables[path] for v, path in names.items()}
@@ -65,7 +71,7 @@ def read_lookups(graph: Graph, paths: Sequence[str]) -> Lookups:
         known = evaluation.evaluate_all(equations[: last + 1], {**env, graph.input: ids}, RULES)
         return tuple(known[v] for v in wanted)
 
-    return Lookups(tuple(found), embedded)
+    return Lookups(tuple(found), embedded, tuple(dict.fromkeys(others)))
 
 
 def _are_ids(graph: Graph, value: int, rows: int) -> bool:
