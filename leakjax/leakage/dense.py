@@ -43,10 +43,12 @@ class Jacobian(NamedTuple):
     """J of a gradient at images x (B, *shape), parameter by parameter.
 
     - `product`: (v (k, n), the paths of some parameters) -> J^T J v by rows, of these parameters' J alone;
+    - `gram`: the paths of some parameters -> J^T J (n, n) of these, where J is written down; else None;
     - `rows`: how many numbers each parameter's gradient has.
     """
 
     product: Callable[[Float[np.ndarray, "k n"], Collection[str]], Float[np.ndarray, "k n"]]
+    gram: Callable[[Collection[str]], Float[np.ndarray, "n n"]] | None
     rows: Mapping[str, int]
     shape: tuple[int, ...]
     dtype: Any
@@ -54,7 +56,8 @@ class Jacobian(NamedTuple):
     def leakage(self, scale: float, paths: Collection[str]) -> Leakage:
         """What the gradients of the parameters `paths` say; `scale`: the width of the input range, one pixel's unit."""
         rows = sum(self.rows[path] for path in paths)
-        found = row_space(lambda v: self.product(v, paths), rows, math.prod(self.shape), self.dtype)
+        gram = None if self.gram is None else self.gram(paths)
+        found = row_space(lambda v: self.product(v, paths), rows, math.prod(self.shape), self.dtype, gram=gram)
         values, vectors = scale**2 * found.values, found.vectors
         return Leakage(
             gram=(vectors * values) @ vectors.T,
@@ -74,14 +77,20 @@ def jacobian(gradient: Any, variables: Any, x: Any, labels: Any) -> Jacobian:
     numbers = sum(int(a.shape[1]) for a in jax.tree.leaves(columns.trace(*point, unit, n).out_info))
     if numbers <= WRITTEN * n and fits_in_memory(3 * 8 * numbers * n):
         written = {path: np.asarray(a)[:n] for path, a in columns(*point, unit, n).items()}
-        return Jacobian(lambda v, paths: _with_matrices(written, v, paths), sizes, x.shape, x.dtype)
+        return Jacobian(
+            product=lambda v, paths: _with_matrices(written, v, paths),
+            gram=lambda paths: _squared(written, n, paths),
+            rows=sizes,
+            shape=x.shape,
+            dtype=x.dtype,
+        )
     program = _gram_product(gradient)
 
     def product(v: Float[np.ndarray, "k n"], paths: Collection[str]) -> Float[np.ndarray, "k n"]:
         kept = {path: np.asarray(path in paths, x.dtype) for path in sizes}
         return in_one_shape(lambda v, count: program(*point, kept, v, count), v)
 
-    return Jacobian(product, sizes, x.shape, x.dtype)
+    return Jacobian(product=product, gram=None, rows=sizes, shape=x.shape, dtype=x.dtype)
 
 
 def dense_leakage(gradient: Any, variables: Any, x: Any, labels: Any, scale: float) -> Leakage:
@@ -97,8 +106,20 @@ def _with_matrices(
     written: Mapping[str, Float[np.ndarray, "n m"]], v: Float[np.ndarray, "k n"], paths: Collection[str]
 ) -> Float[np.ndarray, "k n"]:
     """J^T J v by rows, from the transposed J of each parameter."""
-    transposed = np.concatenate([np.zeros((v.shape[1], 0)), *(written[path] for path in paths)], axis=1)
-    return (v @ transposed) @ transposed.T
+    found = np.zeros(v.shape)
+    for path in paths:
+        found += (v @ written[path]) @ written[path].T
+    return found
+
+
+def _squared(
+    written: Mapping[str, Float[np.ndarray, "n m"]], n: int, paths: Collection[str]
+) -> Float[np.ndarray, "n n"]:
+    """J^T J from the transposed J of each parameter: a symmetric product takes half the work of any other."""
+    found = np.zeros((n, n))
+    for path in paths:
+        found += written[path] @ written[path].T
+    return found
 
 
 def variances(leakage: Leakage, sigma: float) -> Float[np.ndarray, " n"]:

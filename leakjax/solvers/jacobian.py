@@ -116,6 +116,7 @@ def row_space(
     columns: int,
     dtype: Any = np.float64,
     forward: Callable[[Float[np.ndarray, "k n"]], Float[np.ndarray, "k m"]] | None = None,
+    gram: Float[np.ndarray, "n n"] | None = None,
 ) -> RowSpace:
     """The rank and row space of J (m, n) from products v -> J^T (J v) of rows v, by the rule of this module.
 
@@ -127,14 +128,14 @@ def row_space(
 
     Arguments: `rows`, `columns`, the shape of J; `dtype`, in which `product` computes; `forward`, v -> J v of rows v,
     for what is small to be squared after it was summed: through a normalization J^T (J v) is rounded in units far above
-    those of J v, as its parts cancel.
+    those of J v, as its parts cancel; `gram`, J^T J where it is known already.
     """
 
     def gram_of(basis: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
         image = np.asarray(product(np.ascontiguousarray(basis.T)), np.float64).reshape(basis.shape[1], columns)
         return image.T
 
-    gram = gram_of(np.eye(columns))
+    gram = gram_of(np.eye(columns)) if gram is None else gram
     seen = np.diagonal(gram) != 0  # J e_i = 0 elsewhere: behind a max-pool three of four entries
     tolerance = rank_tolerance(rows, columns, dtype)
     values, vectors = np.zeros(columns), np.zeros((columns, columns))
