@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from leakjax.constraints.channels import Channels, channel_matrix
 from leakjax.constraints.layer import segment_rows
 from leakjax.models.reader import Arrays
-from leakjax.runtime.programs import Shelf, keep
+from leakjax.runtime.programs import Shelf, keep, quickly
 from leakjax.segments.chain import Segment
 
 _SAME = 1e-9  # of the size of a gradient: rounding of float64 in sums of up to millions of terms
@@ -132,7 +132,7 @@ def _functionals(segments: tuple[Segment, ...]) -> Any:
     def answers(variables: Arrays, asked: Sequence[tuple[Any, Any]]) -> list[dict[str, list[Any]]]:
         return [of_one(s, variables, *given) for s, given in zip(segments, asked, strict=True)]
 
-    return jax.jit(answers)
+    return jax.jit(answers, compiler_options=quickly())
 
 
 def _along(g: Any, axis: int) -> Float[Array, " c"]:
@@ -177,4 +177,4 @@ def _channel_matrices(pairs: tuple[tuple[Segment, Any], ...]) -> Any:
     def matrices(variables: Arrays, dzs: Sequence[Float[Array, "..."]]) -> list[Any]:
         return [of_one(*pair, variables, dz) for pair, dz in zip(pairs, dzs, strict=True)]
 
-    return jax.jit(matrices)
+    return jax.jit(matrices, compiler_options=quickly())

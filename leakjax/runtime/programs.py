@@ -11,8 +11,12 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
+import jax
+
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 _CLEAR: list[Callable[[], None]] = []
 
@@ -25,6 +29,12 @@ def clear_caches() -> None:
     """
     for clear in _CLEAR:
         clear()
+
+
+def quickly() -> dict[str, Any] | None:
+    """Compiler options of programs that run too seldom to be optimized: on CPUs without XLA's own optimization, which
+    takes most of the time of a compilation; elsewhere None, as usual."""
+    return _QUICK if jax.default_backend() == "cpu" else None
 
 
 def keep(most: int) -> Callable[[F], F]:

@@ -22,7 +22,7 @@ from leakjax.attacks.layerwise.system import LayerState, slope_floor
 from leakjax.attacks.problem import Monitor, Problem
 from leakjax.runtime.batching import vmap_several
 from leakjax.runtime.devices import placement, spread
-from leakjax.runtime.programs import Shelf, keep
+from leakjax.runtime.programs import Shelf, keep, quickly
 from leakjax.segments.chain import Segment
 
 Solved = tuple[LayerSolution, Float[np.ndarray, "P ..."]]
@@ -52,6 +52,12 @@ class Step:
 
 _COMPILED: Shelf[Program] = Shelf(256)
 
+_FEW = 64
+"""Clients of one architecture up to which programs are compiled without XLA's own optimization: cnn6's six steps take
+10 CPU seconds to compile instead of 27, and then 0.30 a client instead of 0.15."""
+
+_CLIENTS: Shelf[int] = Shelf(256)
+
 
 def compile_steps(
     problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor, *, later: Sequence[Segment] = ()
@@ -59,11 +65,12 @@ def compile_steps(
     """The steps of segments for chunks of `size`; those programs that are needed in any case, which are not those of
     the segments for `later`, compiled side by side."""
     start = time.perf_counter()
-    known = routes(problem, segments, size)
+    known, options = routes(problem, segments, size), _options(problem)
     monitor.trace += time.perf_counter() - start
 
     def compile_all(wanted: Sequence[tuple[Segment, bool]]) -> list[Program]:
-        return _compile(problem, [(s, known.get(s) if directly else None) for s, directly in wanted], size, monitor)
+        asked = [(s, known.get(s) if directly else None) for s, directly in wanted]
+        return _compile(problem, asked, size, monitor, options)
 
     now = [s for s in segments if s not in later]
     made = dict(zip(now, compile_all([(s, s in known) for s in now]), strict=True))
@@ -101,7 +108,11 @@ def _jitted(
 
 
 def _compile(
-    problem: Problem, wanted: Sequence[tuple[Segment, Route | None]], size: int, monitor: Monitor
+    problem: Problem,
+    wanted: Sequence[tuple[Segment, Route | None]],
+    size: int,
+    monitor: Monitor,
+    options: dict[str, Any] | None,
 ) -> list[Program]:
     dtype, floor, devices = str(problem.dtype), slope_floor(problem), problem.devices
 
@@ -109,11 +120,18 @@ def _compile(
         kind, blocks = route and route.kind, problem.blocks(segment)
         given = jax.ShapeDtypeStruct((), bool) if route is None else route.factor
         shapes = jax.tree.map(lambda a: a.shape, given)
-        key = (segment, route is None, str(kind), str(shapes), size, dtype, floor, blocks, devices)
+        key = (segment, route is None, str(kind), str(shapes), size, dtype, floor, blocks, devices, options is None)
         jitted = _jitted(segment, kind, dtype, floor, blocks, devices, route is not None)
         return key, lambda: jitted.lower(*arguments(problem, segment.paths, segment.output.shape, size, given))
 
-    return compile_programs([lower(*one) for one in wanted], monitor)
+    return compile_programs([lower(*one) for one in wanted], monitor, options)
+
+
+def _options(problem: Problem) -> dict[str, Any] | None:
+    """How XLA compiles a problem's steps: quickly where few clients of the architecture have come, else in full."""
+    key = problem.segments
+    clients = _CLIENTS.put(key, (_CLIENTS.get(key) or 0) + problem.victims)
+    return quickly() if clients <= _FEW else None
 
 
 def arguments(
@@ -133,8 +151,10 @@ def arguments(
     return weights, shared, x, x, one, one, gradient
 
 
-def compile_programs(wanted: Sequence[tuple[Hashable, Callable[[], Any]]], monitor: Monitor) -> list[Program]:
-    """The programs of (key, what lowers it): those that are not known yet are compiled side by side."""
+def compile_programs(
+    wanted: Sequence[tuple[Hashable, Callable[[], Any]]], monitor: Monitor, options: dict[str, Any] | None = None
+) -> list[Program]:
+    """The programs of (key, what lowers it): those that are not known yet are compiled side by side, with `options`."""
     start = time.perf_counter()
     programs = {key: _COMPILED.get(key) for key, _ in wanted}
     if all(program is not None for program in programs.values()):
@@ -143,7 +163,7 @@ def compile_programs(wanted: Sequence[tuple[Hashable, Callable[[], Any]]], monit
     monitor.trace += time.perf_counter() - start
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for key, program in zip(lowered, pool.map(lambda low: low.compile(), lowered.values()), strict=True):
+        for key, program in zip(lowered, pool.map(lambda low: low.compile(options), lowered.values()), strict=True):
             programs[key] = _COMPILED.put(key, program)
     monitor.compile += time.perf_counter() - start
     return [programs[key] for key, _ in wanted]  # type: ignore[misc]
