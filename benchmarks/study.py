@@ -140,8 +140,10 @@ class Kind(NamedTuple):
 
 
 KINDS: Mapping[str, Kind] = {
-    "plain": Kind("study.jsonl", lambda turn: STEP * turn % ARCHITECTURES, run_architecture),
-    "norms": Kind("norms.jsonl", lambda turn: turn, run_net),
+    "plain": Kind(
+        "study.jsonl", lambda turn: STEP * turn % ARCHITECTURES, lambda number, done: run_architecture(number, done)
+    ),
+    "norms": Kind("norms.jsonl", lambda turn: turn, lambda number, done: run_net(number, done)),
 }
 
 

@@ -57,8 +57,10 @@ class Plan(NamedTuple):
 
     @property
     def form(self) -> str:
-        """The norms of the net, in order."""
-        return " ".join(layer.norm + (" in a block" if layer.skip else "") for layer in self.layers)
+        """What its norms are."""
+        kinds = {layer.norm for layer in self.layers} - {"none", "batch"}
+        words = ["batch norms and others" if kinds else "batch norms"]
+        return " ".join([*words, *(["in blocks"] if any(layer.skip for layer in self.layers) else [])])
 
     @property
     def client(self) -> str:
