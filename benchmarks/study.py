@@ -204,4 +204,6 @@ def main(words: Sequence[str]) -> None:
     if given.table is None:
         asking.folder(given.out)
         run(given.out, KINDS[given.nets], given.first, given.count, given.seconds)
-    print(asking.printed(given.table or given.out / KINDS[given.nets].file, summary), end="")
+    place = given.table or given.out / KINDS[given.nets].file
+    if given.table is not None or place.exists():  # no time was left for the first record
+        print(asking.printed(place, summary), end="")

@@ -2,7 +2,7 @@
 
 One to three convolutions, most with a norm behind them (batch, layer, group or instance norm; before or behind the
 activation; some inside a residual block), one or two examples a gradient, float64 or float32, running statistics sent
-or kept, PyTorch's or Flax's momentum and epsilon. Half of the nets are so small that directions stay open.
+or kept, PyTorch's or Flax's momentum. Half of the nets are so small that directions stay open.
 """
 
 import time
@@ -59,8 +59,8 @@ class Plan(NamedTuple):
     def form(self) -> str:
         """What its norms are."""
         kinds = {layer.norm for layer in self.layers} - {"none", "batch"}
-        words = ["batch norms and others" if kinds else "batch norms"]
-        return " ".join([*words, *(["in blocks"] if any(layer.skip for layer in self.layers) else [])])
+        blocks = any(layer.skip and not layer.late for layer in self.layers)
+        return ("batch norms and others" if kinds else "batch norms") + (" in blocks" if blocks else "")
 
     @property
     def client(self) -> str:

@@ -23,7 +23,9 @@ MOST_STARTS = 10_000
 def ids_of_tokens(images: Any) -> str:
     """What to do with images that look like ids of tokens, whole numbers of shape (B, T); "" for any others."""
     given = np.asarray(images)
-    return "; recover_tokens reads ids of tokens" if given.dtype.kind in "iu" and given.ndim == 2 else ""
+    return (
+        "; if they are ids of tokens, recover_tokens reads them" if given.dtype.kind in "iu" and given.ndim == 2 else ""
+    )
 
 
 def choice(kind: str, value: Any, known: Iterable[str]) -> str:

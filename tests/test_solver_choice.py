@@ -1,5 +1,7 @@
 """Which solver closes a deficient layer can be chosen, and any Optax transformation serves."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,6 +10,8 @@ from test_match import batch
 from test_pull_back import network, psnr
 
 from leakjax import InputError, invert, observe
+from leakjax.attacks.layerwise import layer_step
+from leakjax.runtime.programs import quickly
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +48,15 @@ def test_unknown_solvers_are_refused(observation):
         invert(observation, optimizer="sgdd")
     with pytest.raises(InputError, match="Optax transformation"):
         invert(observation, optimizer=3)
+
+
+def test_programs_are_compiled_quickly_until_some_clients_have_come():
+    """What is only planned is not counted, nor are clients of another precision; elsewhere than on CPUs nothing is."""
+    problem = SimpleNamespace(segments=(object(),), dtype=np.dtype(np.float64), victims=40, devices=())
+    single = SimpleNamespace(**{**vars(problem), "dtype": np.dtype(np.float32)})
+    assert layer_step._options(problem, planned=True) == layer_step._options(problem, planned=True) is not None
+    assert layer_step._options(problem, planned=False) is not None
+    assert layer_step._options(problem, planned=True) is None
+    assert layer_step._options(problem, planned=False) is None
+    assert layer_step._options(single, planned=False) is not None
+    assert quickly([SimpleNamespace(platform="gpu")]) is None

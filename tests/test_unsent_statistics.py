@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import leakjax
+from leakjax.attacks.layerwise import waiting
 from leakjax.models.reader import read_model
 from leakjax.runtime.precision import compute_in
 
@@ -105,3 +106,22 @@ def test_what_no_window_at_the_border_sees_is_named():
     open_directions = int(np.sum(np.linalg.svd(rows, compute_uv=False) < 1e-12 * np.linalg.norm(rows)))
     assert open_directions == 2
     assert found.layers[0][0].rank_deficiency == -open_directions
+
+
+def test_where_rows_leave_directions_open_newton_begins_at_what_agrees_with_them(monkeypatch):
+    """The guess is the input of the norm, that waits, no output that an activation would have to be undone for."""
+    begun = []
+    plain = waiting.pull_back
+
+    def noted(problem, segments, known, guesses, **options):
+        found = plain(problem, segments, known, guesses, **options)
+        guess, x = np.asarray(guesses[0]), np.asarray(found.x)
+        begun.append((segments[0].normalizes, np.linalg.norm(x - guess) / np.linalg.norm(x)))
+        return found
+
+    monkeypatch.setattr(waiting, "pull_back", noted)
+    found, _ = inverted(Net("batch", nnx.tanh, stride=2, widths=(12, 8)), 1)
+    assert found.certificates[0].status == "ambiguous"
+    normalizes, moved = begun[0]
+    assert normalizes
+    assert moved < 1e-3  # from an output that is undone once more: 0.5

@@ -76,7 +76,7 @@ def jacobian(gradient: Any, variables: Any, x: Any, labels: Any) -> Jacobian:
     unit = np.eye(LANES * -(-n // LANES), n)
     numbers = sum(int(a.shape[1]) for a in jax.tree.leaves(columns.trace(*point, unit, n).out_info))
     if numbers <= WRITTEN * n and fits_in_memory(3 * 8 * numbers * n):
-        written = {path: np.asarray(a)[:n] for path, a in columns(*point, unit, n).items()}
+        written = {path: np.asarray(a, np.float64)[:n] for path, a in columns(*point, unit, n).items()}
         return Jacobian(
             product=lambda v, paths: _with_matrices(written, v, paths),
             gram=lambda paths: _squared(written, n, paths),

@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from leakjax.runtime.programs import keep, quickly
+
 Initializer = Callable[[Any, Sequence[int], Any], Any]
 
 
-_PLAINLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""A program of random numbers is run once for a shape, and takes XLA 0.9 CPU seconds to optimize, else 0.2."""
-
-
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"), compiler_options=_PLAINLY)
-def _drawn(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.random.uniform(key, shape, dtype)
+@keep(256)
+def _drawn(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Numbers of [0, 1) by key. Run once for a shape: XLA takes 0.9 CPU seconds to optimize it, else 0.2."""
+    return jax.jit(lambda key: jax.random.uniform(key, shape, dtype), compiler_options=quickly())
 
 
 @functools.partial(jax.jit, static_argnames="bound")
@@ -34,7 +33,7 @@ def _uniform(bound: float) -> Initializer:
             np.asarray(jax.random.key_data(key))
         except jax.errors.TracerArrayConversionError:  # inside another program, which has its own options
             return jax.random.uniform(key, tuple(shape), dtype, -bound, bound)
-        return _between(_drawn(key, tuple(shape), dtype), bound)
+        return _between(_drawn(tuple(shape), dtype)(key), bound)
 
     return draw
 

@@ -8,7 +8,7 @@ them all.
 
 import functools
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -31,10 +31,14 @@ def clear_caches() -> None:
         clear()
 
 
-def quickly() -> dict[str, Any] | None:
+def quickly(devices: Sequence[Any] = ()) -> dict[str, Any] | None:
     """Compiler options of programs that run too seldom to be optimized: on CPUs without XLA's own optimization, which
-    takes most of the time of a compilation; elsewhere None, as usual."""
-    return _QUICK if jax.default_backend() == "cpu" else None
+    takes most of the time of a compilation; elsewhere None, as usual.
+
+    `devices` that they run on, () for JAX's default. For outermost programs alone: JAX takes no options inside another.
+    """
+    platform = devices[0].platform if devices else jax.default_backend()
+    return _QUICK if platform == "cpu" else None
 
 
 def keep(most: int) -> Callable[[F], F]:

@@ -18,7 +18,7 @@ from leakjax.constraints.layer import loss_pull
 from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.runtime.batching import vmap_several
-from leakjax.runtime.programs import keep, quickly
+from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 
 _FROM, _TO, _STEPS = 1e-5, 1e16, 6300
@@ -142,7 +142,7 @@ def _roots(segment: Segment, loss: LossSpec) -> Callable[..., tuple[Float[Array,
 
         return jax.lax.map(of_ray, (labels, signs))
 
-    return jax.jit(vmap_several(of_one, (None, 0, 0, 0, None)), compiler_options=quickly())
+    return jax.jit(vmap_several(of_one, (None, 0, 0, 0, None)))
 
 
 @keep(32)

@@ -21,7 +21,7 @@ from leakjax.models.activations import Preimage
 from leakjax.models.losses import LossSpec
 from leakjax.models.reader import Arrays
 from leakjax.runtime.batching import vmap_several
-from leakjax.runtime.programs import keep, quickly
+from leakjax.runtime.programs import keep
 from leakjax.segments.chain import Segment
 from leakjax.solvers.linear import LsmrSolution, solve_lsmr
 from leakjax.solvers.lsmr import lsmr
@@ -204,7 +204,7 @@ def _with_bias(
         dz = jnp.linalg.lstsq(slope.T, jnp.ravel(gradient[path]))[0].reshape(segment.output.shape)
         return dz, _input_from_gradient(segment, variables, dz, gradient, tolerance)
 
-    return jax.jit(vmap_several(solve, (None, 0)), compiler_options=quickly())
+    return jax.jit(vmap_several(solve, (None, 0)))
 
 
 @keep(32)
@@ -246,4 +246,4 @@ def _rank_one(segment: Segment, tolerance: float) -> Callable[..., tuple[Float[A
         solution, size = jax.tree.map(lambda a: a[-1], solutions), jnp.linalg.norm(dz)
         return dz / size, solution._replace(x=solution.x * size)
 
-    return jax.jit(vmap_several(factor, (None, 0)), compiler_options=quickly())
+    return jax.jit(vmap_several(factor, (None, 0)))

@@ -20,7 +20,7 @@ def plan_of(problem: Problem, monitor: Monitor, size: int) -> Plan:
     """The plan for chunks of `size` clients: the programs of linear segments are compiled, none is run."""
     segments = problem.segments[:-1]
     linear = [s for s in segments if s.linear]
-    steps = dict(zip(linear, compile_steps(problem, linear, size, monitor), strict=True))
+    steps = dict(zip(linear, compile_steps(problem, linear, size, monitor, planned=True), strict=True))
     layers = tuple(_layer(problem, segment, steps.get(segment), size) for segment in segments)
     programs = [step.program(directly=step.route is not None) for step in steps.values()]
     together = swept_together(problem, segments, size)

@@ -60,12 +60,18 @@ _CLIENTS: Shelf[int] = Shelf(256)
 
 
 def compile_steps(
-    problem: Problem, segments: Sequence[Segment], size: int, monitor: Monitor, *, later: Sequence[Segment] = ()
+    problem: Problem,
+    segments: Sequence[Segment],
+    size: int,
+    monitor: Monitor,
+    *,
+    later: Sequence[Segment] = (),
+    planned: bool = False,
 ) -> list[Step]:
     """The steps of segments for chunks of `size`; those programs that are needed in any case, which are not those of
-    the segments for `later`, compiled side by side."""
+    the segments for `later`, compiled side by side. Clients of a plan (`planned`) are not counted."""
     start = time.perf_counter()
-    known, options = routes(problem, segments, size), _options(problem)
+    known, options = routes(problem, segments, size), _options(problem, planned=planned)
     monitor.trace += time.perf_counter() - start
 
     def compile_all(wanted: Sequence[tuple[Segment, bool]]) -> list[Program]:
@@ -127,11 +133,13 @@ def _compile(
     return compile_programs([lower(*one) for one in wanted], monitor, options)
 
 
-def _options(problem: Problem) -> dict[str, Any] | None:
+def _options(problem: Problem, *, planned: bool) -> dict[str, Any] | None:
     """How XLA compiles a problem's steps: quickly where few clients of the architecture have come, else in full."""
-    key = problem.segments
-    clients = _CLIENTS.put(key, (_CLIENTS.get(key) or 0) + problem.victims)
-    return quickly() if clients <= _FEW else None
+    key = (problem.segments, str(problem.dtype))
+    clients = (_CLIENTS.get(key) or 0) + problem.victims
+    if not planned:
+        _CLIENTS.put(key, clients)
+    return quickly(problem.devices or ()) if clients <= _FEW else None
 
 
 def arguments(

@@ -51,8 +51,9 @@ def all_roots(
 
 def near(problem: Problem, position: int, path: Path) -> Float[np.ndarray, "..."]:
     """A guess of the input of the segment at `position`, or else its output, from what the path holds."""
-    segment = problem.segments[position]
-    if segment.linear:
+    segment, anchor = problem.segments[position], path.anchor
+    guessed = anchor is not None and anchor.position == position and path.x is not anchor.x  # whoever waited has one
+    if segment.linear or guessed:
         return path.x
     x = path.x.reshape(segment.output.shape)
     return np.asarray(preimage_program(segment.activation)(dict(problem.variables), x, path.noise).value)
