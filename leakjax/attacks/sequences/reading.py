@@ -187,7 +187,7 @@ def vocabulary_of(model: TextModel, given: int | None, parameters: Mapping[str, 
         if others:
             raise InputError(
                 f"{others} is looked up by other integers than the ids; where the model shifts them itself, pass it "
-                "without the shift, and length + 1"
+                "without the shift, and length + 1; else pass vocabulary, how many ids there are"
             )
         raise InputError("no table of the model is looked up by ids; pass vocabulary, how many ids there are")
     if given is not None and rows is not None and given > rows:
