@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import asking
 from benchmarks.records import Record, append, read_records
-from benchmarks.study_judge import judge, solvable
+from benchmarks.study_judge import entries, judge, solvable
 from benchmarks.study_nets import Net, architecture
 from benchmarks.study_norms import run_net
 from leakjax import InputError, Observation, invert, observe
@@ -96,19 +96,9 @@ def run_architecture(number: int, done: set[tuple[int, str, str]], victims: int 
         spent = time.process_time() - begun
         verdicts = judge(observation, answer, images, labels)
         for k, verdict in enumerate(verdicts):
-            c = answer.certificates[k]
-            yield base | {
-                "status": c.status,
-                "proof": c.proof,
-                "symmetry": c.symmetry,
-                "psnr": round(verdict.psnr, 1),
-                "estimate": None if c.psnr_estimate is None else round(c.psnr_estimate, 1),
-                "label": answer.label_sources[k],
-                "wrong": verdict.wrong,
-                "solvable": solvable(net.apply, params, net.loss, images[k], int(labels[k])),
-                "layer": c.layer,
-                "cpu_s": round(spent / len(verdicts), 2),
-            }
+            found = entries(verdict, answer.certificates[k], answer.label_sources[k])
+            able = solvable(net.apply, params, net.loss, images[k], int(labels[k]))
+            yield base | found | {"solvable": able, "cpu_s": round(spent / len(verdicts), 2)}
 
 
 def send(

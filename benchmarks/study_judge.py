@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from leakjax import Observation, Reconstruction, undetermined_directions
+from leakjax import Certificate, Observation, Reconstruction, undetermined_directions
 from leakjax.models.losses import LOSSES
 
 EXACT = 60.0  # dB below which `exact` is wrong
@@ -24,6 +24,21 @@ class Verdict(NamedTuple):
 
     psnr: float
     wrong: str | None
+
+
+def entries(verdict: Verdict, certificate: Certificate, source: str) -> dict[str, Any]:
+    """What a record says of one example: its certificate, where its label is from, and the verdict."""
+    estimate = certificate.psnr_estimate
+    return {
+        "status": certificate.status,
+        "proof": certificate.proof,
+        "symmetry": certificate.symmetry,
+        "psnr": round(verdict.psnr, 1),
+        "estimate": None if estimate is None else round(estimate, 1),
+        "label": source,
+        "wrong": verdict.wrong,
+        "layer": certificate.layer,
+    }
 
 
 def decibel(a: np.ndarray, b: np.ndarray, width: float) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.records import Record
-from benchmarks.study_judge import judge
+from benchmarks.study_judge import entries, judge
 from leakjax import InputError, Observation, invert, observe
 from leakjax.models.losses import LOSSES
 
@@ -191,20 +191,9 @@ def run_net(number: int, done: set[tuple[int, str, str]]) -> Iterator[Record]:
     spent = time.process_time() - begun
     able = solvable(observation, images, labels)
     for k, verdict in enumerate(judge(observation, answer, images, labels)):
-        c = answer.certificates[k]
-        yield base | {
-            "status": c.status,
-            "proof": c.proof,
-            "symmetry": c.symmetry,
-            "reason": c.reason,
-            "psnr": round(verdict.psnr, 1),
-            "estimate": None if c.psnr_estimate is None else round(c.psnr_estimate, 1),
-            "label": answer.label_sources[k],
-            "wrong": verdict.wrong,
-            "solvable": able,
-            "layer": c.layer,
-            "cpu_s": round(spent / plan.examples, 2),
-        }
+        found = entries(verdict, answer.certificates[k], answer.label_sources[k])
+        spent_on_one = round(spent / plan.examples, 2)
+        yield base | found | {"reason": answer.certificates[k].reason, "solvable": able, "cpu_s": spent_on_one}
 
 
 def solvable(observation: Observation, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> bool:
